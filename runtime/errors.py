@@ -1,0 +1,38 @@
+"""Every error that stepforge raises on purpose.
+
+    StepforgeError            one line that says what was wrong and what is allowed
+    ├── RequestError          a request that cannot be run: unknown sampler, bad size, ...
+    ├── BundleError           a bundle that is damaged, incomplete or of another format
+    ├── BackendError          a backend that is unknown, not installed or cannot load the graph
+    ├── CheckpointError       a model that the exporter refuses
+    ├── Cancelled             the caller cancelled the request
+    └── GenerationError       a request that failed while it ran (NaN latents, ...)
+"""
+
+
+class StepforgeError(Exception):
+    """Base of all errors raised on purpose. Its text is one line, fit to show to a user."""
+
+
+class RequestError(StepforgeError, ValueError):
+    """A request that cannot be run."""
+
+
+class BundleError(StepforgeError):
+    """A bundle that is damaged, incomplete, or of another format version."""
+
+
+class BackendError(StepforgeError):
+    """A backend that is unknown, not installed, or cannot load the graph."""
+
+
+class CheckpointError(StepforgeError):
+    """A model that the exporter refuses to read."""
+
+
+class Cancelled(StepforgeError):
+    """The caller cancelled the request."""
+
+
+class GenerationError(StepforgeError):
+    """A request that failed while it ran; its batch mates are unaffected."""

@@ -1,0 +1,73 @@
+"""One import name, three rooms: `stepforge.runtime` is `runtime/`, and so on. Each room may import those to its left."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOMS = ("kernels", "runtime", "export")
+
+BASE = [
+    "numpy>=1.26",  # latents, guidance and update algebra on the host
+    "pillow>=11.3",  # image encoding, PNG text chunks
+    "tokenizers>=0.21",  # CLIP byte-pair encoding without transformers
+    "onnxruntime>=1.23",  # CPU backend, and the reader of every exported graph
+    "openvino>=2025.4",  # default CPU backend: bf16 at 96 % of the matrix peak (benchmarks/bench_denoiser.py)
+    "typer>=0.16",  # the command line: help, completion, validation
+    "rich>=13.9",  # progress bars and tables of the command line
+]
+EXPORT = [
+    "torch>=2.9",  # tracing
+    "diffusers>=0.38",  # model classes and the parity reference; older ones run code from model folders (CVE-2026-44513)
+    "transformers>=5.3",  # text encoders; older ones run code named in config.json (CVE-2026-4372)
+    "accelerate>=1.0",  # diffusers loads weights without a second copy in memory
+    "safetensors>=0.5",  # the only weight format read
+    "onnx>=1.19",  # graph checker
+    "onnxscript>=0.5",  # torch.onnx's translation layer
+    "onnx-ir>=0.1.12",  # graph passes and external data
+]
+
+setup(
+    name="stepforge",
+    version="0.1.0",
+    description="Compile text-to-image diffusion models into engine bundles; run them without torch.",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.14",
+    install_requires=BASE,
+    extras_require={
+        "export": EXPORT,
+        "cuda": ["onnxruntime-gpu>=1.23"],
+        "tensorrt": ["tensorrt>=10.0"],
+        "dev": [
+            *EXPORT,
+            "pytest>=8",  # test runner
+            "pytest-timeout>=2.3",  # no test may hang CI
+            "hypothesis>=6.100",  # property tests
+            "scipy>=1.11",  # diffusers' beta and LMS schedules, the oracle of ours
+            "matplotlib>=3.8",  # plots of benchmarks
+            "fonttools>=4.50",  # the emoji list of the demo's training recipe
+            "ruff>=0.8",  # format and lint
+            "mypy>=1.13",  # types
+            "build>=1.2",  # wheel and sdist, as a user would build them
+        ],
+    },
+    package_dir={f"stepforge.{room}": room for room in ROOMS},
+    packages=[f"stepforge.{room}{sub}" for room in ROOMS for sub in ("", *(f".{p}" for p in find_packages(room)))],
+    package_data={f"stepforge.{room}": ["py.typed"] for room in ROOMS},
+    entry_points={
+        "console_scripts": ["stepforge=stepforge.runtime.cli:main"],
+        # commands of the offline room join the command line here, so that the run time need not import it
+        "stepforge.commands": [
+            "export=stepforge.export.cli:export_command",
+            "verify=stepforge.export.cli:verify_command",
+        ],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
