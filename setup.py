@@ -55,7 +55,7 @@ setup(
     },
     package_dir={f"stepforge.{room}": room for room in ROOMS},
     packages=[f"stepforge.{room}{sub}" for room in ROOMS for sub in ("", *(f".{p}" for p in find_packages(room)))],
-    package_data={f"stepforge.{room}": ["py.typed"] for room in ROOMS},
+    package_data={"": ["py.typed"], "stepforge.runtime.backends": ["fake_tokenizer.json"]},
     entry_points={
         "console_scripts": ["stepforge=stepforge.runtime.cli:main"],
         # commands of the offline room join the command line here, so that the run time need not import it

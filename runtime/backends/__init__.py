@@ -1,0 +1,94 @@
+"""Backends: how to run a component graph. One protocol, one table, lazy imports, no silent fallback."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.errors import BackendError
+
+Arrays = Mapping[str, NDArray[Any]]
+
+BACKENDS = {
+    "openvino": "stepforge.runtime.backends.openvino:OpenVino",
+    "onnxruntime": "stepforge.runtime.backends.onnxruntime:OnnxRuntime",
+    "fake": "stepforge.runtime.backends.fake:Fake",
+}
+AUTO = ("openvino", "onnxruntime")  # best first, on a CPU (benchmarks/bench_denoiser.py)
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+class Graph(Protocol):
+    """One loaded component. Safe to call from one thread at a time."""
+
+    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        """Named arrays in, named arrays out; the outputs are the caller's to keep until the next call."""
+        ...
+
+
+class Backend(Protocol):
+    """An engine library that can open a bundle's components."""
+
+    name: str
+    precision: str  # "fp32" or "bf16": what the networks compute in
+    versions: dict[str, str]
+
+    def open(self, component: str) -> Graph:
+        """Load one component. Raises BackendError if the library refuses the graph."""
+        ...
+
+
+def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads: int | None = None) -> Backend:
+    """Open the backend of that name, or the best one that is installed for "auto".
+
+    Raises BackendError if the name or precision is unknown, or the library is missing or cannot do the precision.
+    """
+    if precision not in PRECISIONS:
+        raise BackendError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    if threads is not None and threads < 1:
+        raise BackendError(f"threads is {threads}; it must be at least 1")
+    if name == "auto":
+        name = choose()[0]
+    if name not in BACKENDS:
+        raise BackendError(f"backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    module, cls = BACKENDS[name].split(":")
+    try:
+        opened: Backend = getattr(importlib.import_module(module), cls)(
+            bundle, precision=precision, threads=threads or available_threads()
+        )
+    except ModuleNotFoundError as error:
+        raise BackendError(f"backend {name!r} needs the package {error.name}; pip install {error.name}") from error
+    return opened
+
+
+def choose() -> tuple[str, str]:
+    """What "auto" means on this machine, and why the better ones were passed over."""
+    missing = []
+    for name in AUTO:
+        if importlib.util.find_spec(name) is not None:
+            why = f"{', '.join(missing)} not installed" if missing else "the fastest one for a CPU"
+            return name, why
+        missing.append(name)
+    raise BackendError(f"no backend is installed; pip install one of {', '.join(AUTO)}")
+
+
+def available_threads() -> int:
+    """Cores that this process may use: its affinity mask, bounded by its cgroup's CPU quota.
+
+    Engine libraries size their pools by the host's cores, which throttles a container with a quota.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or the quota is "max"
+        pass
+    return cores

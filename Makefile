@@ -1,0 +1,54 @@
+# Each target does its own set-up; `make demo` and `make test` work on a fresh machine with Python 3.10 or later.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test quick test-gpu check types bench train clean
+
+demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw a contact sheet into out/
+	$(BIN)/stepforge export examples/emoji/model -o out/emoji.bundle --overwrite
+	$(BIN)/stepforge verify out/emoji.bundle examples/emoji/model
+	$(BIN)/stepforge generate out/emoji.bundle --prompts examples/emoji/prompts.txt --guidance 3 \
+		--out out/emoji --sheet out/emoji.png --overwrite
+	@echo "look at out/emoji.png"
+
+test: $(STAMP)  ## the whole suite
+	$(BIN)/pytest
+
+quick: $(STAMP)  ## without the slow tests
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-gpu: $(STAMP)  ## tests that need a CUDA device
+	$(BIN)/pytest -m gpu
+
+check: $(STAMP) types  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# links for mypy, which does not execute setuptools' import hook of an editable install
+types:
+	mkdir -p .typing/stepforge
+	for room in kernels runtime export; do ln -sfn ../../$$room .typing/stepforge/$$room; done
+
+bench: $(STAMP)  ## the measurements of README's table (about half an hour on 2 cores)
+	$(BIN)/python benchmarks/bench_overhead.py
+	$(BIN)/python benchmarks/bench_denoiser.py
+
+train: $(STAMP)  ## the demo model from nothing: needs Debian's fonts-noto-color-emoji, about 2.5 hours on 2 cores
+	$(BIN)/python examples/emoji/train_vae.py
+	$(BIN)/python examples/emoji/train_vae.py --resume --domain 0.7 --steps 900 --lr 6e-4
+	$(BIN)/python examples/emoji/train_unet.py
+
+$(STAMP): setup.py requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) .typing build dist out *.egg-info

@@ -1,0 +1,50 @@
+"""ONNX Runtime on the CPU, fp32."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from stepforge.runtime.backends import Arrays
+from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.errors import BackendError
+
+
+class OnnxRuntime:
+    """Uses a component's graph derived for ONNX Runtime where the bundle has one, else the standard graph."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, *, precision: str, threads: int) -> None:
+        if precision == "bf16":
+            raise BackendError("onnxruntime has no bf16 kernels for a CPU; use precision fp32, or backend openvino")
+        self._bundle = bundle
+        self.precision = "fp32"
+        self.versions = {"onnxruntime": onnxruntime.__version__}
+        self._threads = threads
+
+    def open(self, component: str) -> _Graph:
+        entry = self._bundle.components[component]
+        graph = entry.derived.get(self.name, entry.graph)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        # patterns are reused between equal shapes only; rows and sizes vary from tick to tick
+        options.enable_mem_pattern = False
+        try:
+            session = onnxruntime.InferenceSession(
+                self._bundle.file(graph), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime raises a class of its own per status code, all direct from Exception
+            raise BackendError(f"onnxruntime cannot load {graph}: {str(error).splitlines()[0]}") from error
+        return _Graph(session)
+
+
+class _Graph:
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self._outputs = [output.name for output in session.get_outputs()]
+
+    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))

@@ -1,0 +1,340 @@
+"""The command line: `stepforge export | verify | generate | plan | info | doctor`.
+
+Commands only read arguments, call the rooms and print. Commands of the offline room join through the entry point group
+`stepforge.commands`. Exit codes: 0 done, 1 it ran and failed, 2 the arguments were wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stepforge.runtime.errors import RequestError, StepforgeError
+
+if TYPE_CHECKING:
+    from stepforge.runtime.request import Progress, Request, Result
+
+app = typer.Typer(
+    help="Compile text-to-image diffusion models into bundles of engine graphs, and run them without torch.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory, or `fake` for a test model.")]
+Steps = Annotated[int, typer.Option("--steps", "-n", help="Denoising steps.")]
+Sampler = Annotated[str | None, typer.Option(help="Sampler, such as ddim, euler, dpmpp_2m, unipc. [default: model's]")]
+Schedule = Annotated[str | None, typer.Option(help="normal, karras, exponential or beta. [default: model's]")]
+Spacing = Annotated[str | None, typer.Option(help="linspace, leading or trailing. [default: model's]")]
+Timesteps = Annotated[str | None, typer.Option(help="Custom timesteps, falling: 999,850,700,...")]
+Sigmas = Annotated[str | None, typer.Option(help="Custom sigmas, falling: 14.6,7.2,...")]
+Eta = Annotated[float | None, typer.Option(help="Stochasticity of ddim and tcd, 0 to 1.")]
+Guidance = Annotated[str, typer.Option("--guidance", "-g", help="Guidance weight w, or one weight a step: 7,7,1,1.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script; never shows a traceback for what the user can mend."""
+    for entry in entry_points(group="stepforge.commands"):
+        app.command(entry.name)(entry.load())
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args=arguments, prog_name="stepforge", standalone_mode=False)
+    except StepforgeError as error:
+        fail(str(error), 2 if isinstance(error, RequestError) else 1)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("stepforge"):
+            raise
+        fail(f"this command needs the package {error.name}; pip install 'stepforge[export]'", 1)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        fail(error.format_message(), getattr(error, "exit_code", 2))  # a usage error of typer's
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(message: str, code: int) -> None:
+    print("stepforge: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def root(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show_version:
+        print(version("stepforge"))
+        raise typer.Exit
+
+
+@app.command()
+def generate(
+    bundle: BundlePath,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One or more prompts.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompts", help="A text file, one prompt a line.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .png file for one image, else a folder.")] = Path("out"),
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    width: Annotated[int | None, typer.Option(help="Pixels. [default: model's]")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels. [default: model's]")] = None,
+    steps: Steps = 20,
+    sampler: Sampler = None,
+    schedule: Schedule = None,
+    spacing: Spacing = None,
+    timesteps: Timesteps = None,
+    sigmas: Sigmas = None,
+    eta: Eta = None,
+    guidance: Guidance = "7.5",
+    seed: Annotated[int, typer.Option(help="Image i of a prompt uses seed + i.")] = 0,
+    images: Annotated[int, typer.Option(help="Images for each prompt.")] = 1,
+    prompt_syntax: Annotated[str, typer.Option(help="a1111: (word:1.3) weights; plain: brackets are text.")] = "a1111",
+    backend: Annotated[str, typer.Option(help="auto, openvino, onnxruntime or fake.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Processor threads. [default: all that may be used]")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Also write all images as one contact sheet.")] = None,
+    metadata: Annotated[bool, typer.Option(help="Write the request into each PNG.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace existing files.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw images from prompts."""
+    from stepforge.runtime import Request, load
+
+    texts = _prompts(prompts, prompt_file)
+    requests = [
+        Request(
+            prompt=text,
+            negative=negative,
+            width=width,
+            height=height,
+            steps=steps,
+            sampler=sampler,
+            schedule=schedule,
+            spacing=spacing,
+            timesteps=_numbers("timesteps", timesteps, int),
+            sigmas=_numbers("sigmas", sigmas, float),
+            eta=eta,
+            guidance=guidance,
+            seed=seed,
+            images=images,
+            prompt_syntax=prompt_syntax,
+        )
+        for text in texts
+    ]
+    files = _files(out, requests, overwrite)
+    with load(bundle, backend=backend, precision=precision, threads=threads) as engine, _progress() as bar:
+        total = sum(len(engine.plan(request).steps) * request.images for request in requests)
+        task = bar.add_task("denoising", total=total)
+
+        def on_step(_: Progress) -> None:
+            bar.advance(task)
+
+        results = engine.generate(requests, on_step=on_step)
+    _write(results, files, metadata, overwrite)
+    if sheet is not None:
+        _write_sheet(results, sheet, overwrite)
+    if as_json:
+        rows = [_summary(result, paths) for result, paths in zip(results, files, strict=True)]
+        print(json.dumps(rows, indent=1))
+    else:
+        for paths in files:
+            for path in paths:
+                print(path)
+
+
+@app.command()
+def plan(
+    bundle: BundlePath,
+    steps: Steps = 20,
+    sampler: Sampler = None,
+    schedule: Schedule = None,
+    spacing: Spacing = None,
+    timesteps: Timesteps = None,
+    sigmas: Sigmas = None,
+    eta: Eta = None,
+    guidance: Guidance = "7.5",
+    as_json: Json = False,
+) -> None:
+    """Print the table of numbers that a request becomes."""
+    from stepforge.runtime.planner import compile_plan, describe
+    from stepforge.runtime.request import Request
+    from stepforge.runtime.schedules import SchedulerCard
+
+    request = Request(
+        prompt="",
+        steps=steps,
+        sampler=sampler,
+        schedule=schedule,
+        spacing=spacing,
+        timesteps=_numbers("timesteps", timesteps, int),
+        sigmas=_numbers("sigmas", sigmas, float),
+        eta=eta,
+        guidance=guidance,
+    )
+    compiled = compile_plan(request, SchedulerCard.from_dict(_open(bundle).scheduler))
+    rows = describe(compiled)
+    if as_json:
+        print(json.dumps({"init_noise": compiled.init_noise, "rows": compiled.rows, "steps": rows}, indent=1))
+        return
+    _print_table(rows)
+    print(f"initial noise {compiled.init_noise:.6g}; {len(rows)} network evaluations, {compiled.rows} denoiser rows")
+
+
+@app.command()
+def info(bundle: BundlePath, as_json: Json = False) -> None:
+    """Describe a bundle: model, networks, sizes, versions, parity verdict."""
+    opened = _open(bundle)
+    facts = {
+        "digest": opened.digest,
+        "precision": opened.precision,
+        "model": asdict(opened.card),
+        "scheduler": dict(opened.scheduler),
+        "source": dict(opened.source),
+        "versions": dict(opened.versions),
+        "components": {name: component.graph for name, component in opened.components.items()},
+        "bytes": sum(size for size, _ in opened.files.values()),
+        "verdict": opened.verdict,
+    }
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    card = opened.card
+    print(f"{card.name}: {card.family}, {card.width}x{card.height}, {opened.precision}, digest {opened.digest[:16]}")
+    for name, component in opened.components.items():
+        size = sum(n for file, (n, _) in opened.files.items() if file.startswith(f"{name}/"))
+        derived = f" (+ {', '.join(component.derived)})" if component.derived else ""
+        print(f"  {name:20} {size / 1e6:9.1f} MB{derived}")
+    print("  scheduler: " + ", ".join(f"{key} {value}" for key, value in opened.scheduler.items() if value is not None))
+    print("  exported with: " + ", ".join(f"{key} {value}" for key, value in opened.versions.items()))
+    verdict = opened.verdict
+    print("  parity: " + (f"{verdict['summary']}" if verdict else "never verified; run `stepforge verify`"))
+
+
+@app.command()
+def doctor(
+    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="Also check and load this bundle.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine can run, and what is wrong."""
+    from stepforge.runtime.doctor import examine
+
+    findings = examine(bundle)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.subject}: {finding.text}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def _open(path: Path) -> Any:
+    from stepforge.runtime import open_bundle
+
+    return open_bundle(path, check=False)
+
+
+def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    if bool(given) == (file is not None):
+        raise RequestError("give either PROMPT arguments or --prompts FILE")
+    if file is None:
+        return list(given or ())
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read {file}: {error}") from error
+    if not (texts := [line for line in lines if line]):
+        raise RequestError(f"{file} has no prompts")
+    return texts
+
+
+def _numbers(name: str, text: str | None, kind: type) -> Any:
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(f"--{name} {text!r} is not a list of numbers such as 999,850,700") from None
+
+
+def _files(out: Path, requests: list[Request], overwrite: bool) -> list[list[Path]]:
+    """One path for each image. Existing files are refused before anything is computed."""
+    if out.suffix.lower() == ".png":
+        if sum(request.images for request in requests) > 1:
+            raise RequestError(f"--out {out} is one file, but several images were asked for; give a folder")
+        files = [[out]]
+    else:
+        files = [
+            [out / f"{index:05d}-{request.seed + i}.png" for i in range(request.images)]
+            for index, request in enumerate(requests)
+        ]
+    existing = [path for paths in files for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise RequestError(f"{existing[0]} exists; choose another --out or give --overwrite")
+    return files
+
+
+def _write(results: list[Result], files: list[list[Path]], metadata: bool, overwrite: bool) -> None:
+    from stepforge.runtime.images import save_png
+    from stepforge.runtime.metadata import describe_image
+
+    for result, paths in zip(results, files, strict=True):
+        for index, path in enumerate(paths):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            notes = describe_image(result, index) if metadata else None
+            save_png(result.images[index], path, notes, overwrite=overwrite)
+
+
+def _write_sheet(results: list[Result], path: Path, overwrite: bool) -> None:
+    from stepforge.runtime.images import contact_sheet, save_png
+
+    pictures = [image for result in results for image in result.images]
+    labels = [result.request.prompt for result in results for _ in result.images]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(contact_sheet(pictures, labels=labels), path, None, overwrite=overwrite)
+
+
+def _summary(result: Result, paths: list[Path]) -> dict[str, Any]:
+    return {
+        "files": [str(path) for path in paths],
+        "prompt": result.request.prompt,
+        "seeds": result.seeds,
+        "model": result.model,
+        "digest": result.digest,
+        "stats": asdict(result.stats),
+    }
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield bar
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(f"{number:+.5g}" for number in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,74 @@
+"""Prompts to what the denoiser reads: run the text encoders once for a prompt and keep the result."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepforge.runtime.backends import Backend
+from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.prompts import ClipTokenizer, TokenChunks, apply_weights, pad_chunks
+
+CACHED_PROMPTS = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Condition:
+    """What one prompt contributes to a denoiser row."""
+
+    context: NDArray[np.float32]  # [tokens, dim]
+    pooled: NDArray[np.float32] | None = None  # [p], SDXL
+
+
+class Conditioner:
+    """The text encoders of a bundle."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self._card = bundle.card
+        encoders = bundle.card.text_encoders
+        self._tokenizers = [
+            ClipTokenizer.from_file(bundle.file(e.tokenizer), e.max_length, e.bos_id, e.eos_id, e.pad_id)
+            for e in encoders
+        ]
+        self._graphs = [backend.open(e.component) for e in encoders]
+        self._cache: OrderedDict[tuple[str, str, int], Condition] = OrderedDict()
+        self.rows = 0  # text encoder rows run so far
+
+    def tokenize(self, prompt: str, syntax: str) -> list[TokenChunks]:
+        """One TokenChunks for each text encoder. Raises RequestError for a prompt that cannot be read."""
+        return [tokenizer.encode(prompt, syntax=syntax) for tokenizer in self._tokenizers]
+
+    def __call__(self, prompt: str, negative: str | None, syntax: str) -> tuple[Condition, Condition | None]:
+        """Conditions of the prompt and of the negative prompt (None: not needed), padded to equal length."""
+        cond = self.tokenize(prompt, syntax)
+        if negative is None:
+            return self._encode(prompt, syntax, cond), None
+        uncond = self.tokenize(negative, syntax)
+        padded = [pad_chunks(a, b) for a, b in zip(cond, uncond, strict=True)]
+        positive = self._encode(prompt, syntax, [pair[0] for pair in padded])
+        if negative == "" and self._card.zero_empty_negative:
+            assert positive.pooled is not None
+            return positive, Condition(np.zeros_like(positive.context), np.zeros_like(positive.pooled))
+        return positive, self._encode(negative, syntax, [pair[1] for pair in padded])
+
+    def _encode(self, prompt: str, syntax: str, tokens: list[TokenChunks]) -> Condition:
+        key = (prompt, syntax, len(tokens[0].ids))
+        if (found := self._cache.get(key)) is not None:
+            self._cache.move_to_end(key)
+            return found
+        contexts, pooled = [], None
+        for graph, chunks in zip(self._graphs, tokens, strict=True):
+            outputs = graph({"input_ids": chunks.ids})
+            hidden = apply_weights(outputs["hidden_states"], chunks.weights)  # [chunks, L, dim]
+            contexts.append(hidden.reshape(-1, hidden.shape[-1]))
+            if "pooled" in outputs:
+                pooled = np.array(outputs["pooled"][0])
+            self.rows += len(chunks.ids)
+        condition = Condition(np.concatenate(contexts, axis=-1), pooled)
+        self._cache[key] = condition
+        if len(self._cache) > CACHED_PROMPTS:
+            self._cache.popitem(last=False)
+        return condition

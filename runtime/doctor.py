@@ -1,0 +1,89 @@
+"""What this machine can run, and what is wrong with it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from stepforge.runtime.backends import AUTO, available_threads, choose, open_backend
+from stepforge.runtime.bundle import read
+from stepforge.runtime.errors import StepforgeError
+
+LIBRARIES = ("numpy", "pillow", "tokenizers", "onnxruntime", "openvino")
+OFFLINE = ("torch", "diffusers", "transformers", "safetensors", "onnxscript")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    subject: str
+    ok: bool
+    text: str
+
+
+def examine(bundle: Path | None = None) -> list[Finding]:
+    """Findings about the machine, the libraries and, if given, a bundle. Never raises."""
+    findings = [
+        Finding("machine", True, f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"),
+        Finding("threads", True, f"{available_threads()} usable of {os.cpu_count()} (affinity and cgroup quota)"),
+    ]
+    for name in LIBRARIES:
+        found = _version(name)
+        findings.append(Finding(name, found is not None or name in AUTO, found or "not installed"))
+    missing = [name for name in OFFLINE if _version(name) is None]
+    findings.append(
+        Finding("export", True, f"not installed: {', '.join(missing)}; pip install 'stepforge[export]'" if missing
+                else "installed, `stepforge export` and `verify` can run")
+    )  # fmt: skip
+    try:
+        name, why = choose()
+        findings.append(Finding("backend", True, f"auto is {name}: {why}"))
+    except StepforgeError as error:
+        findings.append(Finding("backend", False, str(error)))
+    findings += _openvino()
+    if bundle is not None:
+        findings += _bundle(bundle)
+    return findings
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _openvino() -> list[Finding]:
+    if importlib.util.find_spec("openvino") is None:
+        return []
+    import openvino
+
+    core = openvino.Core()
+    processor = core.get_property("CPU", "FULL_DEVICE_NAME")
+    abilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    precision = "bf16" if "BF16" in abilities else "fp32"
+    return [Finding("processor", True, f"{processor}; openvino computes in {precision} by default")]
+
+
+def _bundle(path: Path) -> list[Finding]:
+    try:
+        bundle = read(path)
+    except StepforgeError as error:
+        return [Finding("bundle", False, str(error))]
+    findings = [Finding("bundle", True, f"{bundle.card.name}, {len(bundle.files)} files, every hash matches")]
+    for name in AUTO:
+        if importlib.util.find_spec(name) is None:
+            continue
+        try:
+            backend = open_backend(name, bundle)
+            for component in bundle.components:
+                backend.open(component)
+            findings.append(Finding(name, True, f"loads all {len(bundle.components)} networks in {backend.precision}"))
+        except StepforgeError as error:
+            findings.append(Finding(name, False, str(error)))
+    return findings

@@ -1,0 +1,400 @@
+"""The engine: continuous batching of requests that each run their own plan.
+
+    admit → pack → denoise → guide + update → retire → decode
+
+One scheduler thread owns the denoiser. Requests join and leave between steps; rows of one network call may come from
+requests with different samplers, step counts, guidance and seeds. Decoding runs on a thread of its own and overlaps
+with the denoising of what is still running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepforge.runtime.backends import Backend
+from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.conditioning import Condition, Conditioner
+from stepforge.runtime.errors import Cancelled, GenerationError, RequestError, StepforgeError
+from stepforge.runtime.images import to_pil, to_uint8
+from stepforge.runtime.noise import Generator
+from stepforge.runtime.plan import Plan, rows_of
+from stepforge.runtime.planner import Size, compile_plan, image_size
+from stepforge.runtime.request import Progress, Request, Result, Stats
+from stepforge.runtime.schedules import SchedulerCard
+
+log = logging.getLogger(__name__)
+Array = NDArray[np.float32]
+OnStep = Callable[[Progress], None]
+MAX_ROWS = 8  # denoiser rows in one call; on a CPU more rows cost memory and gain nothing (reference: measured.md)
+
+
+class Job:
+    """A submitted request and what has become of it so far."""
+
+    def __init__(self, request: Request, plan: Plan, size: Size, on_step: OnStep | None) -> None:
+        self.request, self.plan, self.size, self.on_step = request, plan, size, on_step
+        self.future: Future[Result] = Future()
+        self.cond: Condition | None = None
+        self.uncond: Condition | None = None
+        self.pending = request.images  # images not decoded yet
+        self.latents: list[Array | None] = [None] * request.images
+        self.pixels: list[NDArray[np.uint8] | None] = [None] * request.images
+        self.rows: dict[str, int] = {}
+        self.seconds = {"prompt": 0.0, "denoise": 0.0, "decode": 0.0}
+        self.calls = 0
+        self.submitted = time.perf_counter()
+        self._lock = threading.Lock()  # the decoder's thread and the engine's may both settle a job
+
+    @property
+    def is_over(self) -> bool:
+        """Cancelled by the caller, or failed: its remaining work is dropped."""
+        return self.future.done()
+
+    def settle(self, outcome: Result | BaseException) -> None:
+        """Give the caller the first outcome; later ones, and those of a cancelled request, are dropped."""
+        with self._lock:
+            if self.future.done() or not self.future.set_running_or_notify_cancel():
+                return
+            if isinstance(outcome, BaseException):
+                self.future.set_exception(outcome)
+            else:
+                self.future.set_result(outcome)
+
+
+class Slot:
+    """One image of a job on its way through the plan.
+
+    `state` holds the latents and predictions of the plan's window as rows of one matrix, in ring order, and fresh noise
+    in its last row; `table[k]` is step k's keep, gain and noise in that order. So each update is one product.
+    """
+
+    def __init__(self, job: Job, index: int, shape: tuple[int, int, int]) -> None:
+        self.job, self.index, self.shape = job, index, shape
+        self.k = 0
+        plan = job.plan
+        self.num_x = max(len(step.keep) for step in plan.steps)
+        self.num_p = max(len(step.gain) for step in plan.steps)
+        self.table = np.zeros((len(plan.steps), self.num_x + self.num_p + 1), np.float32)
+        for k, step in enumerate(plan.steps):
+            for i, coefficient in enumerate(step.keep):
+                self.table[k, (k - i) % self.num_x] = coefficient
+            for j, coefficient in enumerate(step.gain):
+                self.table[k, self.num_x + (k - j) % self.num_p] = coefficient
+            self.table[k, -1] = step.noise
+        self.generator = Generator(job.request.seed + index)
+        self.state = np.zeros((self.table.shape[1], math.prod(shape)), np.float32)
+        self.state[0] = plan.init_noise * self.generator.normal(shape).reshape(-1)
+
+    @property
+    def is_done(self) -> bool:
+        return self.k == len(self.table)
+
+    @property
+    def x(self) -> Array:
+        """The current latent, flat."""
+        return self.state[self.k % self.num_x]
+
+    @property
+    def p(self) -> Array:
+        """Where the current step's guided prediction goes, flat."""
+        return self.state[self.num_x + self.k % self.num_p]
+
+    def advance(self) -> None:
+        """x_{k+1} = Σ keep·x + Σ gain·p + noise·z."""
+        row = self.table[self.k]
+        if row[-1]:
+            self.state[-1] = self.generator.normal(self.shape).reshape(-1)
+        latent = row @ self.state
+        self.k += 1
+        self.x[:] = latent
+
+
+class Engine:
+    """Runs requests on a bundle. Safe to use from many threads; close it, or use it as a context manager."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, *, max_rows: int = MAX_ROWS) -> None:
+        if max_rows < 2:
+            raise RequestError(f"max_rows is {max_rows}; a guided step needs at least 2")
+        self.bundle, self.backend, self.max_rows = bundle, backend, max_rows
+        self.scheduler = SchedulerCard.from_dict(bundle.scheduler)
+        self._conditioner = Conditioner(bundle, backend)
+        self._denoisers = {
+            name.removeprefix("denoiser/"): backend.open(name)
+            for name in bundle.components
+            if name.startswith("denoiser/")
+        }
+        self._decoder = backend.open("vae_decoder")
+        self._waiting: deque[Job] = deque()
+        self._running: list[Slot] = []
+        self._packed: tuple[tuple[tuple[int, Size], ...], dict[str, Array], list[Condition]] | None = None
+        self._wake = threading.Condition()
+        self._closed = False
+        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="stepforge-decode")
+        self._thread = threading.Thread(target=self._loop, name="stepforge-engine", daemon=True)
+        self._thread.start()
+
+    def plan(self, request: Request) -> Plan:
+        """The plan that `generate` would run. Raises RequestError."""
+        return compile_plan(request, self.scheduler)
+
+    def submit(self, request: Request, *, on_step: OnStep | None = None) -> Future[Result]:
+        """Queue a request; cancel its future to stop it at the next step. Raises RequestError at once if it is bad."""
+        size = image_size(request, self.bundle.card)
+        job = Job(request, self.plan(request), size, on_step)
+        for text in (request.prompt, request.negative):
+            self._conditioner.tokenize(text, request.prompt_syntax)  # refuse unreadable prompts here
+        with self._wake:
+            if self._closed:
+                raise RequestError("this engine is closed")
+            self._waiting.append(job)
+            self._wake.notify()
+        return job.future
+
+    @overload
+    def generate(self, request: Request, *, on_step: OnStep | None = None) -> Result: ...
+    @overload
+    def generate(self, request: Sequence[Request], *, on_step: OnStep | None = None) -> list[Result]: ...
+    def generate(self, request: Request | Sequence[Request], *, on_step: OnStep | None = None) -> Result | list[Result]:
+        """Run one request, or several together. Raises RequestError, Cancelled or GenerationError."""
+        if isinstance(request, Request):
+            return self.submit(request, on_step=on_step).result()
+        futures = [self.submit(one, on_step=on_step) for one in request]
+        return [future.result() for future in futures]
+
+    async def agenerate(self, request: Request, *, on_step: OnStep | None = None) -> Result:
+        """`generate` for asyncio; cancelling the task cancels the request."""
+        return await asyncio.wrap_future(self.submit(request, on_step=on_step))
+
+    def close(self) -> None:
+        """Stop after the current step; what is unfinished fails with Cancelled."""
+        with self._wake:
+            if self._closed:
+                return
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+        self._decoding.shutdown(wait=True)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._waiting or self._running or self._closed):
+                    self._wake.wait()
+                if self._closed:
+                    break
+            try:
+                self.step()
+            except Exception as error:  # a defect of ours must not hang the callers
+                log.exception("the engine failed")
+                for slot in self._running:
+                    slot.job.settle(GenerationError(f"the engine failed: {type(error).__name__}: {error}"))
+                self._running.clear()
+        for job in (*self._waiting, *(slot.job for slot in self._running)):
+            job.settle(Cancelled("the engine was closed"))
+
+    def step(self) -> None:
+        """One tick: at most one network call."""
+        self._admit()
+        slots = self._pack()
+        self._denoise(slots)
+        self._retire()
+
+    def _admit(self) -> None:
+        """Start waiting jobs while rows are free, oldest first."""
+        while len(self._running) < self.max_rows:
+            with self._wake:
+                if not self._waiting:
+                    return
+                job = self._waiting.popleft()
+            if job.is_over:
+                continue
+            started = time.perf_counter()
+            try:
+                negative = None
+                if any(step.guidance != 1.0 for step in job.plan.steps):
+                    negative = job.request.negative
+                before = self._conditioner.rows
+                job.cond, job.uncond = self._conditioner(job.request.prompt, negative, job.request.prompt_syntax)
+                job.rows["text_encoder"] = self._conditioner.rows - before
+                shape = job.size.latents(self.bundle.card)
+                self._running += [Slot(job, index, shape) for index in range(job.request.images)]
+            except Exception as error:
+                job.settle(error if isinstance(error, StepforgeError) else GenerationError(_reason("prompt", error)))
+            job.seconds["prompt"] += time.perf_counter() - started
+
+    def _pack(self) -> list[Slot]:
+        """The oldest slot and all others that fit in one call with it: same network, latent size and prompt length."""
+        self._running = [slot for slot in self._running if not slot.job.is_over]
+        if not self._running:
+            return []
+        kind, rows, chosen = _kind(self._running[0]), 0, []
+        for slot in self._running:
+            need = rows_of(slot.job.plan.steps[slot.k].guidance)
+            if _kind(slot) == kind and rows + need <= self.max_rows:
+                chosen.append(slot)
+                rows += need
+        return chosen
+
+    def _denoise(self, slots: list[Slot]) -> None:
+        """One network call, then guidance and update of every slot. A failing call is retried slot by slot."""
+        if not slots:
+            return
+        started = time.perf_counter()
+        try:
+            prediction, owners = self._predict(slots)
+        except Exception as error:
+            if len(slots) == 1:
+                slots[0].job.settle(GenerationError(_reason("denoiser", error)))
+            else:
+                for slot in slots:
+                    self._denoise([slot])
+            return
+        row = 0
+        for slot in slots:
+            w = slot.job.plan.steps[slot.k].guidance
+            need = rows_of(w)
+            flat = prediction[row : row + need].reshape(need, -1)
+            if need == 2:  # w·cond + (1 − w)·uncond
+                guided = np.subtract(flat[0], flat[1], out=slot.p)
+                guided *= np.float32(w)
+                guided += flat[1]
+            else:
+                slot.p[:] = flat[0]
+            row += need
+            denoised = self._denoised(slot) if slot.job.on_step else None
+            slot.advance()
+            if not math.isfinite(float(slot.x.sum())):
+                slot.job.settle(GenerationError(f"image {slot.index}: the latents are not finite after step {slot.k}"))
+            elif denoised is not None:
+                self._report(slot, denoised)
+        share = (time.perf_counter() - started) / row
+        for slot, need in owners.items():
+            job = slot.job
+            name = job.plan.steps[slot.k - 1].denoiser
+            job.rows[name] = job.rows.get(name, 0) + need
+            job.seconds["denoise"] += share * need
+            job.calls += 1
+
+    def _predict(self, slots: list[Slot]) -> tuple[Array, dict[Slot, int]]:
+        """Run the denoiser on all rows that the slots need; each slot's conditional row comes first."""
+        rows: list[tuple[Slot, Condition]] = []
+        owners: dict[Slot, int] = {}
+        for slot in slots:
+            job, w = slot.job, slot.job.plan.steps[slot.k].guidance
+            wanted = [condition for condition, use in ((job.cond, w != 0.0), (job.uncond, w != 1.0)) if use]
+            rows += [(slot, condition) for condition in wanted if condition is not None]
+            owners[slot] = len(wanted)
+        sample = np.empty((len(rows), *slots[0].shape), np.float32)
+        timestep = np.empty(len(rows), np.float32)
+        for r, (slot, _) in enumerate(rows):
+            step = slot.job.plan.steps[slot.k]
+            np.multiply(slot.x, np.float32(step.scale_in), out=sample[r].reshape(-1))
+            timestep[r] = step.t
+        inputs = {"sample": sample, "timestep": timestep, **self._context(rows)}
+        name = slots[0].job.plan.steps[slots[0].k].denoiser
+        return self._denoisers[name](inputs)["prediction"], owners
+
+    def _context(self, rows: list[tuple[Slot, Condition]]) -> dict[str, Array]:
+        """Prompt inputs of the rows; kept while the same rows come back, as they do on most steps."""
+        key = tuple((id(condition), slot.job.size) for slot, condition in rows)
+        if self._packed is not None and self._packed[0] == key:
+            return self._packed[1]
+        inputs = {"encoder_hidden_states": np.stack([condition.context for _, condition in rows])}
+        if rows[0][1].pooled is not None:
+            inputs["text_embeds"] = np.stack([c.pooled for _, c in rows if c.pooled is not None])
+            sizes = [(slot.job.size.height, slot.job.size.width) for slot, _ in rows]
+            inputs["time_ids"] = np.array([[h, w, 0, 0, h, w] for h, w in sizes], np.float32)
+        self._packed = key, inputs, [condition for _, condition in rows]  # holds the conditions, so that ids stay theirs
+        return inputs
+
+    def _denoised(self, slot: Slot) -> Array:
+        a, b = slot.job.plan.steps[slot.k].denoised
+        return (np.float32(a) * slot.x + np.float32(b) * slot.p).reshape(slot.shape)
+
+    def _report(self, slot: Slot, denoised: Array) -> None:
+        assert slot.job.on_step is not None
+        try:
+            latents = slot.x.reshape(slot.shape)
+            slot.job.on_step(Progress(slot.index, slot.k, len(slot.table), latents.copy, lambda: denoised))
+        except Exception as error:  # the caller's own code: it may fail its request, not the engine
+            slot.job.settle(error)
+
+    def _retire(self) -> None:
+        """Send finished latents to the decoder."""
+        done = [slot for slot in self._running if slot.is_done]
+        self._running = [slot for slot in self._running if not slot.is_done]
+        for slot in done:
+            self._decoding.submit(self._decode, slot)
+
+    def _decode(self, slot: Slot) -> None:
+        job = slot.job
+        if job.is_over:
+            return
+        started = time.perf_counter()
+        try:
+            latents = slot.x.reshape(1, *slot.shape).copy()
+            pixels = self._decoder({"latents": latents})["pixels"]
+            if not math.isfinite(float(pixels.sum())):
+                raise GenerationError(f"image {slot.index}: the decoded pixels are not finite")
+            job.latents[slot.index] = latents[0]
+            job.pixels[slot.index] = to_uint8(pixels)[0]
+        except Exception as error:
+            job.settle(error if isinstance(error, StepforgeError) else GenerationError(_reason("decoder", error)))
+            return
+        job.seconds["decode"] += time.perf_counter() - started
+        job.rows["vae_decoder"] = job.rows.get("vae_decoder", 0) + 1
+        job.pending -= 1
+        if not job.pending:
+            job.settle(self._result(job))
+
+    def _result(self, job: Job) -> Result:
+        request = job.request
+        return Result(
+            request=request,
+            images=tuple(to_pil(np.stack([pixels for pixels in job.pixels if pixels is not None]))),
+            seeds=tuple(request.seed + index for index in range(request.images)),
+            latents=np.stack([latents for latents in job.latents if latents is not None]),
+            plan=job.plan,
+            stats=Stats(
+                rows=job.rows,
+                calls=job.calls,
+                seconds={**job.seconds, "total": time.perf_counter() - job.submitted},
+                backend=self.backend.name,
+                precision=self.backend.precision,
+                versions={**self.backend.versions, "numpy": np.__version__},
+            ),
+            model=self.bundle.card.name,
+            digest=self.bundle.digest,
+        )
+
+
+def _kind(slot: Slot) -> tuple[str, tuple[int, ...], int]:
+    """Slots of one kind can share a network call."""
+    assert slot.job.cond is not None
+    return slot.job.plan.steps[slot.k].denoiser, slot.shape, len(slot.job.cond.context)
+
+
+def _reason(stage: str, error: Exception) -> str:
+    """One line without the engine library's trace."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"the {stage} failed: {type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"

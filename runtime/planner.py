@@ -1,0 +1,72 @@
+"""Compile a request into its plan: everything that can be decided before the first network call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from stepforge.runtime.bundle import ModelCard
+from stepforge.runtime.errors import RequestError
+from stepforge.runtime.guidance import weights
+from stepforge.runtime.plan import Plan
+from stepforge.runtime.request import Request
+from stepforge.runtime.samplers import sample_rows
+from stepforge.runtime.schedules import SchedulerCard
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Width and height in pixels."""
+
+    width: int
+    height: int
+
+    def latents(self, card: ModelCard) -> tuple[int, int, int]:
+        """Shape of one latent, [C, h, w]."""
+        return card.latent_channels, self.height // card.vae_scale, self.width // card.vae_scale
+
+
+def image_size(request: Request, card: ModelCard) -> Size:
+    """The request's size, or the model's. Raises RequestError if the networks cannot run it."""
+    width, height = request.width or card.width, request.height or card.height
+    for name, value in (("width", width), ("height", height)):
+        if value % card.size_multiple:
+            low = max(card.size_multiple, value // card.size_multiple * card.size_multiple)
+            raise RequestError(
+                f"{name} is {value}; {card.name} needs a multiple of {card.size_multiple}, "
+                f"such as {low} or {low + card.size_multiple}"
+            )
+    return Size(width, height)
+
+
+def compile_plan(request: Request, scheduler: SchedulerCard) -> Plan:
+    """The request as rows of numbers. Raises RequestError for what the model's scheduler cannot do."""
+    steps, init_noise = sample_rows(
+        scheduler,
+        sampler=request.sampler or "",
+        steps=request.steps if request.timesteps is None and request.sigmas is None else None,
+        schedule=request.schedule or "",
+        spacing=request.spacing,
+        timesteps=request.timesteps,
+        sigmas=request.sigmas,
+        eta=request.eta,
+    )
+    guided = zip(steps, weights(request.guidance, len(steps)), strict=True)
+    return Plan(tuple(replace(step, guidance=w) for step, w in guided), init_noise)
+
+
+def describe(plan: Plan) -> list[dict[str, object]]:
+    """The plan as printable rows, one dict a step."""
+    return [
+        {
+            "step": k,
+            "t": round(step.t, 3),
+            "sigma": round(step.sigma, 4),
+            "scale_in": round(step.scale_in, 6),
+            "guidance": step.guidance,
+            "keep": [round(value, 6) for value in step.keep],
+            "gain": [round(value, 6) for value in step.gain],
+            "noise": round(step.noise, 6),
+            "denoiser": step.denoiser,
+        }
+        for k, step in enumerate(plan.steps)
+    ]

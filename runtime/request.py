@@ -1,0 +1,106 @@
+"""A request: what the caller wants, frozen and validated once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stepforge.runtime.errors import RequestError
+from stepforge.runtime.guidance import Guidance, parse
+from stepforge.runtime.plan import Plan
+
+MAX_STEPS = 1000
+MAX_IMAGES = 64
+MAX_SIDE = 4096  # pixels; above this one latent's attention alone exceeds any memory that we know of
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt, and how to sample it.
+
+    Raises RequestError for any value that cannot be run on any model; what depends on the model (size multiples,
+    sampler and prediction type) is checked when the engine compiles the plan.
+    """
+
+    prompt: str
+    negative: str = ""
+    width: int | None = None  # pixels; None: the model's own size
+    height: int | None = None
+    steps: int = 20  # denoising steps; a two-evaluation sampler runs more network evaluations than that
+    sampler: str | None = None  # a name from samplers.SAMPLERS; None: the model's own
+    schedule: str | None = None  # "normal", "karras", "exponential" or "beta"; None: the model's own
+    spacing: str | None = None  # "linspace", "leading", "trailing"; None: the model's own
+    timesteps: tuple[int, ...] | None = None  # custom timesteps, falling
+    sigmas: tuple[float, ...] | None = None  # custom sigmas, falling
+    eta: float | None = None  # stochasticity of ddim and tcd
+    guidance: Guidance = 7.5  # w in uncond + w·(cond − uncond): a number, a list (one w a step), or its text
+    seed: int = 0  # image i uses seed + i
+    images: int = 1
+    prompt_syntax: str = "a1111"  # "a1111": (word:1.3) weights; "plain": brackets are text, as in diffusers
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative"):
+            if not isinstance(getattr(self, name), str):
+                raise RequestError(f"{name} must be text, not {type(getattr(self, name)).__name__}")
+        _whole("steps", self.steps, 1, MAX_STEPS)
+        _whole("images", self.images, 1, MAX_IMAGES)
+        _whole("seed", self.seed, 0, MAX_SEED - self.images + 1)
+        for name in ("width", "height"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 8, MAX_SIDE)
+        if self.prompt_syntax not in ("a1111", "plain"):
+            raise RequestError(f"prompt_syntax is {self.prompt_syntax!r}; choose a1111 or plain")
+        if self.eta is not None and not 0.0 <= self.eta <= 1.0:
+            raise RequestError(f"eta is {self.eta}; it lies between 0 and 1")
+        for name in ("timesteps", "sigmas"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "guidance", parse(self.guidance))
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What `on_step` is told after each network evaluation."""
+
+    image: int  # index within the request
+    step: int  # network evaluations done
+    steps: int  # network evaluations in all
+    latents: Callable[[], NDArray[np.float32]]  # x_{k+1}, [C, h, w]; call it inside the callback
+    denoised: Callable[[], NDArray[np.float32]]  # estimate of the clean latents so far, [C, h, w]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a request cost. Shared calls are counted by this request's own rows."""
+
+    rows: dict[str, int]  # network -> rows run
+    calls: int  # engine ticks that this request took part in
+    seconds: dict[str, float]  # stage -> seconds; denoise is shared out by rows
+    backend: str
+    precision: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The images of one request."""
+
+    request: Request
+    images: tuple[Image.Image, ...]
+    seeds: tuple[int, ...]
+    latents: NDArray[np.float32]  # final latents, [n, C, h, w]
+    plan: Plan
+    stats: Stats
+    model: str
+    digest: str  # of the bundle
