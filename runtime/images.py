@@ -146,11 +146,11 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            found = {name: str(text) for name, text in image.info.items() if isinstance(text, str)}
+            found: dict[str, Any] = {str(key): str(text) for key, text in image.info.items() if isinstance(text, str)}
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RequestError(f"{path} cannot be read as a PNG: {error}") from error
     if "stepforge" not in found:
-        return dict(found)
+        return found
     try:
         ours = json.loads(found["stepforge"])
     except (ValueError, RecursionError):
@@ -203,7 +203,7 @@ def contact_sheet(
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """`text` in at most LABEL_LINES lines that are no wider than `width` pixels."""
     rest = " ".join(text[:1000].encode("utf-8", "replace").decode().split())
-    lines = []
+    lines: list[str] = []
     while rest and len(lines) < LABEL_LINES:
         fit = _fitting(rest, font, width)
         if fit < len(rest) and len(lines) == LABEL_LINES - 1:

@@ -34,11 +34,11 @@ SQUARE = 1 / 1.1
 
 _MARK = re.compile(
     r"\\(?P<escaped>[()\[\]\\]?)"
-    r"|:\s*(?P<weight>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))\s*\)"
+    r"|:\s*(?P<weight>[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))\s*\)"
     r"|(?P<bracket>[()\[\]])"
     r"|(?P<text>[^\\()\[\]:]+|:)"
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 
 
 @dataclass(slots=True)
@@ -193,10 +193,10 @@ def parse(prompt: str) -> list[Span]:
 
 def _split_breaks(text: str) -> Iterator[Span]:
     first, *rest = _BREAK.split(text)
-    yield Span(first)
-    for part in rest:
+    yield Span(first.rstrip() if rest else first)  # stripped here: \s* before BREAK in the pattern is quadratic
+    for index, part in enumerate(rest, 1):
         yield Span(None)
-        yield Span(part)
+        yield Span(part.strip() if index < len(rest) else part.lstrip())
 
 
 def _merge(spans: list[Span]) -> list[Span]:
@@ -241,10 +241,13 @@ def apply_weights(embeddings: NDArray[np.float32], weights: NDArray[np.float32])
     return result
 
 
-def pad_chunks(a: TokenChunks, b: TokenChunks) -> tuple[TokenChunks, TokenChunks]:
-    """Both prompts with as many chunks as the longer one, filled up with the chunk of the empty prompt."""
-    count = max(len(a.ids), len(b.ids))
-    return _pad(a, count), _pad(b, count)
+def pad_chunks(*prompts: TokenChunks) -> tuple[TokenChunks, ...]:
+    """Every prompt with as many chunks as the longest, filled up with the chunk of its tokenizer's empty prompt.
+
+    SDXL's two tokenizers must be padded together: one reads "!!!" as one token, the other as three.
+    """
+    count = max(len(prompt.ids) for prompt in prompts)
+    return tuple(_pad(prompt, count) for prompt in prompts)
 
 
 def _pad(chunks: TokenChunks, count: int) -> TokenChunks:

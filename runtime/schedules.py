@@ -193,7 +193,7 @@ def betas(card: SchedulerCard) -> Array:
     if card.beta_schedule == "scaled_linear":
         return np.linspace(card.beta_start**0.5, card.beta_end**0.5, count) ** 2
     bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1.0 - bar[1:] / bar[:-1], 0.999)
+    return np.asarray(np.minimum(1.0 - bar[1:] / bar[:-1], 0.999))
 
 
 def alphas_cumprod(card: SchedulerCard) -> Array:
@@ -201,7 +201,7 @@ def alphas_cumprod(card: SchedulerCard) -> Array:
 
     Lin et al., arXiv:2305.08891, algorithm 1.
     """
-    bar = np.cumprod(1.0 - betas(card))
+    bar: Array = np.cumprod(1.0 - betas(card))
     if card.rescale_betas_zero_snr:
         root = np.sqrt(bar)
         bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2

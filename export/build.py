@@ -1,0 +1,218 @@
+"""A model to a bundle: export each network, write the manifest, publish the directory in one step."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepforge.export import trace
+from stepforge.export.checkpoint import Source, load
+from stepforge.export.tokenizer import tokenizer_json
+from stepforge.runtime.bundle import (
+    MANIFEST,
+    PRECISIONS,
+    Bundle,
+    Component,
+    ModelCard,
+    TextEncoder,
+    sha256,
+    write_manifest,
+)
+from stepforge.runtime.errors import BundleError, CheckpointError
+from stepforge.runtime.schedules import SchedulerCard
+
+Progress = Callable[[str, int, int], None]  # stage, stages done, stages in all
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
+LONGEST_NAME = 128
+
+
+def export_bundle(
+    model_path: str | Path,
+    out: str | Path,
+    *,
+    precision: str = "fp32",
+    tokenizer: str | Path | None = None,
+    name: str | None = None,
+    prediction_type: str | None = None,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> Bundle:
+    """Export a diffusers folder or single-file checkpoint to the bundle directory `out`.
+
+    precision: of the weights and the arithmetic inside the graphs; inputs and outputs are float32 always.
+    tokenizer, prediction_type: see `checkpoint.load`. name: how requests call the model; its file name by default.
+    `out` appears complete or not at all. Raises CheckpointError for the model, BundleError for `out`.
+    """
+    out = Path(out)
+    if precision not in PRECISIONS:
+        raise CheckpointError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    check_out(out, overwrite)
+    tell = progress or (lambda stage, done, total: None)
+    tell("read", 0, 1)
+    source = load(model_path, tokenizer=tokenizer, prediction_type=prediction_type)
+    with staged(out) as folder:
+        bundle = _write(source, folder, precision, name or source.name, tell)
+    return replace(bundle, path=out)
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuse to replace anything but a bundle, and that only when asked."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise BundleError(f"{out} exists; choose another place or pass --overwrite")
+    if out.is_symlink() or not (out / MANIFEST).is_file():
+        raise BundleError(f"{out} exists and is not a bundle; only a bundle is overwritten")
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that takes its place when the block ends well, and is removed when it does not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        yield folder
+        for path in (*folder.rglob("*"), folder):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+            _sync(path)
+        _publish(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _publish(folder: Path, out: Path) -> None:
+    if out.exists():
+        old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
+        out.replace(old)  # an empty directory may be replaced
+        folder.replace(out)
+        shutil.rmtree(old)
+    else:
+        folder.replace(out)
+    _sync(out.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(source: Source, folder: Path, precision: str, name: str, tell: Progress) -> Bundle:
+    dtype = DTYPES[precision]
+    total = len(source.text_encoders) + 3
+    components: dict[str, Component] = {}
+    encoders = []
+
+    def add(component: str, load_network: Callable[[torch.dtype], Any], make: Callable[[Any], trace.Traced]) -> Any:
+        """Load one network, export it, and let go of it; keeps its config."""
+        tell(component, len(components), total)
+        network = load_network(dtype)
+        config = network.config
+        components[component] = prefixed(component, trace.save(make(network), folder / component))
+        del network
+        release()
+        return config
+
+    for index, (loader, tokens) in enumerate(zip(source.text_encoders, source.tokenizers, strict=True)):
+        suffix = f"_{index + 1}" if index else ""
+        encoders.append(_tokenizer(tokens, folder, suffix))
+        length = encoders[-1].max_length
+
+        def make(network: Any, length: int = length) -> trace.Traced:
+            if length > (longest := network.config.max_position_embeddings):
+                raise CheckpointError(f"the tokenizer makes {length} tokens, the text encoder takes {longest}")
+            return trace.text_encoder(network, length, penultimate=source.family == "sdxl")
+
+        add(f"text_encoder{suffix}", loader, make)
+    unet = add("denoiser/unet", source.unet, trace.denoiser)
+    vae = add("vae_decoder", lambda dtype: _vae(source, dtype), trace.vae_decoder)
+    _check_fit(unet, vae, components)
+    scale = 2 ** (len(vae.block_out_channels) - 1)
+    height, width = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else unet.sample_size
+    card = ModelCard(
+        name=name,
+        family=source.family,
+        width=width * scale,
+        height=height * scale,
+        latent_channels=unet.in_channels,
+        vae_scale=scale,
+        size_multiple=scale * 2 ** (len(unet.block_out_channels) - 1),
+        scaling_factor=vae.scaling_factor,
+        text_encoders=tuple(encoders),
+        zero_empty_negative=source.force_zeros_for_empty_prompt,
+    )
+    tell("manifest", total - 1, total)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    bundle = Bundle(
+        path=folder,
+        card=card,
+        scheduler=SchedulerCard.from_config(source.scheduler).to_dict(),
+        components=components,
+        precision=precision,
+        versions={library: importlib.metadata.version(library) for library in ("stepforge", *LIBRARIES)},
+        source=source.provenance,
+        files={path.relative_to(folder).as_posix(): (path.stat().st_size, sha256(path)) for path in files},
+    )
+    write_manifest(bundle)
+    tell("done", total, total)
+    return bundle
+
+
+def prefixed(component: str, entry: Component) -> Component:
+    """A component whose graphs are named from the bundle's root."""
+    derived = {backend: f"{component}/{graph}" for backend, graph in entry.derived.items()}
+    return replace(entry, graph=f"{component}/{entry.graph}", derived=derived)
+
+
+def _tokenizer(tokens: Path, folder: Path, suffix: str) -> TextEncoder:
+    text, card = tokenizer_json(tokens)
+    path = f"tokenizer{suffix}/tokenizer.json"
+    (folder / path).parent.mkdir()
+    (folder / path).write_text(text, encoding="utf-8")
+    return TextEncoder(component=f"text_encoder{suffix}", tokenizer=path, **card)
+
+
+def _vae(source: Source, dtype: torch.dtype) -> Any:
+    """SDXL's VAE overflows in fp16 unless its config says otherwise; diffusers decodes with it in fp32 too."""
+    if dtype == torch.float16 and source.family == "sdxl":
+        vae = source.vae(torch.float32)
+        return vae if vae.config.force_upcast else vae.half()
+    return source.vae(dtype)
+
+
+def _check_fit(unet: Any, vae: Any, components: dict[str, Component]) -> None:
+    if unet.in_channels != vae.latent_channels:
+        raise CheckpointError(f"the UNet takes {unet.in_channels} channels, the VAE makes {vae.latent_channels}")
+    widths = [
+        component.outputs[0].shape[-1] for name, component in components.items() if name.startswith("text_encoder")
+    ]
+    if sum(int(width) for width in widths) != unet.cross_attention_dim:
+        raise CheckpointError(
+            f"the text encoders make {' + '.join(map(str, widths))} numbers a token, the UNet takes "
+            f"{unet.cross_attention_dim}"
+        )
+
+
+def release() -> None:
+    """Give the memory of the last network back to the system, before the next one is read."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc
+        pass

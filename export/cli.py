@@ -1,0 +1,88 @@
+"""The offline commands, `stepforge export` and `stepforge verify`. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepforge.runtime.errors import RequestError
+
+Tokenizer = Annotated[
+    Path | None, typer.Option(help="Folder with vocab.json and merges.txt, for single files, which do not carry it.")
+]
+
+
+def export_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A diffusers folder or a .safetensors checkpoint.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="BUNDLE", help="The bundle directory to write.")],
+    precision: Annotated[str, typer.Option(help="fp32 or fp16: what weights are stored and graphs compute in.")] = "fp32",
+    tokenizer: Tokenizer = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model. [default: its file name]")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Compile a model into a bundle."""
+    from stepforge.export.build import export_bundle
+
+    def progress(stage: str, done: int, total: int) -> None:
+        print(f"[{done}/{total}] {stage}", file=sys.stderr)
+
+    bundle = export_bundle(
+        model, out, precision=precision, tokenizer=tokenizer, name=name, overwrite=overwrite, progress=progress
+    )
+    size = sum(size for size, _ in bundle.files.values())
+    if as_json:
+        print(json.dumps({"bundle": str(out), "digest": bundle.digest, "bytes": size, "files": len(bundle.files)}))
+    else:
+        print(f"{out}: {bundle.card.name}, {bundle.precision}, {size / 1e6:.1f} MB, digest {bundle.digest[:16]}")
+
+
+def verify_command(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model that it was exported from.")],
+    backend: Annotated[list[str] | None, typer.Option(help="openvino or onnxruntime; repeatable. [default: all]")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; repeatable. [default: all]")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt to compare; repeatable.")] = None,
+    steps: Annotated[int, typer.Option("--steps", "-n", help="Denoising steps.")] = 20,
+    guidance: Annotated[float, typer.Option("--guidance", "-g", help="Guidance weight.")] = 7.5,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    tokenizer: Tokenizer = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Compare a bundle with diffusers and store the verdict in it. Exit code 1 if it fails."""
+    from stepforge.export.parity import PROMPTS, verify
+
+    if guidance <= 1.0:
+        raise RequestError(f"guidance is {guidance}; verify compares guided runs, give a weight above 1")
+    verdict = verify(
+        bundle,
+        model,
+        tokenizer=tokenizer,
+        backends=backend or (),
+        precisions=precision or (),
+        prompts=prompt or PROMPTS,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        progress=lambda stage: print(stage, file=sys.stderr),
+    )
+    if as_json:
+        print(json.dumps(verdict, indent=1))
+    else:
+        for check in verdict["checks"]:
+            value, image = check["value"], check["level"] == "image"
+            figure = f"{value:9.2f} dB" if image else f"{value:12.2e}" if isinstance(value, float) else f"{value:>12}"
+            limit = f">= {check['limit']:g} dB" if image else f"<= {check['limit']:g}"
+            print(
+                f"{'ok  ' if check['passed'] else 'FAIL'} {check['backend']:12}{check['precision']:6}{check['level']:11}"
+                f"{figure}  {limit:10}  {check['name']}"
+            )
+        spread = verdict["spread"]
+        print(f"reference against itself: trajectory {spread['trajectory']:.1e}, image {spread['psnr']:.1f} dB")
+        print(("PASSED: " if verdict["passed"] else "FAILED: ") + verdict["summary"])
+    if not verdict["passed"]:
+        raise typer.Exit(1)

@@ -1,0 +1,5 @@
+"""`python -m stepforge.runtime` is the `stepforge` command."""
+
+from stepforge.runtime.cli import main
+
+main()

@@ -1,0 +1,194 @@
+"""Tiny random models in the exact layouts of Stable Diffusion 1, 2 and XL, and bundles exported from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]  # kernels/ must not shadow Hugging Face's kernels
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+MERGES = ["c a", "ca t</w>", "d o", "do g</w>", "a</w> a</w>"]  # enough for merges to happen
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def save_tokenizer(folder: Path, *, pad: str = EOS) -> int:
+    """A CLIP tokenizer with a byte vocabulary and a few merges; returns its vocabulary size."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in MERGES), BOS, EOS]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n", "utf-8")
+    config = {"model_max_length": 77, "bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **config}), "utf-8")
+    return len(tokens)
+
+
+def build_unet(**options: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    common = {"sample_size": 32, "block_out_channels": (32, 64), "layers_per_block": 1}
+    return UNet2DConditionModel(**{**common, **options})
+
+
+def build_text_encoder(vocabulary: int, width: int, act: str, *, layers: int = 3, projection: int | None = None) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=1, hidden_act=act, projection_dim=projection or width, eos_token_id=2,
+    )  # fmt: skip
+    return (CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config)
+
+
+def build_vae(**options: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(32, 64), layers_per_block=1, latent_channels=4, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **options,
+    )  # fmt: skip
+
+
+def save_pipeline(folder: Path, index: dict[str, Any], parts: dict[str, Any]) -> Path:
+    """What DiffusionPipeline.save_pretrained writes, without the five seconds of importing the pipelines."""
+    import torch
+
+    names = {}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            with torch.no_grad():  # fresh norms are 1 and fresh biases 0: two of them could be swapped unseen
+                for parameter in part.parameters():
+                    parameter += 0.02 * torch.randn_like(parameter)
+        part.save_pretrained(folder / name)
+        library = type(part).__module__.split(".")[0]
+        names[name] = [library, type(part).__name__]
+    for name in ("tokenizer", "tokenizer_2"):
+        if (folder / name).is_dir():
+            names[name] = ["transformers", "CLIPTokenizer"]
+    (folder / "model_index.json").write_text(json.dumps({**index, "_diffusers_version": "0.38.0", **names}), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD 1: PNDM, epsilon, 64 x 64 pixels, latents 32 x 32."""
+    import torch
+    from diffusers import PNDMScheduler
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd1"
+    vocabulary = save_tokenizer(folder / "tokenizer")
+    return save_pipeline(
+        folder,
+        {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None], "requires_safety_checker": False},
+        {
+            "unet": build_unet(
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+                cross_attention_dim=32,
+                attention_head_dim=8,
+            ),
+            "vae": build_vae(),
+            "text_encoder": build_text_encoder(vocabulary, 32, "quick_gelu"),
+            "scheduler": PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1),
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD 2: DDIM, v-prediction, zero terminal SNR; OpenCLIP's activation, linear projections, one more layer unused."""
+    import torch
+    from diffusers import DDIMScheduler
+
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd2v"
+    vocabulary = save_tokenizer(folder / "tokenizer", pad="!")
+    scheduler = DDIMScheduler(
+        **BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+    return save_pipeline(
+        folder,
+        {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None], "requires_safety_checker": False},
+        {
+            "unet": build_unet(
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+                cross_attention_dim=32,
+                attention_head_dim=[1, 1],
+                use_linear_projection=True,
+            ),
+            "vae": build_vae(),
+            "text_encoder": build_text_encoder(vocabulary, 32, "gelu"),
+            "scheduler": scheduler,
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SDXL: Euler, epsilon, two text encoders of unequal width, pooled text and size conditioning."""
+    import torch
+    from diffusers import EulerDiscreteScheduler
+
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
+    vocabulary = save_tokenizer(folder / "tokenizer")
+    save_tokenizer(folder / "tokenizer_2", pad="!")
+    return save_pipeline(
+        folder,
+        {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
+        {
+            "unet": build_unet(
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                transformer_layers_per_block=[1, 2],
+                cross_attention_dim=32 + 48,
+                attention_head_dim=[1, 1],
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=40 + 6 * 8,
+            ),
+            "vae": build_vae(scaling_factor=0.13025),
+            "text_encoder": build_text_encoder(vocabulary, 32, "quick_gelu"),
+            "text_encoder_2": build_text_encoder(vocabulary, 48, "gelu", projection=40),
+            "scheduler": EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+        },
+    )
+
+
+def _export(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from stepforge.export.build import export_bundle
+
+    out = tmp_path_factory.mktemp("bundles") / model.name
+    export_bundle(model, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1_bundle(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(tiny_sd1, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2v_bundle(tiny_sd2v: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(tiny_sd2v, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_bundle(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(tiny_sdxl, tmp_path_factory)
