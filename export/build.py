@@ -61,7 +61,6 @@ def export_bundle(
         raise CheckpointError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     check_out(out, overwrite)
     tell = progress or (lambda stage, done, total: None)
-    tell("read", 0, 1)
     source = load(model_path, tokenizer=tokenizer, prediction_type=prediction_type)
     with staged(out) as folder:
         bundle = _write(source, folder, precision, name or source.name, tell)

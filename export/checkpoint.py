@@ -39,7 +39,13 @@ NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")  # never o
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 ONLY_SAFETENSORS = "only .safetensors weights are read, because pickle files can run code"
 # Options of a UNet that would need further graph inputs or another layout of the conditioning.
-PLAIN_UNET = ("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "encoder_hid_dim_type", "class_embeddings_concat")
+PLAIN_UNET = (
+    "class_embed_type",
+    "num_class_embeds",
+    "time_cond_proj_dim",
+    "encoder_hid_dim_type",
+    "class_embeddings_concat",
+)
 CLIP_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id",
@@ -274,7 +280,9 @@ def fill(model: Any, state: State, dtype: torch.dtype, what: str) -> Any:
     # a text encoder without projection may have been saved with one
     if unknown := sorted(given.keys() - wanted.keys() - {"text_projection.weight", "logit_scale"}):
         raise CheckpointError(f"{what} has unexpected weights: {_few(unknown)}")
-    if wrong := [f"{k} {list(given[k].shape)} instead of {list(s)}" for k, (_, s) in wanted.items() if given[k].shape != s]:
+    if wrong := [
+        f"{k} {list(given[k].shape)} instead of {list(s)}" for k, (_, s) in wanted.items() if given[k].shape != s
+    ]:
         raise CheckpointError(f"{what} has weights of the wrong shape: {_few(wrong)}")
     cast = {}
     for name, (key, _) in wanted.items():

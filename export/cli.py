@@ -19,7 +19,9 @@ Tokenizer = Annotated[
 def export_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A diffusers folder or a .safetensors checkpoint.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="BUNDLE", help="The bundle directory to write.")],
-    precision: Annotated[str, typer.Option(help="fp32 or fp16: what weights are stored and graphs compute in.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32 or fp16: what weights are stored and graphs compute in.")
+    ] = "fp32",
     tokenizer: Tokenizer = None,
     name: Annotated[str | None, typer.Option(help="Name of the model. [default: its file name]")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
@@ -44,7 +46,9 @@ def export_command(
 def verify_command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory.")],
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model that it was exported from.")],
-    backend: Annotated[list[str] | None, typer.Option(help="openvino or onnxruntime; repeatable. [default: all]")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="openvino or onnxruntime; repeatable. [default: all]")
+    ] = None,
     precision: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; repeatable. [default: all]")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to compare; repeatable.")] = None,
     steps: Annotated[int, typer.Option("--steps", "-n", help="Denoising steps.")] = 20,

@@ -125,9 +125,7 @@ def verify(
     return verdict
 
 
-def _configurations(
-    bundle: Bundle, backends: Sequence[str], precisions: Sequence[str]
-) -> Iterator[tuple[str, str]]:
+def _configurations(bundle: Bundle, backends: Sequence[str], precisions: Sequence[str]) -> Iterator[tuple[str, str]]:
     """What to check: all that was asked for, or all that this machine can run."""
     found = False
     for backend in backends or AUTO:
@@ -242,9 +240,7 @@ def _check(
             yield error("trajectory", prompt, max(errors), limits.trajectory)
             quality = psnr(image, reference.image)
             flat = np.ptp(image) == 0 and np.ptp(reference.image) > 0
-            yield Check(
-                backend, precision, "image", prompt, quality, limits.psnr, quality >= limits.psnr and not flat
-            )
+            yield Check(backend, precision, "image", prompt, quality, limits.psnr, quality >= limits.psnr and not flat)
 
 
 @torch.no_grad()

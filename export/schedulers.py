@@ -23,6 +23,7 @@ from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.plan import Step
 
 Array = NDArray[np.float64]
+Window = tuple[tuple[float, ...], tuple[float, ...], float]  # keep, gain, noise
 LONGEST = 8  # latents or predictions of a window
 RESIDUAL = 1e-9  # of a window, relative; the expansions themselves are good to about 1e-12
 FAINT = 1e-9  # noise below this is none: diffusers' DDPM ends with a deviation of 1e-10 in place of 0
@@ -44,11 +45,10 @@ def expansion(
 def from_diffusers(
     scheduler: Any, steps: int | None = None, *, step_options: Mapping[str, Any] | None = None, **timing: Any
 ) -> tuple[tuple[Step, ...], float]:
-    """The scheduler's steps as rows, each over the shortest window that gives it, and the factor of the first noise."""
+    """The scheduler's steps as rows over the shortest windows that give them, and the factor of the first noise."""
     trace = follow(scheduler, steps, step_options, timing)
     rows = []
-    for k in range(len(trace.t)):
-        keep, gain, noise = shortest_window(trace.latents, k)
+    for k, (keep, gain, noise) in enumerate(shortest_windows(trace.latents)):
         rows.append(
             Step(
                 t=trace.t[k],
@@ -90,8 +90,6 @@ def follow(
             raise
         except Exception as error:
             raise CheckpointError(f"{name} cannot run these steps: {error}") from error
-    if not np.isfinite(trace.latents).all():
-        raise CheckpointError(f"{name} gives numbers that are not finite on these steps")
     size = np.abs(trace.latents) @ np.abs(numbers)
     if not (np.abs(check.latents - trace.latents @ numbers) <= 1e-9 * size).all():
         raise CheckpointError(f"{name} is not linear in latent, predictions and noise: clipping or thresholding?")
@@ -120,6 +118,10 @@ def drive(
         levels.append(sigma / alpha if alpha else math.inf)
         with noise_of(type(scheduler), as_latent(inputs[1 + count + k])):
             out = scheduler.step(as_latent(inputs[1 + k]), t, sample, **options)
+        if not torch.isfinite(out.prev_sample).all():
+            raise CheckpointError(
+                f"{type(scheduler).__name__} gives numbers that are not finite at timestep {float(t):g}"
+            )
         estimate = getattr(out, "pred_original_sample", None)
         if estimate is None:
             denoised.append(clean_by_level(scheduler, k, alpha, sigma))
@@ -239,19 +241,32 @@ def clean_by_level(scheduler: Any, k: int, alpha: float, sigma: float) -> tuple[
     raise CheckpointError(f"{type(scheduler).__name__}: prediction type {prediction!r} is unknown (evaluation {k})")
 
 
-def shortest_window(latents: Array, k: int) -> tuple[tuple[float, ...], tuple[float, ...], float]:
-    """keep, gain and noise of x_{k+1} with the fewest coefficients, and of those the fewest latents."""
+def shortest_windows(latents: Array) -> list[Window]:
+    """keep, gain and noise of every step, within the least number of latents and predictions that does for all."""
+    steps = range(len(latents) - 1)
+    for total in range(2, 2 * LONGEST + 1):
+        for kept in range(max(1, total - LONGEST), min(LONGEST, total - 1) + 1):
+            if all(window(latents, k, kept, total - kept) for k in steps):
+                return [smallest(latents, k, kept, total - kept) for k in steps]
+    raise CheckpointError(f"a step needs more than {LONGEST} latents or predictions")
+
+
+def smallest(latents: Array, k: int, most_kept: int, most_gained: int) -> Window:
+    """The window of one step with the fewest coefficients, and of those the fewest latents."""
+    sizes = ((i, j) for i in range(1, most_kept + 1) for j in range(1, most_gained + 1))
+    found = (window(latents, k, *size) for size in sorted(sizes, key=lambda size: (sum(size), size)))
+    return next(coefficients for coefficients in found if coefficients)
+
+
+def window(latents: Array, k: int, kept: int, gained: int) -> Window | None:
+    """x_{k+1} over the last latents and predictions, or None where these are too few."""
     target, count = latents[k + 1], len(latents) - 1
-    limit = min(LONGEST, k + 1)
-    for total in range(2, 2 * limit + 1):
-        for kept in range(max(1, total - limit), min(limit, total - 1) + 1):
-            free = [*(1 + k - j for j in range(total - kept)), 1 + count + k]  # p_k, p_{k-1}.., z_k
-            bound = np.delete(np.arange(len(target)), free)
-            past = latents[k - np.arange(kept)]
-            keep = np.linalg.lstsq(past[:, bound].T, target[bound], rcond=None)[0]
-            size = np.abs(target[bound]) + np.abs(keep) @ np.abs(past[:, bound])
-            if (np.abs(keep @ past[:, bound] - target[bound]) <= RESIDUAL * size.max()).all():
-                rest = target - keep @ past
-                *gain, noise = (float(rest[i]) for i in free)
-                return tuple(map(float, keep)), tuple(gain), noise if abs(noise) > FAINT else 0.0
-    raise CheckpointError(f"evaluation {k} needs more than {LONGEST} latents or predictions")
+    past = latents[max(0, k + 1 - kept) : k + 1][::-1]
+    free = [*(1 + j for j in range(k, max(-1, k - gained), -1)), 1 + count + k]  # p_k, p_{k-1}.., z_k
+    bound = np.delete(np.arange(len(target)), free)
+    keep = np.linalg.lstsq(past[:, bound].T, target[bound], rcond=None)[0]
+    size = np.abs(target[bound]) + np.abs(keep) @ np.abs(past[:, bound])
+    if (np.abs(keep @ past[:, bound] - target[bound]) > RESIDUAL * size.max()).any():
+        return None
+    *gain, noise = (float(value) for value in (target - keep @ past)[free])
+    return tuple(map(float, keep)), tuple(gain), noise if abs(noise) > FAINT else 0.0

@@ -136,7 +136,9 @@ def text_encoder(model: Any, length: int, *, penultimate: bool) -> Traced:
     if penultimate and hasattr(model, "text_projection"):
         outputs["pooled"] = ("rows", model.config.projection_dim)
     example = {"input_ids": torch.zeros(2, length, dtype=torch.int64)}
-    return Traced(TextEncoder(model, length, penultimate=penultimate), example, {"input_ids": ("rows", length)}, outputs)
+    return Traced(
+        TextEncoder(model, length, penultimate=penultimate), example, {"input_ids": ("rows", length)}, outputs
+    )
 
 
 def vae_decoder(vae: Any) -> Traced:

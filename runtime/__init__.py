@@ -1,10 +1,10 @@
 """Online room: load a bundle and generate images. Imports neither torch nor diffusers.
 
-    from stepforge.runtime import Request, load
+from stepforge.runtime import Request, load
 
-    with load("emoji.bundle") as engine:
-        result = engine.generate(Request(prompt="cat face on a blue background", seed=1))
-    result.images[0].save("cat.png")
+with load("emoji.bundle") as engine:
+    result = engine.generate(Request(prompt="cat face on a blue background", seed=1))
+result.images[0].save("cat.png")
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,18 +44,19 @@ class Conditioner:
 
     def __call__(self, prompt: str, negative: str | None, syntax: str) -> tuple[Condition, Condition | None]:
         """Conditions of the prompt and of the negative prompt (None: not needed), padded to equal length."""
-        cond = self.tokenize(prompt, syntax)
+        texts = [prompt] if negative is None else [prompt, negative]
+        # all together: SDXL's tokenizers may cut one prompt into unequal numbers of chunks
+        tokens = pad_chunks(*(chunks for text in texts for chunks in self.tokenize(text, syntax)))
+        encoders = len(self._graphs)
+        positive = self._encode(prompt, syntax, tokens[:encoders])
         if negative is None:
-            return self._encode(prompt, syntax, cond), None
-        uncond = self.tokenize(negative, syntax)
-        padded = [pad_chunks(a, b) for a, b in zip(cond, uncond, strict=True)]
-        positive = self._encode(prompt, syntax, [pair[0] for pair in padded])
+            return positive, None
         if negative == "" and self._card.zero_empty_negative:
-            assert positive.pooled is not None
-            return positive, Condition(np.zeros_like(positive.context), np.zeros_like(positive.pooled))
-        return positive, self._encode(negative, syntax, [pair[1] for pair in padded])
+            pooled = None if positive.pooled is None else np.zeros_like(positive.pooled)
+            return positive, Condition(np.zeros_like(positive.context), pooled)
+        return positive, self._encode(negative, syntax, tokens[encoders:])
 
-    def _encode(self, prompt: str, syntax: str, tokens: list[TokenChunks]) -> Condition:
+    def _encode(self, prompt: str, syntax: str, tokens: Sequence[TokenChunks]) -> Condition:
         key = (prompt, syntax, len(tokens[0].ids))
         if (found := self._cache.get(key)) is not None:
             self._cache.move_to_end(key)

@@ -104,12 +104,14 @@ class Slot:
     @property
     def x(self) -> Array:
         """The current latent, flat."""
-        return self.state[self.k % self.num_x]
+        latent: Array = self.state[self.k % self.num_x]
+        return latent
 
     @property
     def p(self) -> Array:
         """Where the current step's guided prediction goes, flat."""
-        return self.state[self.num_x + self.k % self.num_p]
+        prediction: Array = self.state[self.num_x + self.k % self.num_p]
+        return prediction
 
     def advance(self) -> None:
         """x_{k+1} = Σ keep·x + Σ gain·p + noise·z."""
@@ -324,7 +326,11 @@ class Engine:
             inputs["text_embeds"] = np.stack([c.pooled for _, c in rows if c.pooled is not None])
             sizes = [(slot.job.size.height, slot.job.size.width) for slot, _ in rows]
             inputs["time_ids"] = np.array([[h, w, 0, 0, h, w] for h, w in sizes], np.float32)
-        self._packed = key, inputs, [condition for _, condition in rows]  # holds the conditions, so that ids stay theirs
+        self._packed = (
+            key,
+            inputs,
+            [condition for _, condition in rows],
+        )  # holds the conditions, so that ids stay theirs
         return inputs
 
     def _denoised(self, slot: Slot) -> Array:

@@ -1,12 +1,12 @@
 """Every error that stepforge raises on purpose.
 
-    StepforgeError            one line that says what was wrong and what is allowed
-    ├── RequestError          a request that cannot be run: unknown sampler, bad size, ...
-    ├── BundleError           a bundle that is damaged, incomplete or of another format
-    ├── BackendError          a backend that is unknown, not installed or cannot load the graph
-    ├── CheckpointError       a model that the exporter refuses
-    ├── Cancelled             the caller cancelled the request
-    └── GenerationError       a request that failed while it ran (NaN latents, ...)
+StepforgeError            one line that says what was wrong and what is allowed
+├── RequestError          a request that cannot be run: unknown sampler, bad size, ...
+├── BundleError           a bundle that is damaged, incomplete or of another format
+├── BackendError          a backend that is unknown, not installed or cannot load the graph
+├── CheckpointError       a model that the exporter refuses
+├── Cancelled             the caller cancelled the request
+└── GenerationError       a request that failed while it ran (NaN latents, ...)
 """
 
 

@@ -26,12 +26,12 @@ def parse(guidance: Guidance) -> float | tuple[float, ...]:
         return parse(values if len(values) > 1 else values[0])
     if isinstance(guidance, (int, float)) and not isinstance(guidance, bool):
         return _weight(float(guidance))
-    if isinstance(guidance, Sequence) and guidance:
+    if isinstance(guidance, Sequence) and not isinstance(guidance, str) and guidance:
         return tuple(_weight(value) for value in guidance)
     raise RequestError(f"guidance {guidance!r} is not understood; give {GRAMMAR}")
 
 
-def _weight(value: float) -> float:
+def _weight(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise RequestError(f"guidance weight {value!r} is not a finite number")
     if abs(value) > MAX_WEIGHT:
@@ -39,10 +39,11 @@ def _weight(value: float) -> float:
     return float(value)
 
 
-def weights(guidance: float | tuple[float, ...], steps: int) -> tuple[float, ...]:
+def weights(guidance: Guidance, steps: int) -> tuple[float, ...]:
     """The weight of each of `steps` network evaluations. Raises RequestError if a list has another length."""
-    if isinstance(guidance, float):
-        return (guidance,) * steps
-    if len(guidance) != steps:
-        raise RequestError(f"guidance has {len(guidance)} weights, but the plan has {steps} network evaluations")
-    return guidance
+    parsed = parse(guidance)
+    if isinstance(parsed, float):
+        return (parsed,) * steps
+    if len(parsed) != steps:
+        raise RequestError(f"guidance has {len(parsed)} weights, but the plan has {steps} network evaluations")
+    return parsed

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from stepforge.runtime.bundle import ModelCard
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.guidance import weights
-from stepforge.runtime.plan import Plan
+from stepforge.runtime.plan import Plan, rows_of
 from stepforge.runtime.request import Request
 from stepforge.runtime.samplers import sample_rows
 from stepforge.runtime.schedules import SchedulerCard
@@ -63,6 +63,7 @@ def describe(plan: Plan) -> list[dict[str, object]]:
             "sigma": round(step.sigma, 4),
             "scale_in": round(step.scale_in, 6),
             "guidance": step.guidance,
+            "rows": rows_of(step.guidance),
             "keep": [round(value, 6) for value in step.keep],
             "gain": [round(value, 6) for value in step.gain],
             "noise": round(step.noise, 6),

@@ -86,7 +86,8 @@ REQUIRED_OF_CLASS: dict[str, dict[str, tuple[Any, ...]]] = {
 # Options without effect once REQUIRED holds (euler_at_final is implied by a final sigma of zero).
 WITHOUT_EFFECT = {
     "base_image_seq_len", "base_shift", "clip_sample_range", "dynamic_thresholding_ratio", "euler_at_final",
-    "max_image_seq_len", "max_shift", "sample_max_value", "skip_prk_steps", "solver_type", "time_shift_type",
+    "flow_shift", "max_image_seq_len", "max_shift", "sample_max_value", "skip_prk_steps", "solver_type",
+    "time_shift_type",
 }  # fmt: skip
 
 
@@ -174,13 +175,16 @@ class SchedulerCard:
             wrong = ", ".join(sorted(values.keys() ^ names))
             raise BundleError(f"scheduler card has missing or unknown fields: {wrong}")
         betas = values["trained_betas"]
-        return cls(**{**values, "trained_betas": None if betas is None else tuple(betas)})
+        try:
+            return cls(**{**values, "trained_betas": None if betas is None else tuple(betas)})
+        except TypeError as error:
+            raise BundleError(f"scheduler card has a value of the wrong kind: {error}") from None
 
 
 def choose(what: str, value: object, choices: tuple[Any, ...]) -> None:
     """Refuses a value of a card that is not among the choices."""
     if value not in choices:
-        raise BundleError(f"{what} is {value!r}; choose one of {', '.join(map(str, dict.fromkeys(choices)))}")
+        raise BundleError(f"{what} is {value!r}; choose one of {', '.join(dict.fromkeys(map(str, choices)))}")
 
 
 def betas(card: SchedulerCard) -> Array:
@@ -201,11 +205,11 @@ def alphas_cumprod(card: SchedulerCard) -> Array:
 
     Lin et al., arXiv:2305.08891, algorithm 1.
     """
-    bar: Array = np.cumprod(1.0 - betas(card))
+    bar = np.cumprod(1.0 - betas(card))
     if card.rescale_betas_zero_snr:
         root = np.sqrt(bar)
         bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-    return bar
+    return np.asarray(bar, dtype=np.float64)
 
 
 def ratio(alphas_bar: Array) -> Array:

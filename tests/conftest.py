@@ -14,7 +14,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]  # kernels/ must not shadow Hugging Face's kernels
+sys.path[:] = [
+    p for p in sys.path if Path(p or ".").resolve() != ROOT
+]  # kernels/ must not shadow Hugging Face's kernels
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MERGES = ["c a", "ca t</w>", "d o", "do g</w>", "a</w> a</w>"]  # enough for merges to happen
@@ -26,7 +28,13 @@ def save_tokenizer(folder: Path, *, pad: str = EOS) -> int:
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in MERGES), BOS, EOS]
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *(merge.replace(" ", "") for merge in MERGES),
+        BOS,
+        EOS,
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n", "utf-8")

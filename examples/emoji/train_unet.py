@@ -182,7 +182,7 @@ def train(args: argparse.Namespace) -> None:
         if step % 100 == 0:
             rate = (step - first + 1) * args.batch / (time.time() - started)
             print(f"step {step:6d}  mse {np.mean(losses[-500:]):.4f}  {rate:.1f} img/s", flush=True)
-        if step % 500 == 0 or step == args.steps:
+        if step % 250 == 0 or step == args.steps:
             args.run.mkdir(parents=True, exist_ok=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "shadow": shadow, "step": step}
             torch.save(state, checkpoint.with_suffix(".tmp"))

@@ -71,7 +71,7 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
 
 def choose() -> tuple[str, str]:
     """What "auto" means on this machine, and why the better ones were passed over."""
-    missing = []
+    missing: list[str] = []
     for name in AUTO:
         if importlib.util.find_spec(name) is not None:
             why = f"{', '.join(missing)} not installed" if missing else "the fastest one for a CPU"

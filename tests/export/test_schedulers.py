@@ -59,9 +59,7 @@ def test_rows_give_the_expansion(name: str):
     assert (max(len(row.keep) for row in rows), max(len(row.gain) for row in rows)) == windows
 
 
-@pytest.mark.parametrize(
-    "name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "FlowMatchHeunDiscreteScheduler"]
-)
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DEISMultistepScheduler", "FlowMatchHeunDiscreteScheduler"])
 def test_estimates_of_the_clean_latent(name: str):
     """A network that knows the clean latent: every estimate is that latent."""
     rows, _ = from_diffusers(getattr(diffusers, name)(**SCHEDULERS[name][0]), 6)
@@ -80,7 +78,7 @@ def test_rows_equal_those_of_the_formula():
     card = SchedulerCard(sampler="dpmpp_2m", **BETAS)
     found, _ = from_diffusers(diffusers.DPMSolverMultistepScheduler(**BETAS), 9)
     wanted, _ = sample_rows(card, steps=9)
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip((found[0], *found[2:]), (wanted[0], *wanted[2:]), strict=True):  # x_0 is in x_1 and p_0
         assert (ours.t, ours.noise, ours.scale_in) == (theirs.t, theirs.noise, theirs.scale_in)
         for field in ("sigma", "keep", "gain", "denoised"):
             assert getattr(ours, field) == pytest.approx(getattr(theirs, field), rel=1e-9, abs=1e-12)
@@ -123,8 +121,8 @@ def test_draws_that_are_not_one_a_step(monkeypatch: pytest.MonkeyPatch):
             module.randn_tensor(wrong or sample.shape)
             return plain(self, model_output, timestep, sample, **options)
 
-        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=message):
-            patch.setattr(diffusers.EulerAncestralDiscreteScheduler, "step", step)
+        monkeypatch.setattr(diffusers.EulerAncestralDiscreteScheduler, "step", step)
+        with pytest.raises(CheckpointError, match=message):
             from_diffusers(diffusers.EulerAncestralDiscreteScheduler(**BETAS), 3)
 
 

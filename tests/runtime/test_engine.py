@@ -34,9 +34,9 @@ class Recorder:
     """The fake backend, noting the rows of every denoiser call, and failing where told to."""
 
     name, precision = "fake", "fp32"
-    versions: dict[str, str] = {}
 
     def __init__(self, poison=None):
+        self.versions = {}
         self.inner = Fake(fake_bundle(SIZE))
         self.calls, self.poison = [], poison
 

@@ -111,7 +111,7 @@ def test_escaped_brackets_equal_diffusers(pair):
     )
 
 
-# (prompt, [(text, weight)]); the first seven are the examples in A1111's prompt_parser.parse_prompt_attention
+# (prompt, [(text, weight)]); the first six are the examples in A1111's prompt_parser.parse_prompt_attention
 GRAMMAR = {
     "plain": ("normal text", [("normal text", 1.0)]),
     "round": ("an (important) word", [("an ", 1.0), ("important", 1.1), (" word", 1.0)]),
@@ -327,7 +327,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("prompt", HOSTILE.values(), ids=HOSTILE)
 def test_parsing_is_not_quadratic(tokenizer, prompt):
-    """4 s of CPU is seven times what these need on a busy machine; `\\s*BREAK` once took 320 s for the first of them."""
+    """4 s of CPU is seven times what these need at most; `\\s*BREAK` in the pattern once took 320 s for the first."""
     start = time.process_time()
     with contextlib.suppress(RequestError):
         tokenizer.encode(prompt)

@@ -272,8 +272,8 @@ def test_trajectory(sampler: str, monkeypatch: pytest.MonkeyPatch):
             scaled = scheduler.scale_model_input(latent, t) if hasattr(scheduler, "scale_model_input") else latent
             latent = scheduler.step(torch.tensor(network(scaled.numpy(), float(t))), t, latent).prev_sample.double()
         ours, wanted = run(rows, init_noise, start, noise), latent.numpy()
-        # float32 tables and sample casts: 6e-8 a step, times the network's slope of 2, over 20 steps
-        assert np.sqrt(np.mean((ours - wanted) ** 2) / np.mean(wanted**2)) < 2e-5, schedule
+        # float32 tables and sample casts: 6e-8 a step, times the network's slope of 2, over 20 steps; 2e-6 seen
+        assert np.sqrt(np.mean((ours - wanted) ** 2) / np.mean(wanted**2)) < 5e-6, schedule
 
 
 # diffusers tells 998 in place of 999 at the first step: cut to a whole number, after float32 rounding of its table.
@@ -337,10 +337,16 @@ def test_refusals(card: SchedulerCard, request_: dict, message: str):
 
 def test_the_models_own_choices():
     own = replace(CARD, sampler="euler", schedule="karras", timestep_spacing="trailing")
-    assert sample_rows(own, steps=9) == sample_rows(
-        CARD, sampler="euler", steps=9, schedule="karras", spacing="trailing"
-    )
+    asked = {"sampler": "euler", "steps": 9}
+    assert sample_rows(own, steps=9) == sample_rows(CARD, **asked, schedule="karras", spacing="trailing")
     assert sample_rows(own, sampler="ddim", steps=9) == sample_rows(CARD, sampler="ddim", steps=9, spacing="trailing")
-    assert sample_rows(own, steps=9, schedule="normal", spacing="linspace") == sample_rows(
-        CARD, sampler="euler", steps=9
-    )
+    assert sample_rows(own, steps=9, schedule="normal", spacing="linspace") == sample_rows(CARD, **asked)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_rows_are_plain_floats(sampler: str):
+    rows, init_noise = sample_rows(FLOW if sampler == "flow_euler" else CARD, sampler=sampler, steps=5)
+    values = [init_noise]
+    for row in rows:
+        values += [row.t, row.sigma, row.scale_in, row.noise, *row.keep, *row.gain, *row.denoised]
+    assert {type(value) for value in values} == {float}
