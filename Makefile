@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test quick test-gpu check types bench train clean
 
 demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw a contact sheet into out/
-	$(BIN)/stepforge export examples/emoji/model -o out/emoji.bundle --overwrite
+	$(BIN)/stepforge export examples/emoji/model -o out/emoji.bundle --name emoji --overwrite
 	$(BIN)/stepforge verify out/emoji.bundle examples/emoji/model
 	$(BIN)/stepforge generate out/emoji.bundle --prompts examples/emoji/prompts.txt --guidance 3 \
 		--out out/emoji --sheet out/emoji.png --overwrite

@@ -297,7 +297,8 @@ def _write_sheet(results: list[Result], path: Path, overwrite: bool) -> None:
     pictures = [image for result in results for image in result.images]
     labels = [result.request.prompt for result in results for _ in result.images]
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(contact_sheet(pictures, labels=labels), path, None, overwrite=overwrite)
+    upscale = max(1, 128 // max(picture.width for picture in pictures))  # labels need some room
+    save_png(contact_sheet(pictures, labels=labels, upscale=upscale), path, None, overwrite=overwrite)
 
 
 def _summary(result: Result, paths: list[Path]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -188,6 +189,8 @@ def train(args: argparse.Namespace) -> None:
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
             write(tokenizer, vae, shadow, args.out)
+            for name in ("vocab.json", "merges.txt"):  # transformers 5 writes tokenizer.json only; others read these
+                shutil.copy(args.run / "tokenizer" / name, args.out / "tokenizer" / name)
 
 
 def write(tokenizer: CLIPTokenizer, vae: AutoencoderKL, weights: dict[str, torch.Tensor], out: Path) -> None:
