@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
 
-def clean(model: ir.Model, *, keep_shapes: bool) -> bool:
-    """Remove what torch.onnx notes for debugging: stack traces with paths of this machine, module names, doc strings.
-
-    keep_shapes: leave the inferred shapes of inner values, which fusions need and engines infer for themselves. They
-    name torch's symbols (s39, s94), whose numbers differ from one export to the next.
-    """
+def clean(model: ir.Model) -> bool:
+    """Remove what torch.onnx notes for debugging: stack traces with paths of this machine, module names, doc strings."""
     changed = _forget(model)
-    for graph in (model.graph, *(function.graph for function in model.functions.values())):
-        ends = {id(value) for value in (*graph.inputs, *graph.outputs)}
-        values = [*graph.inputs, *graph.initializers.values()]
+    for graph in _graphs(model):
         changed |= _forget(graph)
+        for value in (*graph.inputs, *graph.initializers.values()):
+            changed |= _forget(value)
         for node in ir.traversal.RecursiveGraphIterator(graph):
             changed |= _forget(node)
-            values += node.outputs
-        for value in values:
-            changed |= _forget(value)
-            if not keep_shapes and id(value) not in ends and value.producer() is not None and value.shape is not None:
-                value.shape = value.type = None
-                changed = True
+            for value in node.outputs:
+                changed |= _forget(value)
     return changed
+
+
+def forget_shapes(model: ir.Model) -> bool:
+    """Remove the shapes of inner values: engines infer them again, and they name torch's own symbols (s39*s94)."""
+    changed = False
+    for graph in _graphs(model):
+        ends = set(graph.outputs)
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            for value in node.outputs:
+                if value not in ends and (value.shape is not None or value.type is not None):
+                    value.shape = value.type = None
+                    changed = True
+    return changed
+
+
+def _graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    yield model.graph
+    for function in model.functions.values():
+        yield function.graph
 
 
 def _forget(thing: ir.Model | ir.Graph | ir.Node | ir.Value) -> bool:

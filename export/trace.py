@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from stepforge.export.passes import clean
+from stepforge.export.passes import clean, forget_shapes
 from stepforge.runtime.bundle import Component, Tensor
 
 # Opset 20 writes attention as MatMul, Softmax, MatMul. OpenVINO and TensorRT fuse that, and `derive` does for ONNX
@@ -31,7 +31,7 @@ from stepforge.runtime.bundle import Component, Tensor
 OPSET = 20
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
-DERIVED = {"onnxruntime": "model.onnxruntime.onnx"}
+DERIVED = "model.onnxruntime.onnx"
 INLINE = 1024  # bytes; smaller weights stand in the graph file, where engines can fold them
 
 Axes = Mapping[str, tuple[int | str, ...]]
@@ -46,6 +46,7 @@ class Traced:
     inputs: Axes
     outputs: Axes
     multiple: int = 1  # height and width must be multiples of this
+    derive: bool = False  # write a graph for ONNX Runtime as well
 
 
 class Denoiser(nn.Module):
@@ -127,7 +128,7 @@ def denoiser(unet: Any) -> Traced:
         example |= {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
         inputs |= {"text_embeds": ("rows", pooled), "time_ids": ("rows", 6)}
     outputs = {"prediction": ("rows", config.out_channels, "height", "width")}
-    return Traced(Denoiser(unet), example, inputs, outputs, multiple)
+    return Traced(Denoiser(unet), example, inputs, outputs, multiple, derive=True)
 
 
 def text_encoder(model: Any, length: int, *, penultimate: bool) -> Traced:
@@ -154,7 +155,9 @@ def vae_decoder(vae: Any) -> Traced:
 
 def trace(traced: Traced, opset: int = OPSET) -> ir.Model:
     """The module as one ONNX graph without traces of the machine that made it."""
-    sizes = {name: Dim(name) for name in ("rows", "tokens")}
+    # diffusers copies its activations for 64 rows and more, which torch.export takes for another graph; the ONNX graph is
+    # the same. Unsaid, the limit is found by exporting twice.
+    sizes = {"rows": Dim("rows", max=63), "tokens": Dim("tokens")}
     for name in ("height", "width"):
         # a multiple as such: else torch.export finds that the UNet's skip connections do not fit every size
         sizes[name] = traced.multiple * Dim(f"{name}_", min=2) if traced.multiple > 1 else Dim(name, min=2)
@@ -185,38 +188,40 @@ def trace(traced: Traced, opset: int = OPSET) -> ir.Model:
 
 
 def save(traced: Traced, folder: Path, opset: int = OPSET) -> Component:
-    """Export into `folder`: model.onnx, its weights in model.onnx.data, and the graphs derived from it.
+    """Export into `folder`: model.onnx, its weights in model.onnx.data, and the graph for ONNX Runtime over the same.
 
-    The component's paths are relative to `folder`'s bundle: the caller prefixes them.
+    The graph names of the component are relative to `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = trace(traced, opset)
+    clean(model)
     name_axes(model, traced)
-    derived = folder / DERIVED["onnxruntime"]
-    clean(model, keep_shapes=True)
     ir.save(model, folder / GRAPH, external_data=DATA, size_threshold_bytes=INLINE)
     del model
-    derive(folder / GRAPH, derived)
-    model = ir.load(folder / GRAPH)
-    clean(model, keep_shapes=False)
+    if traced.derive:
+        derive(folder / GRAPH, folder / DERIVED)
+    model = ir.load(folder / GRAPH)  # its weights stay in their file
+    forget_shapes(model)
     ir.save(model, folder / GRAPH)
     return Component(
         graph=GRAPH,
         inputs=tuple(Tensor(n, "int64" if n == "input_ids" else "float32", s) for n, s in traced.inputs.items()),
         outputs=tuple(Tensor(n, "float32", s) for n, s in traced.outputs.items()),
-        derived=dict(DERIVED),
+        derived={"onnxruntime": DERIVED} if traced.derive else {},
     )
 
 
 def derive(graph: Path, out: Path) -> None:
     """ONNX Runtime's copy of a graph: MultiHeadAttention and SkipLayerNormalization, over the same weights file.
 
-    Without it the CPU provider writes every attention score to memory. Shapes inside the graph guide the fusions.
+    Without it the CPU provider writes every attention score to memory. The shapes inside the graph guide the fusions.
+    Only for denoisers: in the VAE and the text encoder the optimizer packs or copies weights, and they run once.
     """
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
     model, _ = optimize_for_ort(ir.load(graph))
-    clean(model, keep_shapes=False)
+    clean(model)
+    forget_shapes(model)
     ir.save(model, out)
 
 
