@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick test-gpu check types bench train clean
+.PHONY: demo test quick check types bench train clean
 
 demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw a contact sheet into out/
 	$(BIN)/stepforge export examples/emoji/model -o out/emoji.bundle --name emoji --overwrite
@@ -19,10 +19,7 @@ test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest
 
 quick: $(STAMP)  ## without the slow tests
-	$(BIN)/pytest -m "not slow and not gpu"
-
-test-gpu: $(STAMP)  ## tests that need a CUDA device
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -m "not slow"
 
 check: $(STAMP) types  ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 
 import onnx_ir as ir
+
+SCOPES = "pkg.torch.onnx.name_scopes"  # modules from the outermost to the innermost, then the operator
 
 
 def clean(model: ir.Model) -> bool:
@@ -18,6 +21,23 @@ def clean(model: ir.Model) -> bool:
             changed |= _forget(node)
             for value in node.outputs:
                 changed |= _forget(value)
+    return changed
+
+
+def name_weights(model: ir.Model) -> bool:
+    """Give linear weights their module's name back: torch.onnx stores them transposed, [in, out], under val_125.
+
+    Reads what `clean` removes.
+    """
+    changed = False
+    for node in model.graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is None or not weight.is_initializer() or SCOPES not in node.metadata_props:
+            continue
+        module = ast.literal_eval(node.metadata_props[SCOPES])[-2]
+        if (name := f"{module}.weight") not in model.graph.initializers:
+            weight.name = name
+            changed = True
     return changed
 
 

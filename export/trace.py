@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from stepforge.export.passes import clean, forget_shapes
+from stepforge.export.passes import clean, forget_shapes, name_weights
 from stepforge.runtime.bundle import Component, Tensor
 
 # Opset 20 writes attention as MatMul, Softmax, MatMul. OpenVINO and TensorRT fuse that, and `derive` does for ONNX
@@ -194,6 +194,7 @@ def save(traced: Traced, folder: Path, opset: int = OPSET) -> Component:
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = trace(traced, opset)
+    name_weights(model)
     clean(model)
     name_axes(model, traced)
     ir.save(model, folder / GRAPH, external_data=DATA, size_threshold_bytes=INLINE)

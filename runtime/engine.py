@@ -30,7 +30,7 @@ from stepforge.runtime.errors import Cancelled, GenerationError, RequestError, S
 from stepforge.runtime.images import to_pil, to_uint8
 from stepforge.runtime.noise import Generator
 from stepforge.runtime.plan import Plan, rows_of
-from stepforge.runtime.planner import Size, compile_plan, image_size
+from stepforge.runtime.planner import Rows, Size, compile_plan, image_size
 from stepforge.runtime.request import Progress, Request, Result, Stats
 from stepforge.runtime.schedules import SchedulerCard
 
@@ -151,10 +151,13 @@ class Engine:
         """The plan that `generate` would run. Raises RequestError."""
         return compile_plan(request, self.scheduler)
 
-    def submit(self, request: Request, *, on_step: OnStep | None = None) -> Future[Result]:
-        """Queue a request; cancel its future to stop it at the next step. Raises RequestError at once if it is bad."""
+    def submit(self, request: Request, *, on_step: OnStep | None = None, rows: Rows | None = None) -> Future[Result]:
+        """Queue a request; cancel its future to stop it at the next step. Raises RequestError at once if it is bad.
+
+        rows: steps of the caller's own in place of the request's sampler, see `planner.compile_plan`.
+        """
         size = image_size(request, self.bundle.card)
-        job = Job(request, self.plan(request), size, on_step)
+        job = Job(request, compile_plan(request, self.scheduler, rows), size, on_step)
         for text in (request.prompt, request.negative):
             self._conditioner.tokenize(text, request.prompt_syntax)  # refuse unreadable prompts here
         with self._wake:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from stepforge.runtime.bundle import ModelCard
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.guidance import weights
-from stepforge.runtime.plan import Plan, rows_of
+from stepforge.runtime.plan import Plan, Step, rows_of
 from stepforge.runtime.request import Request
 from stepforge.runtime.samplers import sample_rows
 from stepforge.runtime.schedules import SchedulerCard
+
+Rows = tuple[tuple[Step, ...], float]  # as samplers.sample_rows returns them
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,13 @@ def image_size(request: Request, card: ModelCard) -> Size:
     return Size(width, height)
 
 
-def compile_plan(request: Request, scheduler: SchedulerCard) -> Plan:
-    """The request as rows of numbers. Raises RequestError for what the model's scheduler cannot do."""
-    steps, init_noise = sample_rows(
+def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None = None) -> Plan:
+    """The request as rows of numbers. Raises RequestError for what the model's scheduler cannot do.
+
+    rows: steps and initial noise of the caller's own, in place of the request's sampler (`export.schedulers.from_diffusers`
+    makes them from any linear diffusers scheduler); the request's guidance applies to them too.
+    """
+    steps, init_noise = rows or sample_rows(
         scheduler,
         sampler=request.sampler or "",
         steps=request.steps if request.timesteps is None and request.sigmas is None else None,

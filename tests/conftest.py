@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.metadata
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+
+from stepforge.runtime.errors import BundleError
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [
@@ -55,7 +61,8 @@ def build_text_encoder(vocabulary: int, width: int, act: str, *, layers: int = 3
 
     config = CLIPTextConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=1, hidden_act=act, projection_dim=projection or width, eos_token_id=2,
+        num_attention_heads=1, hidden_act=act, projection_dim=projection or width,
+        bos_token_id=vocabulary - 2, eos_token_id=2,
     )  # fmt: skip
     return (CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config)
 
@@ -179,24 +186,37 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def _export(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from stepforge.export.build import export_bundle
+def _export(model: Path, request: pytest.FixtureRequest) -> Path:
+    """Export a model, or copy what an earlier run with the same model, exporter and libraries made of it.
 
-    out = tmp_path_factory.mktemp("bundles") / model.name
-    export_bundle(model, out)
-    return out
+    Tracing takes 25 s of processor time a model. Remove .pytest_cache to export afresh.
+    """
+    from stepforge.export.build import LIBRARIES, export_bundle
+
+    digest = hashlib.sha256()
+    code = [*(ROOT / "export").glob("*.py"), ROOT / "runtime" / "bundle.py", ROOT / "runtime" / "schedules.py"]
+    for file in sorted(code) + sorted(file for file in model.rglob("*") if file.is_file()):
+        digest.update(file.name.encode() + file.read_bytes())
+    for library in LIBRARIES:
+        digest.update(importlib.metadata.version(library).encode())
+    cached = Path(request.config.cache.mkdir("bundles")) / digest.hexdigest()[:16] / model.name
+    if not cached.exists():
+        with contextlib.suppress(BundleError):  # another test process was first
+            export_bundle(model, cached)
+    out = request.getfixturevalue("tmp_path_factory").mktemp("bundles") / model.name
+    return Path(shutil.copytree(cached, out))
 
 
 @pytest.fixture(scope="session")
-def tiny_sd1_bundle(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _export(tiny_sd1, tmp_path_factory)
+def tiny_sd1_bundle(tiny_sd1: Path, request: pytest.FixtureRequest) -> Path:
+    return _export(tiny_sd1, request)
 
 
 @pytest.fixture(scope="session")
-def tiny_sd2v_bundle(tiny_sd2v: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _export(tiny_sd2v, tmp_path_factory)
+def tiny_sd2v_bundle(tiny_sd2v: Path, request: pytest.FixtureRequest) -> Path:
+    return _export(tiny_sd2v, request)
 
 
 @pytest.fixture(scope="session")
-def tiny_sdxl_bundle(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _export(tiny_sdxl, tmp_path_factory)
+def tiny_sdxl_bundle(tiny_sdxl: Path, request: pytest.FixtureRequest) -> Path:
+    return _export(tiny_sdxl, request)

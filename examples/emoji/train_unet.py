@@ -1,8 +1,11 @@
 """Train the demo text encoder and UNet on the latents of `train_vae.py`, and write the model as a diffusers folder.
 
 `python examples/emoji/train_unet.py` trains (resuming from its checkpoint, if there is one) and writes `--out` in
-Stable Diffusion's folder layout, fp16 safetensors. Epsilon prediction, scaled-linear betas, min-SNR-5 weights
-(arXiv 2303.09556), AdamW at a constant rate with a linear decay over the last quarter, EMA.
+Stable Diffusion's folder layout, fp16 safetensors. AdamW at a constant rate with a linear decay over the last quarter, EMA.
+
+The network predicts v (arXiv 2202.00512), scaled-linear betas. With epsilon, an error in the clean latent counts by the
+signal-to-noise ratio, so at high noise, where only the text can say what to draw, next to nothing is learnt: 1,750 steps
+gave the right background and 0 of 40 emoji. With v it counts by SNR + 1, here cut at 6 as in min-SNR (arXiv 2303.09556).
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ SCHEDULER_CONFIG = dict(
     beta_start=0.00085,
     beta_end=0.012,
     beta_schedule="scaled_linear",
+    prediction_type="v_prediction",
     num_train_timesteps=1000,
     clip_sample=False,
     set_alpha_to_one=False,
@@ -95,7 +99,7 @@ def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 class Denoiser(torch.nn.Module):
-    """Caption ids and noisy latents to the predicted noise."""
+    """Caption ids and noisy latents to the predicted v."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
@@ -114,8 +118,8 @@ def encode_all(vae: AutoencoderKL) -> torch.Tensor:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over 200 steps, constant, linear to zero over the last quarter."""
-    return peak * min(1.0, step / 200, max(0.0, (steps - step) / (steps / 4)))
+    """Warm-up over 100 steps, constant, linear to zero over the last quarter."""
+    return peak * min(1.0, step / 100, max(0.0, (steps - step) / (steps / 4)))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -140,7 +144,7 @@ def train(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
     alphas = DDIMScheduler(**SCHEDULER_CONFIG).alphas_cumprod
     snr = alphas / (1 - alphas)
-    weights = snr.clamp(max=5.0) / snr
+    weights = (snr + 1).clamp(max=6.0) / (snr + 1)
 
     first, checkpoint = 1, args.run / "checkpoint.pt"
     if checkpoint.exists():
@@ -148,6 +152,8 @@ def train(args: argparse.Namespace) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         shadow, first = state["shadow"], state["step"] + 1
+    elif args.init is not None:
+        model.load_state_dict(torch.load(args.init, weights_only=True)["model"])
     forward = torch.compile(model) if args.compile else model
 
     started, losses = time.time(), []
@@ -169,13 +175,13 @@ def train(args: argparse.Namespace) -> None:
         noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
         with torch.autocast("cpu", torch.bfloat16):
             output = forward(noisy, timesteps, ids)
-        error = (output.float() - noise).square().mean((1, 2, 3))
+        error = (output.float() - (a.sqrt() * noise - (1 - a).sqrt() * x0)).square().mean((1, 2, 3))
         loss = (weights[timesteps] * error).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        decay = min(0.9995, (1 + step) / (10 + step))
+        decay = min(0.998, (1 + step) / (10 + step))
         with torch.no_grad():
             for key, value in model.state_dict().items():
                 shadow[key].lerp_(value, 1 - decay) if value.is_floating_point() else shadow[key].copy_(value)
@@ -214,6 +220,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, default=Path("runs/emoji/vae"))
     parser.add_argument("--run", type=Path, default=Path("runs/emoji/unet"), help="checkpoints; resumes from here")
+    parser.add_argument("--init", type=Path, help="checkpoint to take the first weights from")
     parser.add_argument("--out", type=Path, default=Path("examples/emoji/model"))
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=32)

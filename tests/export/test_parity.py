@@ -13,6 +13,7 @@ from stepforge.runtime.cli import main
 from stepforge.runtime.errors import CheckpointError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sd2v", "sdxl"])
 def test_every_family_passes(family, request, tmp_path):
     """fp32 on both engines: latents within 1e-4 of diffusers' pipeline, image PSNR at least 60 dB."""
