@@ -171,7 +171,8 @@ def test_weights_are_on_disk_once(family: str, request: pytest.FixtureRequest) -
             tensors = [value.const_value for value in ir.load(graph).graph.initializers.values()]
             held = sum(tensor.nbytes for tensor in tensors if tensor is not None)
             inline = sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))
-            assert held == pytest.approx(expected, rel=0.01)
+            # beside the parameters: norms' scales in another shape, and the text encoder's mask of 77 x 77
+            assert held == pytest.approx(expected, rel=0.02, abs=32 * 1024)
             assert inline < 32 * 1024, f"{graph.name} holds weights of its own"
         assert (folder / component / trace.DATA).stat().st_size <= expected
 
