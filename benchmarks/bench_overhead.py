@@ -1,8 +1,9 @@
 """What the engine itself costs: host time per step, import, cold start. `python benchmarks/bench_overhead.py [BUNDLE]`.
 
-Host time is measured on the fake backend at SD1.5's 512x512 latent size: the wall time from the first submit to the last
-result less the time inside the networks, over the steps of all requests. With a bundle (default out/emoji.bundle, if there) it also measures the time
-from starting Python to the first image on disk, without and with the engine library's cache.
+Host time is measured on the fake backend at SD1.5's 512x512 latent size: the wall time from the first submit to the
+last result less the time inside the networks, over the steps of all requests. With a bundle (default out/emoji.bundle,
+if there) it also measures the time from starting Python to the first image on disk, without and with the engine
+library's cache.
 """
 
 from __future__ import annotations

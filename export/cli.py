@@ -14,6 +14,9 @@ from stepforge.runtime.errors import RequestError
 Tokenizer = Annotated[
     Path | None, typer.Option(help="Folder with vocab.json and merges.txt, for single files, which do not carry it.")
 ]
+PredictionType = Annotated[
+    str | None, typer.Option(help="epsilon or v_prediction, for SD 2 single files that do not say which they are.")
+]
 
 
 def export_command(
@@ -23,6 +26,7 @@ def export_command(
         str, typer.Option(help="fp32 or fp16: what weights are stored and graphs compute in.")
     ] = "fp32",
     tokenizer: Tokenizer = None,
+    prediction_type: PredictionType = None,
     name: Annotated[str | None, typer.Option(help="Name of the model. [default: its file name]")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
@@ -34,7 +38,14 @@ def export_command(
         print(f"[{done}/{total}] {stage}", file=sys.stderr)
 
     bundle = export_bundle(
-        model, out, precision=precision, tokenizer=tokenizer, name=name, overwrite=overwrite, progress=progress
+        model,
+        out,
+        precision=precision,
+        tokenizer=tokenizer,
+        prediction_type=prediction_type,
+        name=name,
+        overwrite=overwrite,
+        progress=progress,
     )
     size = sum(size for size, _ in bundle.files.values())
     if as_json:
@@ -55,6 +66,7 @@ def verify_command(
     guidance: Annotated[float, typer.Option("--guidance", "-g", help="Guidance weight.")] = 7.5,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     tokenizer: Tokenizer = None,
+    prediction_type: PredictionType = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Compare a bundle with diffusers and store the verdict in it. Exit code 1 if it fails."""
@@ -66,6 +78,7 @@ def verify_command(
         bundle,
         model,
         tokenizer=tokenizer,
+        prediction_type=prediction_type,
         backends=backend or (),
         precisions=precision or (),
         prompts=prompt or PROMPTS,

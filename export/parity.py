@@ -86,6 +86,7 @@ def verify(
     model_path: str | Path,
     *,
     tokenizer: str | Path | None = None,
+    prediction_type: str | None = None,
     backends: Sequence[str] = (),
     precisions: Sequence[str] = (),
     prompts: Sequence[str] = PROMPTS,
@@ -100,7 +101,7 @@ def verify(
     backends, precisions: all that this machine can run unless given. Raises BundleError, CheckpointError, BackendError.
     """
     bundle = read(bundle_path)
-    source = load(model_path, tokenizer=tokenizer)
+    source = load(model_path, tokenizer=tokenizer, prediction_type=prediction_type)
     if dict(bundle.source).get("sha256") != dict(source.provenance).get("sha256"):
         raise CheckpointError(f"{bundle_path} was exported from other weights than {model_path}")
     configurations = list(_configurations(bundle, backends, precisions))

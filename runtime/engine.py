@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import overload
@@ -28,99 +28,15 @@ from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.conditioning import Condition, Conditioner
 from stepforge.runtime.errors import Cancelled, GenerationError, RequestError, StepforgeError
 from stepforge.runtime.images import to_pil, to_uint8
-from stepforge.runtime.noise import Generator
 from stepforge.runtime.plan import Plan, rows_of
 from stepforge.runtime.planner import Rows, Size, compile_plan, image_size
 from stepforge.runtime.request import Progress, Request, Result, Stats
 from stepforge.runtime.schedules import SchedulerCard
+from stepforge.runtime.slot import Job, OnStep, Slot
 
 log = logging.getLogger(__name__)
 Array = NDArray[np.float32]
-OnStep = Callable[[Progress], None]
 MAX_ROWS = 8  # denoiser rows in one call; on a CPU more rows cost memory and gain nothing (reference: measured.md)
-
-
-class Job:
-    """A submitted request and what has become of it so far."""
-
-    def __init__(self, request: Request, plan: Plan, size: Size, on_step: OnStep | None) -> None:
-        self.request, self.plan, self.size, self.on_step = request, plan, size, on_step
-        self.future: Future[Result] = Future()
-        self.cond: Condition | None = None
-        self.uncond: Condition | None = None
-        self.pending = request.images  # images not decoded yet
-        self.latents: list[Array | None] = [None] * request.images
-        self.pixels: list[NDArray[np.uint8] | None] = [None] * request.images
-        self.rows: dict[str, int] = {}
-        self.seconds = {"prompt": 0.0, "denoise": 0.0, "decode": 0.0}
-        self.calls = 0
-        self.submitted = time.perf_counter()
-        self._lock = threading.Lock()  # the decoder's thread and the engine's may both settle a job
-
-    @property
-    def is_over(self) -> bool:
-        """Cancelled by the caller, or failed: its remaining work is dropped."""
-        return self.future.done()
-
-    def settle(self, outcome: Result | BaseException) -> None:
-        """Give the caller the first outcome; later ones, and those of a cancelled request, are dropped."""
-        with self._lock:
-            if self.future.done() or not self.future.set_running_or_notify_cancel():
-                return
-            if isinstance(outcome, BaseException):
-                self.future.set_exception(outcome)
-            else:
-                self.future.set_result(outcome)
-
-
-class Slot:
-    """One image of a job on its way through the plan.
-
-    `state` holds the latents and predictions of the plan's window as rows of one matrix, in ring order, and fresh noise
-    in its last row; `table[k]` is step k's keep, gain and noise in that order. So each update is one product.
-    """
-
-    def __init__(self, job: Job, index: int, shape: tuple[int, int, int]) -> None:
-        self.job, self.index, self.shape = job, index, shape
-        self.k = 0
-        plan = job.plan
-        self.num_x = max(len(step.keep) for step in plan.steps)
-        self.num_p = max(len(step.gain) for step in plan.steps)
-        self.table = np.zeros((len(plan.steps), self.num_x + self.num_p + 1), np.float32)
-        for k, step in enumerate(plan.steps):
-            for i, coefficient in enumerate(step.keep):
-                self.table[k, (k - i) % self.num_x] = coefficient
-            for j, coefficient in enumerate(step.gain):
-                self.table[k, self.num_x + (k - j) % self.num_p] = coefficient
-            self.table[k, -1] = step.noise
-        self.generator = Generator(job.request.seed + index)
-        self.state = np.zeros((self.table.shape[1], math.prod(shape)), np.float32)
-        self.state[0] = plan.init_noise * self.generator.normal(shape).reshape(-1)
-
-    @property
-    def is_done(self) -> bool:
-        return self.k == len(self.table)
-
-    @property
-    def x(self) -> Array:
-        """The current latent, flat."""
-        latent: Array = self.state[self.k % self.num_x]
-        return latent
-
-    @property
-    def p(self) -> Array:
-        """Where the current step's guided prediction goes, flat."""
-        prediction: Array = self.state[self.num_x + self.k % self.num_p]
-        return prediction
-
-    def advance(self) -> None:
-        """x_{k+1} = Σ keep·x + Σ gain·p + noise·z."""
-        row = self.table[self.k]
-        if row[-1]:
-            self.state[-1] = self.generator.normal(self.shape).reshape(-1)
-        latent = row @ self.state
-        self.k += 1
-        self.x[:] = latent
 
 
 class Engine:

@@ -8,9 +8,9 @@ import pytest
 
 from stepforge.runtime import Cancelled, Engine, GenerationError, Request, RequestError, load
 from stepforge.runtime.backends.fake import Fake, fake_bundle
-from stepforge.runtime.engine import Slot
 from stepforge.runtime.planner import compile_plan
 from stepforge.runtime.schedules import SchedulerCard
+from stepforge.runtime.slot import Slot
 
 SIZE = 64
 MIXED = [
@@ -62,9 +62,11 @@ def test_batch_mates_do_not_change_an_image(engine):
 
 
 def test_requests_share_calls():
-    backend = Recorder()
+    gate = threading.Event()  # the first call waits until all have been submitted
+    backend = Recorder(lambda inputs, outputs: outputs if gate.wait(10) else None)
     with Engine(fake_bundle(SIZE), backend, max_rows=8) as engine:
         futures = [engine.submit(Request(prompt=str(i), steps=10, guidance=2.0)) for i in range(4)]
+        gate.set()
         for future in futures:
             future.result()
     assert max(backend.calls) == 8
