@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,5 @@ def _check_fit(unet: Any, vae: Any, components: dict[str, Component]) -> None:
 def release() -> None:
     """Give the memory of the last network back to the system, before the next one is read."""
     gc.collect()
-    try:
+    with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # not glibc
-        pass
