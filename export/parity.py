@@ -55,7 +55,7 @@ LIMITS = {
         1e-2, 1e-2, 5e-2, 30.0, "weights and activations rounded to 11 bits: 5e-4 an operation, over some 1,000 of them"
     ),
     "bf16": Limits(
-        5e-2, 5e-2, 2e-1, 20.0, "activations rounded to 8 bits: 4e-3 an operation; the image is the same to the eye"
+        5e-2, 5e-2, 1e-1, 30.0, "activations rounded to 8 bits: 4e-3 an operation; the image is the same to the eye"
     ),
 }
 
