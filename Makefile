@@ -37,7 +37,7 @@ bench: $(STAMP)  ## the measurements of README's table (about half an hour on 2 
 
 train: $(STAMP)  ## the demo model from nothing: needs Debian's fonts-noto-color-emoji, about 2.5 hours on 2 cores
 	$(BIN)/python examples/emoji/train_vae.py
-	$(BIN)/python examples/emoji/train_vae.py --resume --domain 0.7 --steps 900 --lr 6e-4
+	$(BIN)/python examples/emoji/train_vae.py --resume --domain 0.7 --steps 700 --lr 6e-4
 	$(BIN)/python examples/emoji/train_unet.py
 
 $(STAMP): setup.py requirements.txt

@@ -222,7 +222,7 @@ if __name__ == "__main__":
     parser.add_argument("--run", type=Path, default=Path("runs/emoji/unet"), help="checkpoints; resumes from here")
     parser.add_argument("--init", type=Path, help="checkpoint to take the first weights from")
     parser.add_argument("--out", type=Path, default=Path("examples/emoji/model"))
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=5400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

@@ -1,7 +1,7 @@
 """Train the demo AutoencoderKL (64x64x3 -> 16x16x4), broadly first and then mostly on the demo's own pictures:
 
     python examples/emoji/train_vae.py
-    python examples/emoji/train_vae.py --resume --domain 0.7 --steps 900 --lr 6e-4
+    python examples/emoji/train_vae.py --resume --domain 0.7 --steps 700 --lr 6e-4
 
 The autoencoder must also serve pictures the diffusion model never saw (other emoji, style LoRAs, a DreamBooth subject),
 so it trains on every emoji of the font, in random colours, positions, sizes and a few plain image styles.
