@@ -53,7 +53,7 @@ class Timed(Fake):
         return run
 
 
-def host_microseconds(requests: int, guidance: float, steps: int = 200) -> float:
+def host_microseconds(requests: int, guidance: float, steps: int = 1000) -> float:
     """Host time of one request's step, in a batch of `requests`."""
     bundle = fake_bundle()
     backend = Timed(bundle)

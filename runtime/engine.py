@@ -57,6 +57,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._running: list[Slot] = []
         self._packed: tuple[tuple[tuple[int, Size], ...], dict[str, Array], list[Condition]] | None = None
+        self._sample = np.empty(0, np.float32)
         self._wake = threading.Condition()
         self._closed = False
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="stepforge-decode")
@@ -225,7 +226,10 @@ class Engine:
             wanted = [condition for condition, use in ((job.cond, w != 0.0), (job.uncond, w != 1.0)) if use]
             rows += [(slot, condition) for condition in wanted if condition is not None]
             owners[slot] = len(wanted)
-        sample = np.empty((len(rows), *slots[0].shape), np.float32)
+        shape = (len(rows), *slots[0].shape)
+        if self._sample.shape != shape:  # kept between ticks: a fresh array of some MB costs its page faults each time
+            self._sample = np.empty(shape, np.float32)
+        sample = self._sample
         timestep = np.empty(len(rows), np.float32)
         for r, (slot, _) in enumerate(rows):
             step = slot.job.plan.steps[slot.k]
