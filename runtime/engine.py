@@ -57,7 +57,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._running: list[Slot] = []
         self._packed: tuple[tuple[tuple[int, Size], ...], dict[str, Array], list[Condition]] | None = None
-        self._sample = np.empty(0, np.float32)
+        self._sample: Array = np.empty(0, np.float32)
         self._wake = threading.Condition()
         self._closed = False
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="stepforge-decode")
