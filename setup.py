@@ -41,7 +41,7 @@ setup(
         "cuda": ["onnxruntime-gpu>=1.23"],
         "tensorrt": ["tensorrt>=10.0"],
         "server": ["fastapi>=0.115", "uvicorn>=0.30"],  # the HTTP front end, not written yet
-        "ray": ["ray[data,serve]>=2.52"],  # batch jobs and replicas, not written yet; older ones run jobs without a login
+        "ray": ["ray[data,serve]>=2.52"],  # batch jobs, not written yet; 2.52 is the first with token logins
         "dev": [
             *EXPORT,
             "pytest>=8",  # test runner
