@@ -205,16 +205,11 @@ def _shape(shapes: Shapes, ending: str) -> tuple[int, ...]:
     raise CheckpointError(f"the checkpoint has no weight named *{ending}; it is damaged or of another layout")
 
 
-def _read(path: Path, prefix: str) -> State:
-    with checkpoint.opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
-
-
 def _unet_loader(path: Path, config: Mapping[str, Any]) -> Loader:
     def load(dtype: torch.dtype) -> Any:
         from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-        state = convert_ldm_unet_checkpoint(_read(path, UNET), config)
+        state = convert_ldm_unet_checkpoint(checkpoint.read_weights([path], dtype, UNET), config)
         return checkpoint.fill(checkpoint.empty_unet(config), state, dtype, f"{path.name}: unet")
 
     return load
@@ -224,7 +219,8 @@ def _vae_loader(path: Path, config: Mapping[str, Any]) -> Loader:
     def load(dtype: torch.dtype) -> Any:
         from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-        own = {key: value for key, value in _read(path, VAE).items() if not key.startswith(f"{VAE}loss.")}
+        own = checkpoint.read_weights([path], dtype, VAE)
+        own = {key: value for key, value in own.items() if not key.startswith(f"{VAE}loss.")}
         state = convert_ldm_vae_checkpoint(own, config)
         return checkpoint.fill(checkpoint.empty_vae(config), state, dtype, f"{path.name}: vae")
 
@@ -235,7 +231,7 @@ def _text_loader(path: Path, prefix: str, config: Mapping[str, Any], index: int)
     def load(dtype: torch.dtype) -> Any:
         from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-        state = _read(path, prefix)
+        state = checkpoint.read_weights([path], dtype, prefix)
         model = checkpoint.empty_clip(config, projection=index == 1)
         if prefix.endswith("transformer."):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
