@@ -8,16 +8,18 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stepforge.export import trace
+from stepforge.export.bank import TARGETS, add_bank, modules_of, transformer_only, used_modules
 from stepforge.export.checkpoint import Source, load
+from stepforge.export.merge import read_all, with_adapters
 from stepforge.export.tokenizer import tokenizer_json
 from stepforge.runtime.bundle import (
     MANIFEST,
@@ -36,7 +38,24 @@ Progress = Callable[[str, int, int], None]  # stage, stages done, stages in all
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
-LONGEST_NAME = 128
+MOST_SLOTS, HIGHEST_RANK = 64, 512
+
+
+@dataclass(frozen=True, slots=True)
+class BankOptions:
+    """LoRA banks to build into the denoiser and the text encoders. Raises CheckpointError for impossible sizes."""
+
+    slots: int  # adapter sets that can be in use at a time
+    rank: int = 16  # highest rank of a set, all its adapters together
+    targets: str = "all"  # layers of the denoiser: "all", or "transformer" for what trainers change by default
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.slots <= MOST_SLOTS:
+            raise CheckpointError(f"lora slots are {self.slots}; from 1 to {MOST_SLOTS} are possible")
+        if not 1 <= self.rank <= HIGHEST_RANK:
+            raise CheckpointError(f"the lora rank is {self.rank}; from 1 to {HIGHEST_RANK} are possible")
+        if self.targets not in TARGETS:
+            raise CheckpointError(f"lora targets {self.targets!r} are unknown; choose one of {', '.join(TARGETS)}")
 
 
 def export_bundle(
@@ -47,6 +66,8 @@ def export_bundle(
     tokenizer: str | Path | None = None,
     name: str | None = None,
     prediction_type: str | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
+    bank: BankOptions | None = None,
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Bundle:
@@ -54,7 +75,8 @@ def export_bundle(
 
     precision: of the weights and the arithmetic inside the graphs; inputs and outputs are float32 always.
     tokenizer, prediction_type: see `checkpoint.load`. name: how requests call the model; its file name by default.
-    `out` appears complete or not at all. Raises CheckpointError for the model, BundleError for `out`.
+    loras: files and strengths to merge into the weights. bank: take LoRA files as run-time inputs as well.
+    `out` appears complete or not at all. Raises CheckpointError for the model, AdapterError for a LoRA, BundleError for `out`.
     """
     out = Path(out)
     if precision not in PRECISIONS:
@@ -62,8 +84,9 @@ def export_bundle(
     check_out(out, overwrite)
     tell = progress or (lambda stage, done, total: None)
     source = load(model_path, tokenizer=tokenizer, prediction_type=prediction_type)
+    source = with_adapters(source, read_all(source, loras))
     with staged(out) as folder:
-        bundle = _write(source, folder, precision, name or source.name, tell)
+        bundle = _write(source, folder, precision, name or source.name, bank, tell)
     return replace(bundle, path=out)
 
 
@@ -112,7 +135,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write(source: Source, folder: Path, precision: str, name: str, tell: Progress) -> Bundle:
+def _write(source: Source, folder: Path, precision: str, name: str, bank: BankOptions | None, tell: Progress) -> Bundle:
     dtype = DTYPES[precision]
     total = len(source.text_encoders) + 3
     components: dict[str, Component] = {}
@@ -123,7 +146,10 @@ def _write(source: Source, folder: Path, precision: str, name: str, tell: Progre
         tell(component, len(components), total)
         network = load_network(dtype)
         config = network.config
-        components[component] = prefixed(component, trace.save(make(network), folder / component))
+        entry = trace.save(make(network), folder / component)
+        if component in source.empty:
+            entry = _adaptable(entry, network, folder / component, component, bank)
+        components[component] = prefixed(component, entry)
         del network
         release()
         return config
@@ -171,6 +197,18 @@ def _write(source: Source, folder: Path, precision: str, name: str, tell: Progre
     write_manifest(bundle)
     tell("done", total, total)
     return bundle
+
+
+def _adaptable(entry: Component, network: Any, folder: Path, component: str, bank: BankOptions | None) -> Component:
+    """The component with the table of what a LoRA can change in it and, if asked for, with banks as inputs."""
+    entry = replace(entry, modules=used_modules(folder / entry.graph, modules_of(network)))
+    if bank is None:
+        return entry
+    narrow = bank.targets == "transformer" and component.startswith("denoiser/")
+    targets = transformer_only(entry.modules) if narrow else entry.modules
+    graphs = [folder / graph for graph in (entry.graph, *entry.derived.values())]
+    inputs, tensors = add_bank(graphs, targets, bank.slots + 1, bank.rank)
+    return replace(entry, bank=inputs, inputs=(*entry.inputs, *tensors))
 
 
 def prefixed(component: str, entry: Component) -> Component:

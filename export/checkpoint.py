@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,9 @@ class Source:
     tokenizers: tuple[Path, ...]  # folders, one for each text encoder
     scheduler: Mapping[str, Any]  # scheduler_config.json, with _class_name
     provenance: Mapping[str, Any]  # kind, file, sha256 of each weight file
+    empty: Mapping[
+        str, Callable[[], Any]
+    ]  # component of the bundle that a LoRA may change -> its network without weights
     force_zeros_for_empty_prompt: bool = False
 
 
@@ -116,19 +120,17 @@ def _folder(path: Path, prediction_type: str | None) -> Source:
         scheduler["prediction_type"] = prediction_type
     unet_config = read_json(path / "unet" / "config.json")
 
-    def loader(name: str, build: Callable[[Mapping[str, Any]], Any]) -> Loader:
-        config = read_json(path / name / "config.json")
-        return lambda dtype: fill(build(config), read_weights(files[name], dtype), dtype, f"{path.name}/{name}")
+    def loader(name: str, build: Callable[[], Any]) -> Loader:
+        return lambda dtype: fill(build(), read_weights(files[name], dtype), dtype, f"{path.name}/{name}")
 
-    def text_loader(name: str) -> Loader:
-        return loader(name, lambda config: empty_clip(config, projection=name == "text_encoder_2"))
-
+    encoders = {name: partial(_empty_text, read_json(path / name / "config.json"), name) for name in texts}
+    vae_config = read_json(path / "vae" / "config.json")
     return Source(
         name=path.resolve().name,
         family="sdxl" if xl else "sd2" if unet_config.get("use_linear_projection") else "sd1",
-        unet=loader("unet", empty_unet),
-        vae=loader("vae", empty_vae),
-        text_encoders=tuple(text_loader(name) for name in texts),
+        unet=loader("unet", lambda: empty_unet(unet_config)),
+        vae=loader("vae", lambda: empty_vae(vae_config)),
+        text_encoders=tuple(loader(name, build) for name, build in encoders.items()),
         tokenizers=tokenizers,
         scheduler=scheduler,
         provenance={
@@ -136,9 +138,17 @@ def _folder(path: Path, prediction_type: str | None) -> Source:
             "file": path.resolve().name,
             "sha256": {f.relative_to(path).as_posix(): sha256(f) for name in sorted(files) for f in files[name]},
         },
+        empty={
+            "denoiser/unet": lambda: empty_unet(unet_config),
+            **encoders,
+        },
         # the pipeline class's default, where an SDXL model does not say
         force_zeros_for_empty_prompt=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
+
+
+def _empty_text(config: Mapping[str, Any], name: str) -> Any:
+    return empty_clip(config, projection=name == "text_encoder_2")
 
 
 def _check_index(path: Path, index: Mapping[str, Any]) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stepforge.export import checkpoint
-from stepforge.export.checkpoint import Loader, Source, State
+from stepforge.export.checkpoint import Loader, Source
 from stepforge.runtime.bundle import sha256
 from stepforge.runtime.errors import CheckpointError
 
@@ -75,6 +76,15 @@ def read_single_file(path: Path, tokenizer: Path | None, prediction_type: str | 
         | {"prediction_type": prediction}
         | ({"rescale_betas_zero_snr": True} if "ztsnr" in shapes and family == "sdxl" else {}),
         provenance={"kind": "single-file", "file": path.name, "sha256": {path.name: sha256(path)}},
+        empty={
+            "denoiser/unet": lambda: checkpoint.empty_unet(unet),
+            **{
+                "text_encoder" + (f"_{index + 1}" if index else ""): partial(
+                    checkpoint.empty_clip, config, projection=index == 1
+                )
+                for index, config in enumerate(texts)
+            },
+        },
         force_zeros_for_empty_prompt=family == "sdxl",
     )
 

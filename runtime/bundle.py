@@ -7,7 +7,8 @@
     vae_decoder/model.onnx      latents -> pixels in [-1, 1]
 
 Weights lie beside each graph as ONNX external data, once; a component may have further graphs over the same weights,
-derived for one engine (`Component.derived`). Nothing in a bundle is code, and every file is hashed before it is parsed.
+derived for one engine (`Component.derived`). A component with a LoRA bank takes further inputs, see `Bank`.
+Nothing in a bundle is code, and every file is hashed before it is parsed.
 All graph inputs and outputs are float32 or int64, whatever the precision inside.
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 
 from stepforge.runtime.errors import BundleError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "bundle.json"
 FAMILIES = ("sd1", "sd2", "sdxl")
 PRECISIONS = ("fp32", "fp16")
@@ -42,6 +43,38 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Module:
+    """A layer of a network that a LoRA may change."""
+
+    path: str  # as in diffusers; in text encoders without "text_model."
+    kind: str  # "linear", "conv" or "norm"
+    shape: tuple[int, ...]  # of its weight: [out, in], [out, in, k, k] or [channels]
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """LoRA banks as inputs of a graph, so that adapters are swapped by copying and rows of a batch can differ.
+
+        y = W·x + strength·((x·A[slot])·B[slot])
+
+    Each input `<path>.lora_A` is [slots, in, rank], each `<path>.lora_B` [slots, rank, out]; a convolution's are
+    [slots, rank·k·k, in], rows ordered by rank, then tap, and [slots, out, rank]. Layers that read the same value share one
+    A, with their ranks side by side. `adapter` [rows] int64 is the slot of each row, `adapter_strength` [rows, 1, 1] its
+    strength. Slot 0 holds zeros: no adapter.
+    """
+
+    slots: int  # with slot 0
+    rank: int
+    shared: Mapping[str, tuple[str, ...]]  # module whose name the shared A has -> modules in the order of their ranks
+
+    @property
+    def targets(self) -> Mapping[str, tuple[str, int]]:
+        """Path of a module -> name of its A, and its place among the ranks there."""
+        return {path: (name, place) for name, paths in self.shared.items() for place, path in enumerate(paths)}
+
+
+@dataclass(frozen=True, slots=True)
 class Component:
     """One network: its graph, its signature, and graphs derived from it for one engine over the same weights."""
 
@@ -49,6 +82,8 @@ class Component:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     derived: Mapping[str, str] = field(default_factory=dict)  # backend name -> graph
+    modules: tuple[Module, ...] = ()
+    bank: Bank | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +233,15 @@ def _component(entry: Mapping[str, Any]) -> Component:
     def tensors(rows: Any) -> tuple[Tensor, ...]:
         return tuple(Tensor(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
 
-    return Component(entry["graph"], tensors(entry["inputs"]), tensors(entry["outputs"]), dict(entry["derived"]))
+    bank = entry["bank"]
+    return Component(
+        entry["graph"],
+        tensors(entry["inputs"]),
+        tensors(entry["outputs"]),
+        dict(entry["derived"]),
+        tuple(Module(m["path"], m["kind"], tuple(m["shape"]), m["bias"]) for m in entry["modules"]),
+        None if bank is None else Bank(bank["slots"], bank["rank"], {k: tuple(v) for k, v in bank["shared"].items()}),
+    )
 
 
 def _check_tree(bundle: Bundle) -> None:

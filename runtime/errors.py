@@ -5,6 +5,7 @@ StepforgeError            one line that says what was wrong and what is allowed
 ├── BundleError           a bundle that is damaged, incomplete or of another format
 ├── BackendError          a backend that is unknown, not installed or cannot load the graph
 ├── CheckpointError       a model that the exporter refuses
+├── AdapterError          a LoRA file that is refused, or does not fit the model
 ├── Cancelled             the caller cancelled the request
 └── GenerationError       a request that failed while it ran (NaN latents, ...)
 """
@@ -28,6 +29,10 @@ class BackendError(StepforgeError):
 
 class CheckpointError(StepforgeError):
     """A model that the exporter refuses to read."""
+
+
+class AdapterError(StepforgeError):
+    """A LoRA file that is refused: not safetensors, damaged, made for another model, or of an unknown kind."""
 
 
 class Cancelled(StepforgeError):

@@ -1,0 +1,98 @@
+"""Merge LoRA files into the networks of a model: W + Σ strength·ΔW in float32, each ΔW against the pristine W."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepforge.export.bank import modules_of
+from stepforge.export.checkpoint import Loader, Source
+from stepforge.runtime.bundle import Module
+from stepforge.runtime.errors import AdapterError
+from stepforge.runtime.lora.adapter import Adapter, read_adapter
+from stepforge.runtime.lora.layers import Layer, delta
+from stepforge.runtime.lora.names import DENOISER
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """One adapter of a merge."""
+
+    adapter: Adapter
+    strength: float
+
+
+def read_all(source: Source, files: Sequence[tuple[Path, float]]) -> list[Merged]:
+    """Read LoRA files for a model, in order. Raises AdapterError."""
+    modules = source_modules(source)
+    return [Merged(read_adapter(path, modules), strength) for path, strength in files]
+
+
+def source_modules(source: Source) -> dict[str, tuple[Module, ...]]:
+    """Component -> its modules, from empty networks: no weights are read."""
+    return {component: modules_of(build()) for component, build in source.empty.items()}
+
+
+def with_adapters(source: Source, merged: Sequence[Merged]) -> Source:
+    """The model whose loaders give merged weights."""
+    if not merged:
+        return source
+
+    def loader(component: str, load: Loader) -> Loader:
+        mine = [
+            ({path: layer for (where, path), layer in one.adapter.layers.items() if where == component}, one.strength)
+            for one in merged
+        ]
+        return lambda dtype: merge(load(torch.float32), mine, component).to(dtype) if any(mine) else load(dtype)
+
+    encoders = ["text_encoder" + (f"_{index + 1}" if index else "") for index in range(len(source.text_encoders))]
+    return replace(
+        source,
+        unet=loader(DENOISER, source.unet),
+        text_encoders=tuple(loader(name, load) for name, load in zip(encoders, source.text_encoders, strict=True)),
+        provenance={
+            **source.provenance,
+            "adapters": [{"file": m.adapter.file, "sha256": m.adapter.sha256, "strength": m.strength} for m in merged],
+        },
+    )
+
+
+@torch.no_grad()
+def merge(network: Any, adapters: Sequence[tuple[Mapping[str, Layer], float]], what: str = "the network") -> Any:
+    """Change a float32 network in place; adapters: path of a module -> its layer, and the strength.
+
+    Changes are summed before they are added, so the order of the adapters does not matter, and each is computed from the
+    weights as they were. Raises AdapterError if a merged weight is not finite.
+    """
+    modules = {name.removeprefix("text_model."): module for name, module in network.named_modules()}
+    for path in dict.fromkeys(path for layers, _ in adapters for path in layers):
+        module = modules[path]
+        weight = module.weight.numpy()
+        bias = None if getattr(module, "bias", None) is None else module.bias.numpy()
+        changes = [delta(layers[path], weight, bias, strength) for layers, strength in adapters if path in layers]
+        new = torch.from_numpy(weight + sum(change for change, _ in changes))
+        if not torch.isfinite(new).all():
+            raise AdapterError(f"merging makes {what} {path} infinite; use smaller strengths")
+        module.weight = torch.nn.Parameter(new, requires_grad=False)
+        biases = [change for _, change in changes if change is not None]
+        if biases and bias is not None:
+            module.bias = torch.nn.Parameter(torch.from_numpy(bias + sum(biases)), requires_grad=False)
+    return network
+
+
+def parse_option(text: str) -> tuple[Path, float]:
+    """FILE or FILE:STRENGTH, as on the command line. Raises AdapterError."""
+    path, colon, strength = text.rpartition(":")
+    if not colon:
+        return Path(text), 1.0
+    try:
+        value = float(strength)
+    except ValueError:
+        return Path(text), 1.0  # the colon belongs to the file's name
+    if not abs(value) <= 100.0:
+        raise AdapterError(f"the strength of {path} is {strength}; it lies between -100 and 100")
+    return Path(path), value

@@ -1,0 +1,210 @@
+"""A LoRA file as an `Adapter`: one `Layer` for each module that it changes, and a reason for each key that it does not.
+
+Formats: PEFT (a folder, or its file with adapter_config.json beside it), diffusers old and new, kohya for SD 1, 2 and XL,
+LyCORIS. Only safetensors is read. `names.py` says how modules are called, ENDINGS how their tensors are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stepforge.runtime.bundle import Module
+from stepforge.runtime.errors import AdapterError
+from stepforge.runtime.lora.file import Contents, read_file
+from stepforge.runtime.lora.layers import Array, Layer, check
+from stepforge.runtime.lora.names import Names, Place
+from stepforge.runtime.lora.peft_config import PeftConfig
+
+ENDINGS: dict[str, tuple[str, str]] = {  # ending of a key -> kind of layer, role of the tensor in it
+    ".lora_down.weight": ("lora", "down"), ".lora_up.weight": ("lora", "up"), ".lora_mid.weight": ("lora", "mid"),
+    ".lora_A.weight": ("lora", "down"), ".lora_B.weight": ("lora", "up"), ".lora_B.bias": ("lora", "up_bias"),
+    ".lora.down.weight": ("lora", "down"), ".lora.up.weight": ("lora", "up"),
+    ".lora_linear_layer.down.weight": ("lora", "down"), ".lora_linear_layer.up.weight": ("lora", "up"),
+    "_lora.down.weight": ("lora", "down"), "_lora.up.weight": ("lora", "up"),
+    ".lora_magnitude_vector": ("lora", "magnitude"), ".lora_magnitude_vector.weight": ("lora", "magnitude"),
+    ".hada_w1_a": ("loha", "w1_a"), ".hada_w1_b": ("loha", "w1_b"), ".hada_t1": ("loha", "t1"),
+    ".hada_w2_a": ("loha", "w2_a"), ".hada_w2_b": ("loha", "w2_b"), ".hada_t2": ("loha", "t2"),
+    ".lokr_w1": ("lokr", "w1"), ".lokr_w1_a": ("lokr", "w1_a"), ".lokr_w1_b": ("lokr", "w1_b"),
+    ".lokr_w2": ("lokr", "w2"), ".lokr_w2_a": ("lokr", "w2_a"), ".lokr_w2_b": ("lokr", "w2_b"),
+    ".lokr_t2": ("lokr", "t2"),
+    ".weight": ("ia3", "weight"), ".on_input": ("ia3", "on_input"),
+    ".diff": ("full", "diff"), ".diff_b": ("full", "diff_b"), ".w_norm": ("full", "diff"), ".b_norm": ("full", "diff_b"),
+    ".bias": ("bias", "bias"),
+    ".alpha": ("", "alpha"), ".dora_scale": ("", "dora_scale"),
+}  # fmt: skip
+FOREIGN = {  # ending -> a method that is no sum of weights, or one that changes what is not a weight
+    ".oft_blocks": "OFT", ".oft_diag": "OFT", ".rescale": "OFT", ".oft_r": "OFT", ".oft_r.weight": "OFT",
+    ".a1.weight": "GLoRA", ".a2.weight": "GLoRA", ".b1.weight": "GLoRA", ".b2.weight": "GLoRA", ".bm.weight": "GLoRA",
+    ".lora_embedding_A": "LoRA of a token embedding", ".lora_embedding_B": "LoRA of a token embedding",
+}  # fmt: skip
+BY_LENGTH = sorted((*ENDINGS, *FOREIGN), key=len, reverse=True)
+NEEDED: dict[str, tuple[tuple[set[str], ...], ...]] = {  # kind -> groups of alternatives, one of each must be there
+    "lora": (({"down", "up"},),),
+    "loha": (({"w1_a", "w1_b", "w2_a", "w2_b"},),),
+    "lokr": (({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b"})),
+    "full": (({"diff"}, {"diff_b"}),),
+    "ia3": (({"weight", "on_input"},),),
+    "bias": (({"bias"},),),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What a file changes of a model."""
+
+    file: str
+    sha256: str
+    layers: Mapping[Place, Layer]
+    names: Mapping[Place, str]  # as the file calls them
+    refused: Mapping[str, str] = field(default_factory=dict)  # name in the file -> why nothing is done with it
+
+    @property
+    def components(self) -> list[str]:
+        return sorted({component for component, _ in self.layers})
+
+
+def read_adapter(path: str | Path, modules: Mapping[str, Iterable[Module]]) -> Adapter:
+    """Read a LoRA file for a model.
+
+    modules: component of the bundle -> its modules. Raises AdapterError if the file is no safetensors, holds NaN, names
+    a tensor twice, is made for another model (no module fits, or the shapes do not) or needs arithmetic that is unknown.
+    """
+    contents = read_file(Path(path))
+    digest = hashlib.sha256()
+    for part in contents.raw:
+        digest.update(part)
+    return resolve(contents, modules, digest.hexdigest())
+
+
+def resolve(contents: Contents, modules: Mapping[str, Iterable[Module]], sha256: str = "") -> Adapter:
+    """The tensors of a file as layers of a model. Raises AdapterError, see `read_adapter`."""
+    table = {(component, module.path): module for component, entries in modules.items() for module in entries}
+    names = Names(modules)
+    layers: dict[Place, Layer] = {}
+    called: dict[Place, str] = {}
+    refused: dict[str, str] = {}
+    misfits: list[str] = []
+    for name, roles in _grouped(contents, refused).items():
+        try:
+            layer = _layer(name, roles, contents.configs)
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        places = names.find(name)
+        reasons: dict[Place, str] = {}
+        for place in places:
+            try:
+                _check_fit(layer, table[place])
+            except ValueError as error:
+                reasons[place] = str(error)
+        fitting = [place for place in places if place not in reasons]
+        if not places:
+            refused[name] = "the model has no such module"
+        elif not fitting:
+            misfits.append(f"{places[0][0]} {places[0][1]}: {reasons[places[0]]}")
+        elif len(fitting) > 1:
+            refused[name] = f"it could mean {' or '.join(component for component, _ in fitting)}"
+        elif fitting[0] in layers:
+            raise AdapterError(f"{contents.name}: {called[fitting[0]]!r} and {name!r} are the same module of the model")
+        else:
+            layers[fitting[0]], called[fitting[0]] = layer, name
+    if misfits:
+        raise AdapterError(
+            f"{contents.name} is made for another model: {misfits[0]}"
+            + (f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else "")
+        )
+    if not layers:
+        some = ", ".join(f"{name!r} ({why})" for name, why in list(refused.items())[:2]) or "it is empty"
+        raise AdapterError(f"{contents.name} changes nothing in this model: {some}")
+    return Adapter(contents.name, sha256, layers, called, refused)
+
+
+def _grouped(contents: Contents, refused: dict[str, str]) -> dict[str, dict[str, tuple[str, Array]]]:
+    """Module name in the file -> role -> kind and tensor; what has no known ending goes to `refused`."""
+    groups: dict[str, dict[str, tuple[str, Array]]] = defaultdict(dict)
+    for key, tensor in contents.tensors.items():
+        plain = (
+            key.replace(".default.", ".") if ".lora_" in key else key.removesuffix(".default")
+        )  # PEFT's own name for it
+        ending = next((ending for ending in BY_LENGTH if plain.endswith(ending)), None)
+        if ending is None:
+            refused[key] = "not a key of any known LoRA format"
+        elif ending in FOREIGN:
+            refused[plain.removesuffix(ending)] = f"{FOREIGN[ending]} is not supported"
+        else:
+            kind, role = ENDINGS[ending]
+            name = plain.removesuffix(ending)
+            if role in groups[name]:
+                raise AdapterError(f"{contents.name} gives the {role} of {name!r} twice")
+            groups[name][role] = kind, tensor
+    for name in refused:
+        groups.pop(name, None)
+    return groups
+
+
+def _layer(name: str, roles: Mapping[str, tuple[str, Array]], configs: Mapping[str, PeftConfig]) -> Layer:
+    """Raises ValueError if the tensors of a module do not make a layer."""
+    kinds = {kind for kind, _ in roles.values()} - {""}
+    if kinds == {"lora", "bias"}:
+        raise ValueError("a LoRA pair and a trained bias on one module are not supported together")
+    if len(kinds) != 1:
+        raise ValueError("tensors of several kinds" if kinds else "a scale without anything to scale")
+    kind = kinds.pop()
+    tensors = {role: tensor for role, (_, tensor) in roles.items()}
+    if kind == "ia3" and "on_input" not in tensors:
+        raise ValueError("a whole weight, not a change of one (PEFT's modules_to_save); not supported")
+    for alternatives in NEEDED[kind]:
+        if not any(needed <= tensors.keys() for needed in alternatives):
+            raise ValueError(f"incomplete: it has {', '.join(sorted(tensors))}")
+    rank = _rank(kind, tensors)
+    alpha = tensors.pop("alpha", None)
+    magnitude, by = tensors.pop("dora_scale", None), "lycoris"
+    if "magnitude" in tensors:
+        magnitude, by = tensors.pop("magnitude"), "peft"
+    scale = 1.0
+    config = next((config for prefix, config in configs.items() if name.startswith(prefix)), None)
+    if config is not None and kind == "lora":
+        prefix = next(prefix for prefix in configs if name.startswith(prefix))
+        scale = config.scale(name.removeprefix(prefix), rank or 1)
+    elif alpha is not None and rank is not None:
+        if alpha.size != 1:
+            raise ValueError(f"its alpha has {alpha.size} numbers")
+        value = float(alpha.reshape(-1)[0])
+        scale = value / rank if value else 1.0  # trainers read alpha 0 as "the rank"
+    return Layer(kind, rank, scale, tensors, magnitude, by)
+
+
+def _rank(kind: str, tensors: Mapping[str, Array]) -> int | None:
+    """What alpha is divided by; None if nothing is. Raises ValueError for a tensor that has no axis to tell it by."""
+    if kind == "lora":
+        by = tensors["down"]
+    elif kind == "loha":
+        by = tensors.get("t1", tensors["w1_b"])
+    elif kind == "lokr" and "w1_a" in tensors:
+        by = tensors["w1_b"]
+    elif kind == "lokr" and "w2_a" in tensors:
+        by = tensors.get("t2", tensors["w2_b"])
+    else:
+        return None  # LoKr of two whole factors ignores alpha; full deltas have none
+    if by.ndim < 2 or not by.shape[0]:
+        raise ValueError(f"a factor of shape {list(by.shape)} has no rank")
+    return int(by.shape[0])
+
+
+def _check_fit(layer: Layer, module: Module) -> None:
+    changes_bias = {"up_bias", "diff_b", "bias"} & layer.tensors.keys()
+    if changes_bias and not module.bias:
+        raise ValueError("it changes a bias that the module does not have")
+    for role in changes_bias:
+        if layer.tensors[role].size != module.shape[0]:
+            raise ValueError(f"its {role} has {layer.tensors[role].size} numbers, the module {module.shape[0]}")
+    if module.kind == "norm" and layer.kind not in ("full", "bias"):
+        raise ValueError(f"{layer.kind} on a normalisation layer is not supported")
+    if not all(math.prod(tensor.shape) for tensor in layer.tensors.values()):
+        raise ValueError("it has an empty tensor")
+    check(layer, module.shape)

@@ -1,0 +1,116 @@
+"""The bytes of a LoRA file: safetensors to float32 arrays, with the settings that stand beside or inside it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepforge.runtime.errors import AdapterError
+from stepforge.runtime.lora.layers import Array
+from stepforge.runtime.lora.peft_config import PeftConfig
+
+CONFIG = "adapter_config.json"
+IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's and diffusers' names
+METADATA = "lora_adapter_metadata"  # diffusers' copy of PEFT's settings in the file's header
+LARGEST = 8 << 30  # bytes; the largest SDXL adapters have a quarter of it
+PLAIN = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Tensors under their own names, and PEFT's settings by the prefix of the names that they rule."""
+
+    name: str
+    tensors: Mapping[str, Array]
+    configs: Mapping[str, PeftConfig] = field(default_factory=dict)
+    raw: tuple[bytes, ...] = ()  # what was read, for its hash
+
+
+def read_file(path: Path) -> Contents:
+    """Read a safetensors file, or the one in a PEFT or diffusers folder.
+
+    Raises AdapterError if there is none, if it is another format, or if a number in it is not finite.
+    """
+    if path.is_dir():
+        found = [path / name for name in IN_FOLDERS if (path / name).is_file()]
+        if not found:
+            raise AdapterError(f"{path} holds no LoRA; expected {' or '.join(IN_FOLDERS)} in it")
+        path = found[0]
+    if not path.is_file():
+        raise AdapterError(f"{path} does not exist; give a .safetensors file, or a PEFT folder")
+    if path.suffix != ".safetensors":
+        raise AdapterError(f"{path} is not a .safetensors file; only that is read, because pickle files can run code")
+    if path.stat().st_size > LARGEST:
+        raise AdapterError(f"{path} has {path.stat().st_size >> 20} MiB; adapters have at most {LARGEST >> 20}")
+    data = path.read_bytes()
+    tensors = _tensors(path, data)
+    raw, configs = [data], {}
+    beside = path.parent / CONFIG
+    if any(key.startswith("base_model.model.") for key in tensors):
+        if not beside.is_file():
+            raise AdapterError(f"{path} is in PEFT's layout but has no {CONFIG} beside it, which says how to scale it")
+        raw.append(beside.read_bytes())
+        configs["base_model.model."] = PeftConfig.parse(str(beside), _json(str(beside), raw[-1]))
+    else:
+        configs = _embedded(path, data)
+    return Contents(
+        path.name if path.name not in IN_FOLDERS else f"{path.parent.name}/{path.name}", tensors, configs, tuple(raw)
+    )
+
+
+def _tensors(path: Path, data: bytes) -> dict[str, Array]:
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        entries = deserialize(data)  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is not a valid safetensors file: {error}") from error
+    tensors: dict[str, Array] = {}
+    for name, entry in entries:
+        tensors[name] = array = _array(path, name, entry)
+        if not np.isfinite(array).all():
+            raise AdapterError(f"{path}: {name!r} holds NaN or infinity")
+    return tensors
+
+
+def _array(path: Path, name: str, entry: Mapping[str, Any]) -> Array:
+    kind, shape = entry["dtype"], entry["shape"]
+    if kind == "BF16":  # the upper half of a float32
+        halves = np.frombuffer(entry["data"], "<u2").astype(np.uint32)
+        return np.left_shift(halves, 16).view(np.float32).reshape(shape)
+    if kind not in PLAIN:
+        raise AdapterError(f"{path}: {name!r} is stored as {kind}; supported: BF16, {', '.join(PLAIN)}")
+    values: NDArray[Any] = np.frombuffer(entry["data"], PLAIN[kind]).reshape(shape)
+    with np.errstate(over="ignore"):  # what does not fit float32 is infinite, and refused
+        return values.astype(np.float32)
+
+
+def _embedded(path: Path, data: bytes) -> dict[str, PeftConfig]:
+    """PEFT's settings as diffusers writes them: {"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.r": ...}."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = _json(str(path), data[8 : 8 + length])
+    text = header.get("__metadata__", {}).get(METADATA)
+    if text is None:
+        return {}
+    options: dict[str, dict[str, Any]] = {}
+    for key, value in _json(f"{path}: {METADATA}", text.encode()).items():
+        component, _, option = key.partition(".")
+        options.setdefault(f"{component}.", {})[option] = value
+    return {prefix: PeftConfig.parse(f"{path}: {METADATA}", values) for prefix, values in options.items()}
+
+
+def _json(what: str, data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{what} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{what} does not hold a JSON object")
+    return value

@@ -1,0 +1,220 @@
+"""What a LoRA file says of one module, as algebra on float32 arrays.
+
+Strength m scales the change of a weight W: W' = W + m·ΔW for all kinds but DoRA, whose formula is below. Each kind is a
+row of KINDS. Sources: LyCORIS `lycoris/modules/*.py` (their `forward`, not the merge, which scales twice), PEFT
+`peft/tuners/lora`, arXiv 2106.09685 (LoRA), 2108.06098 (LoHa), 2212.10650 (LoKr), 2205.05638 (IA3), 2402.09353 (DoRA).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+Tensors = Mapping[str, Array]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One module's entry of a file. `tensors` are named by role, see KINDS."""
+
+    kind: str
+    rank: int | None
+    scale: float  # alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA
+    tensors: Tensors
+    magnitude: Array | None = None  # DoRA: the norm that each row (or column) of the new weight has
+    magnitude_by: str = "lycoris"  # whose formula applies at strengths other than 1
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.magnitude is None else f"{self.kind}+dora"
+
+
+def low_rank(layer: Layer, shape: Shape) -> tuple[Array, Array] | None:
+    """(down [r, in·k·k], up [out, r]) with up·down = ΔW exactly, scale included; None if the layer is not of that form.
+
+    A Tucker middle is a k×k convolution between two 1×1: its product with `down` is one k×k convolution.
+    """
+    if layer.kind != "lora" or layer.magnitude is not None or "up_bias" in layer.tensors:
+        return None
+    up = layer.tensors["up"].reshape(shape[0], -1) * np.float32(layer.scale)
+    return _down(layer.tensors, shape), up
+
+
+def _down(tensors: Tensors, shape: Shape) -> Array:
+    down = tensors["down"]
+    if "mid" not in tensors:
+        return down.reshape(len(down), -1)
+    mid, flat = tensors["mid"], down.reshape(len(down), -1)
+    joined: Array = np.einsum("abhw,bi->aihw", mid, flat)
+    return joined.reshape(len(mid), -1)
+
+
+def _lora(tensors: Tensors, shape: Shape) -> Array:
+    delta: Array = tensors["up"].reshape(shape[0], -1) @ _down(tensors, shape)
+    return delta.reshape(shape)
+
+
+def _loha(tensors: Tensors, shape: Shape) -> Array:
+    """(w1a w1b) ∘ (w2a w2b); with Tucker cores t, w1a and w2a are transposed."""
+    halves = []
+    for half in ("1", "2"):
+        a, b = tensors[f"w{half}_a"], tensors[f"w{half}_b"]
+        if f"t{half}" in tensors:
+            halves.append(np.einsum("ij...,jr,ip->pr...", tensors[f"t{half}"], b, a))
+        else:
+            halves.append(a @ b.reshape(len(b), -1))
+    delta: Array = halves[0] * halves[1]
+    return delta.reshape(shape)
+
+
+def _lokr(tensors: Tensors, shape: Shape) -> Array:
+    """kron(w1, w2), each whole or as the product of two factors; the taps of a convolution belong to w2."""
+    w1 = tensors["w1"] if "w1" in tensors else tensors["w1_a"] @ tensors["w1_b"]
+    if "w2" in tensors:
+        w2 = tensors["w2"]
+    elif "t2" in tensors:
+        w2 = np.einsum("ij...,ip,jr->pr...", tensors["t2"], tensors["w2_a"], tensors["w2_b"])
+    else:
+        a, b = tensors["w2_a"], tensors["w2_b"]
+        w2 = (a @ b.reshape(len(b), -1)).reshape(len(a), *b.shape[1:])
+    product: Array = np.kron(w1.reshape(*w1.shape, *(1,) * (w2.ndim - w1.ndim)), w2)
+    return product.reshape(shape)
+
+
+def _full(tensors: Tensors, shape: Shape) -> Array:
+    return tensors["diff"].reshape(shape) if "diff" in tensors else np.zeros(shape, np.float32)
+
+
+# kind -> ΔW before the scale. Roles: lora down, up, [mid, up_bias]; loha w1_a, w1_b, w2_a, w2_b, [t1, t2];
+# lokr w1 | w1_a, w1_b and w2 | w2_a, w2_b, [t2]; full [diff, diff_b] (norms too); ia3 weight, on_input; bias bias
+PRODUCTS: dict[str, Callable[[Tensors, Shape], Array]] = {
+    "lora": _lora,
+    "loha": _loha,
+    "lokr": _lokr,
+    "full": _full,
+}
+
+
+def delta(layer: Layer, weight: Array, bias: Array | None, strength: float) -> tuple[Array, Array | None]:
+    """The change of a module's weight and bias, float32, against its pristine ones.
+
+    Raises ValueError if the layer changes a bias that the module does not have.
+    """
+    m = np.float32(strength)
+    if layer.kind == "ia3":
+        factor = _along(layer.tensors["weight"], weight, 1 if layer.tensors["on_input"].item() else 0)
+        return m * weight * factor, None
+    if layer.kind == "bias":  # PEFT stores the trained bias itself, whatever the strength
+        return np.zeros_like(weight), _bias(layer.tensors["bias"], bias) - _bias(bias, bias)
+    product = PRODUCTS[layer.kind](layer.tensors, weight.shape) * np.float32(layer.scale)
+    if layer.magnitude is not None:
+        return _decompose(layer, weight, product, strength), None
+    if "up_bias" in layer.tensors:
+        return m * product, m * np.float32(layer.scale) * _bias(layer.tensors["up_bias"], bias)
+    if "diff_b" in layer.tensors:
+        return m * product, m * _bias(layer.tensors["diff_b"], bias)
+    return m * product, None
+
+
+def _bias(change: Array | None, bias: Array | None) -> Array:
+    if change is None or bias is None:
+        raise ValueError("it changes a bias that the module does not have")
+    return change.reshape(bias.shape)
+
+
+def _decompose(layer: Layer, weight: Array, product: Array, strength: float) -> Array:
+    """DoRA: magnitude · V/‖V‖ − W with V = W + ΔW.
+
+    At strength m PEFT scales ΔW inside V. LyCORIS scales the change of the norms: V·(m·(magnitude/‖V‖ − 1) + 1) − W.
+    """
+    assert layer.magnitude is not None
+    axis = _norm_axis(layer, weight.shape)
+    inner = strength if layer.magnitude_by == "peft" else 1.0
+    direction = weight + np.float32(inner) * product
+    others = tuple(a for a in range(weight.ndim) if a != axis)
+    norms = np.sqrt(np.square(direction.astype(np.float64)).sum(axis=others))
+    factor = layer.magnitude.astype(np.float64).reshape(-1) / np.maximum(norms, np.finfo(np.float32).eps)
+    if layer.magnitude_by != "peft":
+        factor = strength * (factor - 1.0) + 1.0
+    return _along(factor.astype(np.float32), weight, axis) * direction - weight
+
+
+def _norm_axis(layer: Layer, weight: Shape) -> int:
+    """0: one norm for each output (PEFT, LyCORIS by default); 1: one for each input, written [1, in, ...]."""
+    assert layer.magnitude is not None
+    shape = layer.magnitude.shape
+    by_input = layer.magnitude_by != "peft" and len(shape) > 1 and shape[0] == 1 and shape[1] == weight[1]
+    return 1 if by_input or math.prod(shape) != weight[0] else 0
+
+
+def _along(values: Array, weight: Array, axis: int) -> Array:
+    """A vector shaped so that it multiplies one axis of the weight."""
+    return values.reshape(*(weight.shape[axis] if a == axis else 1 for a in range(weight.ndim)))
+
+
+def check(layer: Layer, shape: Shape) -> None:
+    """Raise ValueError, saying why, if the layer cannot belong to a module whose weight has this shape.
+
+    By shapes alone: a hostile file must not make us multiply anything first.
+    """
+    tensors, out = layer.tensors, shape[0]
+    inputs, kernel = (shape[1], shape[2:]) if len(shape) > 1 else (1, ())
+    if layer.kind == "lora":
+        r = layer.rank or 0
+        middle = len(tensors["mid"]) if "mid" in tensors else r
+        taps = () if "mid" in tensors else kernel
+        _sized(tensors["down"], (r, inputs, *taps), "down")
+        _sized(tensors["up"], (out, middle), "up")
+        if "mid" in tensors:
+            _sized(tensors["mid"], (middle, r, *kernel), "mid")
+    elif layer.kind == "loha":
+        r = layer.rank or 0
+        for half in ("1", "2"):
+            if f"t{half}" in tensors:
+                _sized(tensors[f"t{half}"], (r, r, *kernel), f"t{half}")
+                _sized(tensors[f"w{half}_a"], (r, out), f"w{half}_a")
+                _sized(tensors[f"w{half}_b"], (r, inputs), f"w{half}_b")
+            else:
+                _sized(tensors[f"w{half}_a"], (out, r), f"w{half}_a")
+                _sized(tensors[f"w{half}_b"], (r, inputs, *kernel), f"w{half}_b")
+    elif layer.kind == "lokr":
+        one, two = _lokr_shape(tensors, "w1"), _lokr_shape(tensors, "w2")
+        if (one[0] * two[0], one[1] * two[1]) != (out, inputs) or math.prod(two[2:]) != math.prod(kernel):
+            raise ValueError(f"its w1 {list(one)} and w2 {list(two)} do not make a weight {list(shape)}")
+    elif layer.kind == "full":
+        if "diff" in tensors:
+            _sized(tensors["diff"], shape, "diff")
+    elif layer.kind == "ia3":
+        _sized(tensors["weight"], (inputs if tensors["on_input"].item() else out,), "weight")
+    if layer.magnitude is not None and layer.magnitude.size not in shape[:2]:
+        raise ValueError(f"its magnitude {list(layer.magnitude.shape)} fits no axis of a weight {list(shape)}")
+
+
+def _sized(tensor: Array, wanted: Shape, role: str) -> None:
+    """Same leading size and same number of elements: trainers write a 1x1 kernel, or leave it out."""
+    if tensor.size != math.prod(wanted) or not tensor.shape or tensor.shape[0] != wanted[0]:
+        raise ValueError(f"its {role} is {list(tensor.shape)}, the module needs {list(wanted)}")
+
+
+def _lokr_shape(tensors: Tensors, part: str) -> Shape:
+    if part in tensors:
+        shape: Shape = tensors[part].shape
+    elif part == "w2" and "t2" in tensors:
+        r = len(tensors["t2"])
+        for role in ("w2_a", "w2_b"):
+            _sized(tensors[role], (r, tensors[role].size // max(1, r)), role)
+        shape = (tensors["w2_a"].size // r, tensors["w2_b"].size // r, *tensors["t2"].shape[2:])
+    else:
+        a, b = tensors[f"{part}_a"], tensors[f"{part}_b"]
+        if a.ndim != 2 or b.ndim < 2 or a.shape[1] != b.shape[0]:
+            raise ValueError(f"its {part}_a {list(a.shape)} and {part}_b {list(b.shape)} do not multiply")
+        shape = (a.shape[0], *b.shape[1:])
+    if len(shape) < 2:
+        raise ValueError(f"its {part} is {list(shape)}, not a matrix")
+    return shape

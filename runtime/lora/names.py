@@ -1,0 +1,132 @@
+"""Which module a key of a LoRA file means.
+
+Kohya's names separate modules by "_", which also occurs inside their names, so names are never taken apart: every module
+of the model is listed under each name that some trainer gives it, and a key either is in that list or is not.
+
+    lora_unet_down_blocks_0_attentions_0_...   kohya, SD 1 and 2 (and LyCORIS)
+    lora_unet_input_blocks_4_1_...             kohya, SDXL: sgm's names
+    lora_te_, lora_te1_, lora_te2_text_model_  kohya, text encoders
+    unet.down_blocks.0....                     diffusers;  text_encoder., text_encoder_2.
+    down_blocks.0....processor.to_q_lora       diffusers before 0.17, with or without the component's prefix
+    base_model.model.down_blocks.0....         PEFT: no component, found by the module's name
+    lycoris_down_blocks_0_...                  LyCORIS's wrapper around any module
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from stepforge.runtime.bundle import Module
+
+DENOISER = "denoiser/unet"
+Place = tuple[str, str]  # component of the bundle, path of a module in it
+PREFIXES: dict[str, tuple[str, ...]] = {  # prefix of a key -> components that it can mean
+    "lora_unet_": (DENOISER,),
+    "lora_te1_": ("text_encoder",),
+    "lora_te2_": ("text_encoder_2",),
+    "lora_te_": ("text_encoder",),
+    "unet.": (DENOISER,),
+    "text_encoder.": ("text_encoder",),
+    "text_encoder_2.": ("text_encoder_2",),
+    "model.diffusion_model.": (DENOISER,),
+    "diffusion_model.": (DENOISER,),
+    "base_model.model.": (DENOISER, "text_encoder", "text_encoder_2"),
+    "lycoris_": (DENOISER, "text_encoder", "text_encoder_2"),
+    "": (DENOISER, "text_encoder", "text_encoder_2"),
+}
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+OUTER = {
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
+
+
+class Names:
+    """The modules of one model under all their names."""
+
+    def __init__(self, modules: Mapping[str, Iterable[Module]]) -> None:
+        """modules: component of a bundle -> its modules."""
+        self._places: dict[str, dict[str, Place | None]] = {}
+        for component, entries in modules.items():
+            table = self._places.setdefault(component, {})
+            paths = [module.path for module in entries]
+            sgm = dict(_sgm(paths)) if component == DENOISER else {}
+            for path in paths:
+                for name in _names(path, sgm.get(path), component):
+                    for alias in (name, name.replace(".", "_")):
+                        # two modules with one name: the name means neither
+                        table[alias] = (
+                            (component, path) if table.get(alias, (component, path)) == (component, path) else None
+                        )
+
+    def find(self, name: str) -> list[Place]:
+        """The modules that a key, cut before its ending, can mean; a name of several components gives several."""
+        for prefix, components in PREFIXES.items():
+            if not name.startswith(prefix):
+                continue
+            rest = name.removeprefix(prefix)
+            places = [
+                place
+                for component in components
+                for spelling in _spellings(rest)
+                if (place := self._places.get(component, {}).get(spelling)) is not None
+            ]
+            if places:
+                return list(dict.fromkeys(places))
+        return []
+
+
+def _names(path: str, sgm: str | None, component: str) -> Iterator[str]:
+    yield path
+    if sgm is not None:
+        yield sgm
+    if component.startswith("text_encoder"):
+        yield f"text_model.{path}"  # transformers dropped this prefix in 5.6; files keep it
+
+
+def _spellings(rest: str) -> Iterator[str]:
+    yield rest
+    yield rest.replace(".base_layer", "")
+    if ".processor." in rest:  # an attention processor stands for its attention
+        yield rest.replace(".processor.", ".")
+        yield rest.replace(".processor.to_out", ".to_out.0")
+    head, _, last = rest.rpartition(".")
+    if last in OLD_PROJECTIONS:
+        yield f"{head}.{OLD_PROJECTIONS[last]}"
+
+
+def _sgm(paths: list[str]) -> Iterator[tuple[str, str]]:
+    """diffusers path -> path in Stability's generative-models code. Block i of that flat list is counted from the layers."""
+    layers = 1 + max(
+        (int(m[4]) for path in paths if (m := BLOCK.match(path)) and m[1] + m[3] == "downresnets"), default=0
+    )
+    attended = {int(m[2]) for path in paths if (m := BLOCK.match(path)) and m[1] + m[3] == "upattentions"}
+    for path in paths:
+        if (m := MIDDLE.match(path)) is not None:
+            kind, index, rest = m[1], int(m[2]), m[3]
+            yield path, f"middle_block.{2 * index if kind == 'resnets' else 1}.{_inner(kind, rest)}"
+        elif (m := BLOCK.match(path)) is not None:
+            side, block, kind, index, rest = m[1], int(m[2]), m[3], int(m[4]), m[5]
+            if kind == "downsamplers":
+                yield path, f"input_blocks.{(block + 1) * (layers + 1)}.0.op"
+            elif kind == "upsamplers":
+                inner = 2 if block in attended else 1
+                yield path, f"output_blocks.{block * (layers + 1) + layers}.{inner}.conv"
+            else:
+                at = (1 + block * (layers + 1) + index) if side == "down" else block * (layers + 1) + index
+                inner = 0 if kind == "resnets" else 1
+                yield path, f"{'input' if side == 'down' else 'output'}_blocks.{at}.{inner}.{_inner(kind, rest)}"
+        elif path in OUTER:
+            yield path, OUTER[path]
+
+
+def _inner(kind: str, rest: str) -> str:
+    return RESNET.get(rest, rest) if kind == "resnets" else rest
