@@ -1,0 +1,120 @@
+"""How far a kernel may be from the exact result: error bounds for every element, with nothing tuned.
+
+The standard model of floating point (Higham, Accuracy and Stability of Numerical Algorithms, ch. 2 and 3): one rounding
+costs a factor 1 + u, a sum of n products in any order γ(n) = n·u/(1 − n·u) of the sum of their absolute values, and
+below the normal range a rounding costs half a unit of the last place there. Every function takes the quantised inputs
+and returns (exact, bound) in fp64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from stepforge.kernels import reference
+from stepforge.kernels.launch import Tensor
+
+UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+TINY = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134, torch.float32: 2.0**-150}  # half the smallest number
+IEEE_SUM = 2.0**-24  # fp32 sums that round to nearest: the interpreter, and CUDA cores
+TENSOR_CORE_SUM = 2.0**-23  # tensor cores truncate what they add
+STEEPEST = 1.13  # largest slope of silu (1.0998) and gelu (1.1289)
+DIRECT = 8  # roundings of an activation in fp32, its erf or exp included
+
+
+def gamma(n: int, u: float) -> float:
+    return n * u / (1 - n * u)
+
+
+def rounded_to(dtype: Any, exact: Tensor, error: Tensor) -> Tensor:
+    """The bound after one rounding to `dtype` of a value that was off by `error`."""
+    return UNIT[dtype] * (exact.abs() + error) + error + TINY[dtype]
+
+
+def lowrank_linear(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
+    table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none",
+    u: float = IEEE_SUM,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """For `reference.lowrank_linear` by kernels that round S once to the inputs' type before the second product."""
+    dtype = x.dtype
+    x, w, a, b, scale = (tensor.double() for tensor in (x, w, a, b, scale))
+    zero = x.new_zeros(())
+    bias, residual = (tensor.double() if tensor is not None else zero for tensor in (bias, residual))
+    s = reference.low_rank(x, a, scale, ranks, table)
+    z = x @ w.T + reference.expand(s, b, ranks, table) + bias
+    s_size = reference.low_rank(x.abs(), a.abs(), scale.abs(), ranks, table)
+    low = reference.expand(s_size, b.abs(), ranks, table)
+    tiny = reference.expand(torch.full_like(s, TINY[dtype]), b.abs(), ranks, table)
+    k, r = x.shape[1], a.shape[2]
+    size = x.abs() @ w.abs().T + low + bias.abs() + residual.abs()
+    rounding = 0.0 if dtype == torch.float32 else UNIT[dtype]
+    error = gamma(k + r + 4, u) * size + (1 + gamma(r + 4, u)) * ((rounding + gamma(k + 2, u)) * low + tiny)
+    if act == "none":
+        return z + residual, rounded_to(dtype, z + residual, error)
+    y = reference.activate(z, act)
+    return y, rounded_to(dtype, y, STEEPEST * error + DIRECT * u * (z.abs() + error))
+
+
+def lowrank_conv(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
+    table: Tensor | None = None, stride: int = 1, pad: int = 1, u: float = IEEE_SUM,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """For `reference.lowrank_conv`."""
+    dtype = y.dtype
+    y, x, a, b, scale = (tensor.double() for tensor in (y, x, a, b, scale))
+    exact = reference.lowrank_conv(y, x, a, b, scale, ranks, table, stride, pad)
+    nothing = torch.zeros_like(y)
+    low = reference.lowrank_conv(nothing, x.abs(), a.abs(), b.abs(), scale.abs(), ranks, table, stride, pad)
+    k, r = a[0, 0].numel(), a.shape[1]
+    rounding = 0.0 if dtype == torch.float32 else UNIT[dtype]
+    error = gamma(r + 2, u) * (y.abs() + low) + (1 + gamma(r + 2, u)) * (rounding + gamma(k + 2, u)) * low
+    error = error + TINY[dtype] * b.abs().amax(dim=0).sum(dim=-1)
+    return exact, rounded_to(dtype, exact, error)
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *,
+    scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True, run: int = 128, u: float = IEEE_SUM,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """For `reference.group_norm_silu`. run: additions that one element passes through, the longest chain of a sum."""
+    dtype = x.dtype
+    x, weight, bias = x.double(), weight.double(), bias.double()
+    zero = x.new_zeros(x.shape[0], x.shape[1])
+    scale = scale.double() if scale is not None else zero
+    shift = shift.double() if shift is not None else zero
+    sets = x.reshape(x.shape[0], groups, -1)
+    lanes = x.shape[1] // groups
+    mean = sets.mean(-1).repeat_interleave(lanes, 1)
+    rstd = (sets.var(-1, correction=0) + eps).rsqrt().repeat_interleave(lanes, 1)
+    off = gamma(run, u) * sets.abs().mean(-1).repeat_interleave(lanes, 1)  # of the mean
+    wrong = gamma(2 * run, u) + (off * rstd) ** 2  # of rstd, relative: what a wrong mean adds to the variance is squared
+    apart = (x - mean[..., None, None]).abs()
+    factor = (rstd * weight.abs() * (1 + scale).abs())[..., None, None]
+    add = (bias.abs() * (1 + scale).abs() + shift.abs())[..., None, None]
+    error = factor * (off[..., None, None] * (1 + wrong[..., None, None]) + apart * (wrong[..., None, None] + 8 * u))
+    error = error + 8 * u * add
+    z = reference.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu=False)
+    if not silu:
+        return z, rounded_to(dtype, z, error)
+    y = reference.activate(z, "silu")
+    return y, rounded_to(dtype, y, STEEPEST * error + DIRECT * u * (z.abs() + error))
+
+
+def geglu(h: Tensor, *, u: float = IEEE_SUM) -> tuple[Tensor, Tensor]:
+    """For `reference.geglu`."""
+    exact = reference.geglu(h.double())
+    value, gate = h.double().abs().chunk(2, dim=-1)
+    return exact, rounded_to(h.dtype, exact, DIRECT * u * value * gate)
+
+
+def excess(result: Tensor, exact: Tensor, bound: Tensor) -> float:
+    """The largest error in units of its bound: 1 or less is right, and NaN anywhere in `result` is infinite."""
+    found = result.double()
+    off = (found - exact).abs()
+    largest = torch.finfo(result.dtype).max
+    over = exact.abs() > largest  # what the type cannot hold must have become infinity of the right sign
+    off = torch.where(over & ((found == exact.sign() * torch.inf) | (off <= bound)), 0.0, off)
+    ratio = torch.where(off == 0, 0.0, off / bound)
+    return float(torch.nan_to_num(ratio, nan=torch.inf).max()) if ratio.numel() else 0.0

@@ -1,0 +1,185 @@
+"""The kernels as torch operators, stepforge::*, which torch.compile and torch.export keep as one node each.
+
+On the CPU an operator is its reference; on CUDA the kernel that `dispatch` names. No operator has a gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.library import custom_op
+
+from stepforge.kernels import reference
+from stepforge.kernels.dispatch import dispatch, nearest_arch
+from stepforge.kernels.launch import FLOATS, Tensor, require
+from stepforge.kernels.layers import Layer
+from stepforge.kernels.tiles import gemm_tile
+
+T = torch.Tensor
+
+
+@functools.cache
+def arch_of(device: Any) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return nearest_arch(10 * major + minor)
+
+
+def run_linear(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
+    arch: int, table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
+    act: str = "none", block_m: int = 0,
+) -> Tensor:  # fmt: skip
+    """The layer on the path that `dispatch` names for `arch`; addmm for fp32, which the tensor cores would round to tf32."""
+    from stepforge.kernels import fallback, lowrank
+
+    rank = lowrank.check_linear(x, w, a, b, scale, ranks, table, bias, residual, act)
+    require(table is None or block_m > 0, "a table of row blocks comes with its block_m")
+    extra = {"table": table, "bias": bias, "residual": residual, "act": act}
+    layer = Layer("", x.shape[0], x.shape[1], w.shape[0], slices=a.shape[1])
+    choice = dispatch(layer, rank, arch, grouped=table is not None, block_m=block_m or None)
+    aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and w.data_ptr() % 16 == 0
+    if choice.path == "addmm" or x.dtype == torch.float32 or not aligned:
+        return fallback.addmm(x, w, a, b, scale, ranks, **extra)
+    tile = gemm_tile(arch, rank, choice.block_m)
+    if choice.path == "onepass":
+        return lowrank.onepass(x, w, a, b, scale, ranks, tile=tile, nt=choice.nt, **extra)
+    return lowrank.split(x, w, a, b, scale, ranks, tile=tile, parts=choice.parts, **extra)
+
+
+@custom_op("stepforge::lowrank_linear", mutates_args=())
+def _lowrank_linear(
+    x: T, w: T, a: T, b: T, scale: T, ranks: T, table: T | None, bias: T | None, residual: T | None,
+    act: str, block_m: int,
+) -> T:  # fmt: skip
+    if x.device.type == "cpu":
+        return reference.lowrank_linear(x, w, a, b, scale, ranks, table, bias, residual, act)
+    return run_linear(
+        x, w, a, b, scale, ranks, arch=arch_of(x.device), table=table, bias=bias, residual=residual, act=act,
+        block_m=block_m,
+    )  # fmt: skip
+
+
+@_lowrank_linear.register_fake
+def _(x, w, a, b, scale, ranks, table, bias, residual, act, block_m):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+def lowrank_linear(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
+    table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none",
+    block_m: int = 0,
+) -> Tensor:  # fmt: skip
+    """y = act(x Wᵀ + (scale ⊙ x Aᵀ) Bᵀ + bias) + residual.
+
+    x [..., K] and residual [..., N]; the others as in `reference.lowrank_linear` and as `pack` makes them. table: the
+    row blocks of `pack.block_table` for block_m rows. Returns [..., N]. ValueError for shapes that do not fit.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    over = residual.reshape(-1, residual.shape[-1]) if residual is not None else None
+    y = _lowrank_linear(flat, w, a, b, scale, ranks, table, bias, over, act, block_m)
+    return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+@custom_op("stepforge::lowrank_conv", mutates_args=())
+def _lowrank_conv(
+    y: T, x: T, a: T, b: T, scale: T, ranks: T, table: T | None, stride: int, pad: int, block_m: int
+) -> T:
+    if y.device.type == "cpu":
+        return reference.lowrank_conv(y, x, a, b, scale, ranks, table, stride, pad)
+    from stepforge.kernels import conv
+
+    tile = gemm_tile(arch_of(y.device), b.shape[2], block_m or 64)
+    return conv.lowrank_conv(y, x, a, b, scale, ranks, tile=tile, table=table, stride=stride, pad=pad)
+
+
+@_lowrank_conv.register_fake
+def _(y, x, a, b, scale, ranks, table, stride, pad, block_m):  # type: ignore[no-untyped-def]
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+def lowrank_conv(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
+    table: Tensor | None = None, stride: int = 1, pad: int = 1, block_m: int = 0,
+) -> Tensor:  # fmt: skip
+    """y + (scale ⊙ conv(x, A)) Bᵀ for y [B, N, H', W'], x [B, C, H, W] of either memory format; y's shape, channels last."""
+    rows = y.permute(0, 2, 3, 1).contiguous()
+    pixels = x.permute(0, 2, 3, 1).contiguous()
+    return _lowrank_conv(rows, pixels, a, b, scale, ranks, table, stride, pad, block_m).permute(0, 3, 1, 2)
+
+
+@custom_op("stepforge::group_norm_silu", mutates_args=())
+def _group_norm_silu(
+    x: T, weight: T, bias: T, groups: int, eps: float, scale: T | None, shift: T | None, silu: bool
+) -> T:
+    if x.device.type == "cpu":
+        return reference.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu)
+    from stepforge.kernels import norms
+
+    return norms.group_norm_silu(x, weight, bias, groups, eps, scale=scale, shift=shift, silu=silu)
+
+
+@_group_norm_silu.register_fake
+def _(x, weight, bias, groups, eps, scale, shift, silu):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5, *,
+    scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True,
+) -> Tensor:  # fmt: skip
+    """silu(norm(x)·(1 + scale) + shift) for x [B, C, H, W]; shapes as in `reference.group_norm_silu`."""
+    return _group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu)
+
+
+@custom_op("stepforge::geglu", mutates_args=())
+def _geglu(h: T) -> T:
+    if h.device.type == "cpu":
+        return reference.geglu(h)
+    from stepforge.kernels import elementwise
+
+    return elementwise.geglu(h)
+
+
+@_geglu.register_fake
+def _(h):  # type: ignore[no-untyped-def]
+    return h.new_empty(h.shape[0], h.shape[1] // 2)
+
+
+def geglu(h: Tensor) -> Tensor:
+    """value · gelu(gate) of h [..., 2C], values first. Returns [..., C]."""
+    require(h.dtype in FLOATS or h.dtype == torch.float64, f"geglu takes floats, got {h.dtype}")
+    return _geglu(h.reshape(-1, h.shape[-1])).reshape(*h.shape[:-1], h.shape[-1] // 2)
+
+
+@custom_op("stepforge::guide_update", mutates_args=("step", "state", "sample"))
+def _guide_update(
+    prediction: T, guidance: T, table: T, scale_in: T, step: T, state: T, z: T, sample: T, num_x: int
+) -> None:
+    if prediction.device.type == "cpu":
+        new, seen = reference.guide_update(prediction, guidance, table, scale_in, step, state, z, num_x)
+        running = step < table.shape[1]
+        state.copy_(new)
+        sample[running] = seen[running].to(sample.dtype)
+    else:
+        from stepforge.kernels import elementwise
+
+        elementwise.guide_update(prediction, guidance, table, scale_in, step, state, z, sample, num_x)
+    step.add_(1)
+
+
+@_guide_update.register_fake
+def _(prediction, guidance, table, scale_in, step, state, z, sample, num_x):  # type: ignore[no-untyped-def]
+    return None
+
+
+def guide_update(
+    prediction: Tensor, guidance: Tensor, table: Tensor, scale_in: Tensor, step: Tensor, state: Tensor, z: Tensor,
+    sample: Tensor, *, num_x: int,
+) -> None:  # fmt: skip
+    """One step of every image, in place on state, sample and step; shapes as in `reference.guide_update`.
+
+    All coefficients are read on the device by the device's own step counter, so a captured graph replays every step.
+    """
+    _guide_update(prediction, guidance, table, scale_in, step, state, z, sample, num_x)

@@ -1,0 +1,147 @@
+"""What each kernel computes, in plain PyTorch: the CPU implementation of the operators and the authority of their tests.
+
+All compute in fp64 for fp64 inputs and in fp32 for any other, and round once, to the input's type. Equations are written
+once, here; the Triton bodies say only how they divide the work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Tensor = Any  # torch.Tensor; torch is not typed well enough to follow
+
+ACTS = ("none", "silu", "gelu")
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in the precision that references compute in."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def activate(y: Tensor, act: str) -> Tensor:
+    return {"none": lambda v: v, "silu": F.silu, "gelu": F.gelu}[act](y)
+
+
+def adapter_rows(table: Tensor | None, rows: int) -> list[tuple[slice, int]]:
+    """(rows, adapter) of every row block of a table; without one, all rows on adapter 0."""
+    if table is None:
+        return [(slice(0, rows), 0)]
+    return [(slice(first, first + count), adapter) for first, count, adapter in table.tolist() if count]
+
+
+def low_rank(x: Tensor, a: Tensor, scale: Tensor, ranks: Tensor, table: Tensor | None) -> Tensor:
+    """S[m, p, r] = scale[l, p, r // 16] · Σ_k x[m, k] · A[l, p, r, k], l the adapter of row m; 0 without one.
+
+    x [M, K], a [L, P, R, K], scale [L, P, R/16], ranks [L]; lanes at and above ranks[l] are 0. Returns [M, P, R].
+    """
+    s = wide(x).new_zeros(x.shape[0], a.shape[1], a.shape[2])
+    for rows, adapter in adapter_rows(table, x.shape[0]):
+        if adapter >= 0:
+            rank = int(ranks[adapter])
+            product = torch.einsum("mk,prk->mpr", wide(x[rows]), wide(a[adapter, :, :rank]))
+            s[rows, :, :rank] = product * wide(scale[adapter]).repeat_interleave(16, dim=-1)[:, :rank]
+    return s
+
+
+def expand(s: Tensor, b: Tensor, ranks: Tensor, table: Tensor | None) -> Tensor:
+    """D[m, n] = Σ_r S[m, p(n), r] · B[l, n, r], p(n) the slice that column n lies in. Returns [M, N]."""
+    rows_, slices, _ = s.shape
+    width = b.shape[1] // slices
+    d = s.new_zeros(rows_, b.shape[1])
+    for rows, adapter in adapter_rows(table, rows_):
+        if adapter >= 0:
+            rank = int(ranks[adapter])
+            up = wide(b[adapter, :, :rank]).reshape(slices, width, rank)
+            d[rows] = torch.einsum("mpr,pwr->mpw", s[rows, :, :rank], up).flatten(1)
+    return d
+
+
+def lowrank_linear(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor,
+    table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none",
+) -> Tensor:  # fmt: skip
+    """y = act(x Wᵀ + (scale ⊙ x Aᵀ) Bᵀ + bias) + residual; Hu et al., arXiv:2106.09685, eq. 3.
+
+    x [M, K], w [N, K], a [L, P, R, K], b [L, N, R], bias [N], residual [M, N] (only with act "none"). P > 1: w is P
+    layers of equal width stacked (q, k, v), each with its own A. Returns [M, N] in x's type.
+    """
+    y = wide(x) @ wide(w).T + expand(low_rank(x, a, scale, ranks, table), b, ranks, table)
+    if bias is not None:
+        y = y + wide(bias)
+    y = activate(y, act)
+    if residual is not None:
+        y = y + wide(residual)
+    return y.to(x.dtype)
+
+
+def lowrank_conv(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor,
+    table: Tensor | None = None, stride: int = 1, pad: int = 1,
+) -> Tensor:  # fmt: skip
+    """y + (scale ⊙ conv(x, A)) Bᵀ: a convolution's adapter, added to the base convolution's output.
+
+    y [B, H', W', N], x [B, H, W, C] (channels last), a [L, R, k, k, C], b [L, N, R], scale [L, 1, R/16]. The table's rows
+    are (image, h, w) of y. Returns y's shape in y's type.
+    """
+    batch, out_height, out_width, width = y.shape
+    out = wide(y).clone().reshape(-1, width)
+    images = wide(x).permute(0, 3, 1, 2)
+    for rows, adapter in adapter_rows(table, out.shape[0]):
+        if adapter < 0:
+            continue
+        rank = int(ranks[adapter])
+        kernel = wide(a[adapter, :rank]).permute(0, 3, 1, 2)
+        low = F.conv2d(images, kernel, stride=stride, padding=pad).permute(0, 2, 3, 1).reshape(-1, rank)[rows]
+        low = low * wide(scale[adapter, 0]).repeat_interleave(16)[:rank]
+        out[rows] += low @ wide(b[adapter, :, :rank]).T
+    return out.reshape(batch, out_height, out_width, width).to(y.dtype)
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
+    scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True,
+) -> Tensor:  # fmt: skip
+    """y = silu(((x − mean)/sqrt(var + eps)·weight + bias)·(1 + scale) + shift); Wu and He, arXiv:1803.08494, eq. 1.
+
+    x [B, C, H, W] of either memory format, weight, bias [C], scale, shift [B, C]. Returns x's shape, format and type.
+    """
+    y = F.group_norm(wide(x), groups, wide(weight), wide(bias), eps)
+    if scale is not None and shift is not None:
+        y = y * (1 + wide(scale)[:, :, None, None]) + wide(shift)[:, :, None, None]
+    return torch.empty_like(x).copy_(F.silu(y) if silu else y)
+
+
+def geglu(h: Tensor) -> Tensor:
+    """value · gelu(gate) of h [..., 2C], values first; Shazeer, arXiv:2002.05202, eq. 6, with the exact erf. [..., C]."""
+    value, gate = wide(h).chunk(2, dim=-1)
+    return (value * F.gelu(gate)).to(h.dtype)
+
+
+def guide_update(
+    prediction: Tensor, guidance: Tensor, table: Tensor, scale_in: Tensor, step: Tensor, state: Tensor, z: Tensor,
+    num_x: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """p = Σ_j guidance·prediction, x_{k+1} = Σ keep·x + Σ gain·p + noise·z; stepforge.runtime.plan.Step.
+
+    prediction [n, J, E], guidance [n, K, J], table [n, K, W + 1], scale_in [n, K + 1], step [n], state [n, W, E] with
+    num_x latents first, z [n, E]. Returns the new state, and sample = scale_in[k + 1] · x_{k+1} [n, E] in prediction's
+    type (0 for images whose plan is done).
+    """
+    state = state.clone()
+    sample = torch.zeros_like(prediction[:, 0])
+    num_p = state.shape[1] - num_x
+    for n, k in enumerate(step.tolist()):
+        if k >= table.shape[1]:
+            continue
+        weights, row = wide(guidance[n, k]), wide(table[n, k])
+        live = weights != 0
+        state[n, num_x + k % num_p] = (weights[live, None] * wide(prediction[n, live])).sum(0)
+        operands = torch.cat([state[n], z[n, None]])
+        live = row != 0
+        latent = (row[live, None] * operands[live]).sum(0)
+        state[n, (k + 1) % num_x] = latent
+        sample[n] = (latent * scale_in[n, k + 1]).to(sample.dtype)
+    return state, sample

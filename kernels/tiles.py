@@ -1,0 +1,53 @@
+"""The shipped tiles: how each architecture divides a layer. No tile spills registers (golden.json, python -m ...aot)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ARCHES = (80, 86, 89, 90, 100, 120)
+WIDE_ARCHES = (90, 100)  # accumulators in warp groups or tensor memory: 128-row tiles fit
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may ask for
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows, columns and depth of a program's tile, and how the compiler runs it."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int = 8  # row blocks that share the weight columns in L2
+
+
+def padded_rank(rank: int) -> int:
+    """The R of a kernel: a power of two, 16 at least because tl.dot needs a depth of 16."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def onepass_ranks(arch: int) -> tuple[int, ...]:
+    """R = 128 keeps a second accumulator of half the first: it spills where registers hold both."""
+    return (16, 32, 64, 128) if arch in WIDE_ARCHES else (16, 32, 64)
+
+
+EXPAND_RANKS = (16, 32, 64, 128)
+
+
+def block_rows(arch: int) -> tuple[int, ...]:
+    """Row blocks that an architecture has tiles for, largest first."""
+    return (128, 64) if arch in WIDE_ARCHES else (64,)
+
+
+def gemm_tile(arch: int, rank: int, block_m: int) -> Tile:
+    """The tile of `onepass` and `expand`. 4 warps keep two programs on a multiprocessor; from R = 64 they spill."""
+    if block_m not in block_rows(arch):
+        raise ValueError(f"sm_{arch} has no tile of {block_m} rows; choose one of {block_rows(arch)}")
+    if block_m == 128:
+        return Tile(128, 128, 64, warps=8, stages=3)
+    return Tile(64, 128, 64, warps=8 if rank >= 64 else 4, stages=3)
+
+
+def shrink_tile(block_m: int) -> Tile:
+    """Short tiles: a shrink has one column of programs, so its rows are what fills the multiprocessors."""
+    return Tile(min(32, block_m), 0, 128, warps=4, stages=3)

@@ -1,0 +1,44 @@
+"""Kernels run in Triton's interpreter here, which must be asked for before triton is first imported.
+
+The variable is set only while triton and the kernels are imported, so that no other test and no child process sees it.
+`TRITON_INTERPRET=0 pytest -m gpu` leaves the compiler in place: the tests of a GPU need it, all others then skip.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET", "1") == "1":
+    assert "triton" not in sys.modules, "triton was imported before TRITON_INTERPRET could be set"
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.experimental.gluon  # the interpreter loads it at its first launch, and it looks at the variable too
+
+    import stepforge.kernels.conv
+    import stepforge.kernels.elementwise
+    import stepforge.kernels.lowrank
+    import stepforge.kernels.norms
+
+    if before is None:
+        del os.environ["TRITON_INTERPRET"]
+
+from stepforge.kernels.launch import interpreted
+
+COMPILED = pytest.mark.skip(reason="needs Triton's interpreter: unset TRITON_INTERPRET")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not interpreted():
+        for item in items:
+            if "tests/kernels/" in item.path.as_posix() and not item.get_closest_marker("gpu"):
+                item.add_marker(COMPILED)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    import torch
+
+    torch.manual_seed(5)
