@@ -146,10 +146,11 @@ def _write(source: Source, folder: Path, precision: str, name: str, bank: BankOp
         tell(component, len(components), total)
         network = load_network(dtype)
         config = network.config
-        entry = trace.save(make(network), folder / component)
+        entry = prefixed(component, trace.save(make(network), folder / component))
         if component in source.empty:
-            entry = _adaptable(entry, network, folder / component, component, bank)
-        components[component] = prefixed(component, entry)
+            entry = replace(entry, modules=used_modules(folder / entry.graph, modules_of(network)))
+            entry = entry if bank is None else adaptable(entry, folder, component, bank)
+        components[component] = entry
         del network
         release()
         return config
@@ -199,16 +200,13 @@ def _write(source: Source, folder: Path, precision: str, name: str, bank: BankOp
     return bundle
 
 
-def _adaptable(entry: Component, network: Any, folder: Path, component: str, bank: BankOptions | None) -> Component:
-    """The component with the table of what a LoRA can change in it and, if asked for, with banks as inputs."""
-    entry = replace(entry, modules=used_modules(folder / entry.graph, modules_of(network)))
-    if bank is None:
-        return entry
+def adaptable(entry: Component, folder: Path, component: str, bank: BankOptions) -> Component:
+    """The component with LoRA banks as inputs of its graphs, which are rewritten in the bundle's folder."""
     narrow = bank.targets == "transformer" and component.startswith("denoiser/")
     targets = transformer_only(entry.modules) if narrow else entry.modules
     graphs = [folder / graph for graph in (entry.graph, *entry.derived.values())]
-    inputs, tensors = add_bank(graphs, targets, bank.slots + 1, bank.rank)
-    return replace(entry, bank=inputs, inputs=(*entry.inputs, *tensors))
+    banks, tensors = add_bank(graphs, targets, bank.slots + 1, bank.rank)
+    return replace(entry, bank=banks, inputs=(*entry.inputs, *tensors))
 
 
 def prefixed(component: str, entry: Component) -> Component:

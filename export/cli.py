@@ -19,6 +19,12 @@ PredictionType = Annotated[
 ]
 
 
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:STRENGTH]", help="Merge this LoRA into the weights; repeatable."),
+]
+
+
 def export_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A diffusers folder or a .safetensors checkpoint.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="BUNDLE", help="The bundle directory to write.")],
@@ -28,11 +34,20 @@ def export_command(
     tokenizer: Tokenizer = None,
     prediction_type: PredictionType = None,
     name: Annotated[str | None, typer.Option(help="Name of the model. [default: its file name]")] = None,
+    lora: Loras = None,
+    lora_slots: Annotated[
+        int, typer.Option(help="Take LoRA files at run time, this many sets of them in use at a time.")
+    ] = 0,
+    lora_rank: Annotated[int, typer.Option(help="Highest rank of a set, with --lora-slots.")] = 16,
+    lora_targets: Annotated[
+        str, typer.Option(help="all, or transformer (less work a step; LoRA of other layers is refused at run time).")
+    ] = "all",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Compile a model into a bundle."""
-    from stepforge.export.build import export_bundle
+    from stepforge.export.build import BankOptions, export_bundle
+    from stepforge.export.merge import parse_option
 
     def progress(stage: str, done: int, total: int) -> None:
         print(f"[{done}/{total}] {stage}", file=sys.stderr)
@@ -44,6 +59,8 @@ def export_command(
         tokenizer=tokenizer,
         prediction_type=prediction_type,
         name=name,
+        loras=[parse_option(text) for text in lora or ()],
+        bank=BankOptions(lora_slots, lora_rank, lora_targets) if lora_slots else None,
         overwrite=overwrite,
         progress=progress,
     )
@@ -67,9 +84,11 @@ def verify_command(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     tokenizer: Tokenizer = None,
     prediction_type: PredictionType = None,
+    lora: Loras = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Compare a bundle with diffusers and store the verdict in it. Exit code 1 if it fails."""
+    from stepforge.export.merge import parse_option
     from stepforge.export.parity import PROMPTS, verify
 
     if guidance <= 1.0:
@@ -79,6 +98,7 @@ def verify_command(
         model,
         tokenizer=tokenizer,
         prediction_type=prediction_type,
+        loras=[parse_option(text) for text in lora or ()],
         backends=backend or (),
         precisions=precision or (),
         prompts=prompt or PROMPTS,

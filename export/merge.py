@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from stepforge.export.bank import modules_of
@@ -46,8 +47,9 @@ def with_adapters(source: Source, merged: Sequence[Merged]) -> Source:
         mine = [
             ({path: layer for (where, path), layer in one.adapter.layers.items() if where == component}, one.strength)
             for one in merged
+            if component in one.adapter.components
         ]
-        return lambda dtype: merge(load(torch.float32), mine, component).to(dtype) if any(mine) else load(dtype)
+        return lambda dtype: merge(load(torch.float32), mine, component).to(dtype) if mine else load(dtype)
 
     encoders = ["text_encoder" + (f"_{index + 1}" if index else "") for index in range(len(source.text_encoders))]
     return replace(
@@ -66,21 +68,25 @@ def merge(network: Any, adapters: Sequence[tuple[Mapping[str, Layer], float]], w
     """Change a float32 network in place; adapters: path of a module -> its layer, and the strength.
 
     Changes are summed before they are added, so the order of the adapters does not matter, and each is computed from the
-    weights as they were. Raises AdapterError if a merged weight is not finite.
+    weights as they were. Strength 0 means no adapter, also for DoRA, whose formulas do not end in the pristine weight.
+    Raises AdapterError if a merged weight is not finite.
     """
+    adapters = [(layers, strength) for layers, strength in adapters if strength]
     modules = {name.removeprefix("text_model."): module for name, module in network.named_modules()}
     for path in dict.fromkeys(path for layers, _ in adapters for path in layers):
         module = modules[path]
-        weight = module.weight.numpy()
-        bias = None if getattr(module, "bias", None) is None else module.bias.numpy()
-        changes = [delta(layers[path], weight, bias, strength) for layers, strength in adapters if path in layers]
-        new = torch.from_numpy(weight + sum(change for change, _ in changes))
-        if not torch.isfinite(new).all():
+        weight = module.weight.detach().numpy()
+        bias = None if getattr(module, "bias", None) is None else module.bias.detach().numpy()
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
+            changes = [delta(layers[path], weight, bias, strength) for layers, strength in adapters if path in layers]
+            new = {"weight": weight + sum(change for change, _ in changes)}
+            biases = [change for _, change in changes if change is not None]
+            if biases and bias is not None:
+                new["bias"] = bias + sum(biases)
+        if not all(np.isfinite(values).all() for values in new.values()):
             raise AdapterError(f"merging makes {what} {path} infinite; use smaller strengths")
-        module.weight = torch.nn.Parameter(new, requires_grad=False)
-        biases = [change for _, change in changes if change is not None]
-        if biases and bias is not None:
-            module.bias = torch.nn.Parameter(torch.from_numpy(bias + sum(biases)), requires_grad=False)
+        for name, values in new.items():
+            setattr(module, name, torch.nn.Parameter(torch.from_numpy(values), requires_grad=False))
     return network
 
 

@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from transformers import CLIPTokenizer
 
 from stepforge.export.checkpoint import Source, load
-from stepforge.runtime.backends import AUTO, Backend, Graph, open_backend
+from stepforge.export.merge import read_all, with_adapters
+from stepforge.runtime.adapters import no_adapter
+from stepforge.runtime.backends import AUTO, Arrays, Backend, Graph, open_backend
 from stepforge.runtime.bundle import Bundle, read, write_manifest
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.errors import BackendError, CheckpointError
@@ -87,6 +89,7 @@ def verify(
     *,
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
     backends: Sequence[str] = (),
     precisions: Sequence[str] = (),
     prompts: Sequence[str] = PROMPTS,
@@ -98,12 +101,17 @@ def verify(
 ) -> dict[str, Any]:
     """Run every check and return the verdict, which is also stored in the bundle.
 
-    backends, precisions: all that this machine can run unless given. Raises BundleError, CheckpointError, BackendError.
+    loras: what the bundle has merged; the reference gets them merged too. backends, precisions: all that this machine can
+    run unless given. Raises BundleError, CheckpointError, AdapterError, BackendError.
     """
     bundle = read(bundle_path)
     source = load(model_path, tokenizer=tokenizer, prediction_type=prediction_type)
-    if dict(bundle.source).get("sha256") != dict(source.provenance).get("sha256"):
+    source = with_adapters(source, read_all(source, loras))
+    if bundle.source.get("sha256") != source.provenance.get("sha256"):
         raise CheckpointError(f"{bundle_path} was exported from other weights than {model_path}")
+    if (merged := bundle.source.get("adapters", [])) != source.provenance.get("adapters", []):
+        needed = " ".join(f"--lora {one['file']}:{one['strength']:g}" for one in merged) or "no --lora"
+        raise CheckpointError(f"{bundle_path} was exported with other adapters; verify it with {needed}")
     configurations = list(_configurations(bundle, backends, precisions))
     progress("reference: loading")
     pipeline = reference_pipeline(source)
@@ -200,9 +208,12 @@ class _OpenOnce:
         self._inner = inner
         self._graphs: dict[str, Graph] = {}
 
-    def open(self, component: str) -> Graph:
+    def bank_dtype(self, component: str) -> Any:
+        return self._inner.bank_dtype(component)
+
+    def open(self, component: str, banks: Arrays | None = None) -> Graph:
         if component not in self._graphs:
-            self._graphs[component] = self._inner.open(component)
+            self._graphs[component] = self._inner.open(component, banks)
         return self._graphs[component]
 
 
@@ -260,7 +271,7 @@ def component_errors(
         ).input_ids  # fmt: skip
         expected = network(ids, output_hidden_states=True)
         hidden = expected.hidden_states[-2] if bundle.card.family == "sdxl" else expected[0]
-        outputs = backend.open(name)({"input_ids": ids.numpy()})
+        outputs = backend.open(name)({"input_ids": ids.numpy(), **_no_adapter(bundle, name)})
         yield name, relative_error(outputs["hidden_states"], hidden.numpy())
         if "pooled" in outputs:
             pooled = expected[0]
@@ -275,7 +286,8 @@ def component_errors(
         sample = torch.from_numpy(np.stack([latents, latents]) * np.float32(step.scale_in))
         timestep = torch.full((2,), step.t)
         inputs = {
-            "sample": sample.numpy(), "timestep": timestep.numpy(), "encoder_hidden_states": context.numpy()
+            "sample": sample.numpy(), "timestep": timestep.numpy(), "encoder_hidden_states": context.numpy(),
+            **_no_adapter(bundle, "denoiser/unet"),
         }  # fmt: skip
         conditions = {}
         if pooled is not None:
@@ -287,6 +299,10 @@ def component_errors(
     latents = reference.latents[-1][None]
     expected = pipeline.vae.decode(torch.from_numpy(latents) / pipeline.vae.config.scaling_factor).sample
     yield "vae_decoder", relative_error(backend.open("vae_decoder")({"latents": latents})["pixels"], expected.numpy())
+
+
+def _no_adapter(bundle: Bundle, component: str) -> Arrays:
+    return no_adapter(2) if bundle.components[component].bank is not None else {}
 
 
 def relative_error(ours: NDArray[Any], reference: NDArray[Any]) -> float:

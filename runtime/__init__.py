@@ -15,6 +15,7 @@ from stepforge.runtime.backends import open_backend
 from stepforge.runtime.bundle import Bundle, read
 from stepforge.runtime.engine import MAX_ROWS, Engine
 from stepforge.runtime.errors import (
+    AdapterError,
     BackendError,
     BundleError,
     Cancelled,
@@ -23,9 +24,12 @@ from stepforge.runtime.errors import (
     RequestError,
     StepforgeError,
 )
+from stepforge.runtime.lora.adapter import Adapter
 from stepforge.runtime.request import Progress, Request, Result, Stats
 
 __all__ = [
+    "Adapter",
+    "AdapterError",
     "BackendError",
     "Bundle",
     "BundleError",

@@ -18,11 +18,12 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stepforge.runtime.adapters import Adapters, row_inputs
 from stepforge.runtime.backends import Backend
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.conditioning import Condition, Conditioner
@@ -47,9 +48,10 @@ class Engine:
             raise RequestError(f"max_rows is {max_rows}; a guided step needs at least 2")
         self.bundle, self.backend, self.max_rows = bundle, backend, max_rows
         self.scheduler = SchedulerCard.from_dict(bundle.scheduler)
-        self._conditioner = Conditioner(bundle, backend)
+        self.adapters = Adapters(bundle, backend)
+        self._conditioner = Conditioner(bundle, backend, self.adapters)
         self._denoisers = {
-            name.removeprefix("denoiser/"): backend.open(name)
+            name.removeprefix("denoiser/"): backend.open(name, self.adapters.banks(name))
             for name in bundle.components
             if name.startswith("denoiser/")
         }
@@ -74,7 +76,8 @@ class Engine:
         rows: steps of the caller's own in place of the request's sampler, see `planner.compile_plan`.
         """
         size = image_size(request, self.bundle.card)
-        job = Job(request, compile_plan(request, self.scheduler, rows), size, on_step)
+        chosen = self.adapters.choose(request.adapters)
+        job = Job(request, compile_plan(request, self.scheduler, rows), size, on_step, chosen)
         for text in (request.prompt, request.negative):
             self._conditioner.tokenize(text, request.prompt_syntax)  # refuse unreadable prompts here
         with self._wake:
@@ -142,7 +145,8 @@ class Engine:
         self._retire()
 
     def _admit(self) -> None:
-        """Start waiting jobs while rows are free, oldest first."""
+        """Start waiting jobs while rows are free, oldest first; a job whose adapters find no free slot waits, and so do
+        those behind it."""
         while len(self._running) < self.max_rows:
             with self._wake:
                 if not self._waiting:
@@ -151,12 +155,22 @@ class Engine:
             if job.is_over:
                 continue
             started = time.perf_counter()
+            if job.adapters is not None:
+                bank_slot = self.adapters.acquire(job.adapters, {slot.job.bank_slot for slot in self._running})
+                if bank_slot is None:
+                    with self._wake:
+                        self._waiting.appendleft(job)
+                    return
+                job.bank_slot = bank_slot
             try:
                 negative = None
                 if any(step.guidance != 1.0 for step in job.plan.steps):
                     negative = job.request.negative
                 before = self._conditioner.rows
-                job.cond, job.uncond = self._conditioner(job.request.prompt, negative, job.request.prompt_syntax)
+                request = job.request
+                job.cond, job.uncond = self._conditioner(
+                    request.prompt, negative, request.prompt_syntax, job.adapters, job.bank_slot
+                )
                 job.rows["text_encoder"] = self._conditioner.rows - before
                 shape = job.size.latents(self.bundle.card)
                 self._running += [Slot(job, index, shape) for index in range(job.request.images)]
@@ -235,8 +249,10 @@ class Engine:
             step = slot.job.plan.steps[slot.k]
             np.multiply(slot.x, np.float32(step.scale_in), out=sample[r].reshape(-1))
             timestep[r] = step.t
-        inputs = {"sample": sample, "timestep": timestep, **self._context(rows)}
+        inputs: dict[str, NDArray[Any]] = {"sample": sample, "timestep": timestep, **self._context(rows)}
         name = slots[0].job.plan.steps[slots[0].k].denoiser
+        if self.adapters.banks(f"denoiser/{name}") is not None:
+            inputs |= row_inputs([slot.job.bank_slot for slot, _ in rows], [slot.adapter_strength for slot, _ in rows])
         return self._denoisers[name](inputs)["prediction"], owners
 
     def _context(self, rows: list[tuple[Slot, Condition]]) -> dict[str, Array]:

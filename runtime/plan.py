@@ -24,6 +24,7 @@ class Step:
     noise: float  # coefficient of fresh noise; 0.0 draws none
     denoised: tuple[float, float]  # estimate of the clean latent = denoised[0]·x_k + denoised[1]·p_k (previews)
     guidance: float = 1.0  # w in uncond + w·(cond − uncond); 1.0: conditional row only, 0.0: unconditional row only
+    adapters: float = 1.0  # multiplies the strength of the request's LoRA adapters
     denoiser: str = "unet"
 
 

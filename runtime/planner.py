@@ -56,8 +56,13 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
         sigmas=request.sigmas,
         eta=request.eta,
     )
-    guided = zip(steps, weights(request.guidance, len(steps)), strict=True)
-    return Plan(tuple(replace(step, guidance=w) for step, w in guided), init_noise)
+    scales = request.adapter_schedule
+    if not isinstance(scales, tuple):
+        scales = (scales,) * len(steps)
+    elif len(scales) != len(steps):
+        raise RequestError(f"adapter_schedule has {len(scales)} numbers for {len(steps)} network evaluations")
+    columns = zip(steps, weights(request.guidance, len(steps)), scales, strict=True)
+    return Plan(tuple(replace(step, guidance=w, adapters=scale) for step, w, scale in columns), init_noise)
 
 
 def describe(plan: Plan) -> list[dict[str, object]]:
@@ -73,6 +78,7 @@ def describe(plan: Plan) -> list[dict[str, object]]:
             "keep": [round(value, 6) for value in step.keep],
             "gain": [round(value, 6) for value in step.gain],
             "noise": round(step.noise, 6),
+            "adapters": step.adapters,
             "denoiser": step.denoiser,
         }
         for k, step in enumerate(plan.steps)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ MAX_STEPS = 1000
 MAX_IMAGES = 64
 MAX_SIDE = 4096  # pixels; above this one latent's attention alone exceeds any memory that we know of
 MAX_SEED = 2**64 - 1
+MAX_STRENGTH = 100.0  # of an adapter; far above what gives a picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,10 @@ class Request:
     seed: int = 0  # image i uses seed + i
     images: int = 1
     prompt_syntax: str = "a1111"  # "a1111": (word:1.3) weights; "plain": brackets are text, as in diffusers
+    adapters: Mapping[str, float] = field(default_factory=dict)  # name in `engine.adapters` -> strength
+    adapter_schedule: float | tuple[float, ...] = (
+        1.0  # multiplies the strengths in the denoiser; a list gives one a step
+    )
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative"):
@@ -62,11 +67,30 @@ class Request:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "guidance", parse(self.guidance))
+        object.__setattr__(self, "adapters", _strengths(self.adapters))
+        if not isinstance(self.adapter_schedule, int | float):
+            object.__setattr__(self, "adapter_schedule", tuple(self.adapter_schedule))
+        scales = self.adapter_schedule if isinstance(self.adapter_schedule, tuple) else (self.adapter_schedule,)
+        if not scales or not all(_is_strength(scale) for scale in scales):
+            raise RequestError(f"adapter_schedule is {self.adapter_schedule!r}; give a number, or one for each step")
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise RequestError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
+
+
+def _strengths(adapters: Any) -> dict[str, float]:
+    if not isinstance(adapters, Mapping):
+        raise RequestError(f"adapters is {adapters!r}; give names and strengths such as {{'style': 0.8}}")
+    for name, strength in adapters.items():
+        if not isinstance(name, str) or not _is_strength(strength):
+            raise RequestError(f"the strength of adapter {name!r} is {strength!r}; give a number from -100 to 100")
+    return {name: float(strength) for name, strength in adapters.items()}
+
+
+def _is_strength(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_STRENGTH
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 import numpy as np
 from numpy.typing import NDArray
 
+from stepforge.runtime.adapters import NONE, AdapterSet
 from stepforge.runtime.conditioning import Condition
 from stepforge.runtime.noise import Generator
 from stepforge.runtime.plan import Plan
@@ -24,8 +25,11 @@ OnStep = Callable[[Progress], None]
 class Job:
     """A submitted request and what has become of it so far."""
 
-    def __init__(self, request: Request, plan: Plan, size: Size, on_step: OnStep | None) -> None:
-        self.request, self.plan, self.size, self.on_step = request, plan, size, on_step
+    def __init__(
+        self, request: Request, plan: Plan, size: Size, on_step: OnStep | None, adapters: AdapterSet | None = None
+    ) -> None:
+        self.request, self.plan, self.size, self.on_step, self.adapters = request, plan, size, on_step, adapters
+        self.bank_slot = NONE  # where the adapters stand while the job runs
         self.future: Future[Result] = Future()
         self.cond: Condition | None = None
         self.uncond: Condition | None = None
@@ -77,6 +81,12 @@ class Slot:
         self.generator = Generator(job.request.seed + index)
         self.state = np.zeros((self.table.shape[1], math.prod(shape)), np.float32)
         self.state[0] = plan.init_noise * self.generator.normal(shape).reshape(-1)
+
+    @property
+    def adapter_strength(self) -> float:
+        """Of this step's rows."""
+        adapters = self.job.adapters
+        return 0.0 if adapters is None else adapters.strength * self.job.plan.steps[self.k].adapters
 
     @property
     def is_done(self) -> bool:

@@ -41,8 +41,15 @@ class Backend(Protocol):
     precision: str  # "fp32" or "bf16": what the networks compute in
     versions: dict[str, str]
 
-    def open(self, component: str) -> Graph:
-        """Load one component. Raises BackendError if the library refuses the graph."""
+    def open(self, component: str, banks: Arrays | None = None) -> Graph:
+        """Load one component. Raises BackendError if the library refuses the graph.
+
+        banks: inputs that stay, of the type of `bank_dtype`; every call reads them as they are then.
+        """
+        ...
+
+    def bank_dtype(self, component: str) -> type[np.float32] | type[np.uint16]:
+        """The type of a component's LoRA banks; uint16 stands for bfloat16."""
         ...
 
 

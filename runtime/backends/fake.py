@@ -55,7 +55,10 @@ class Fake:
         self._bundle = bundle
         self._alphas = alphas_cumprod(SchedulerCard.from_dict(bundle.scheduler))
 
-    def open(self, component: str) -> Graph:
+    def bank_dtype(self, component: str) -> type[np.float32]:
+        return np.float32
+
+    def open(self, component: str, banks: Arrays | None = None) -> Graph:
         if component.startswith("text_encoder"):
             return encode_text
         if component == "vae_decoder":

@@ -24,7 +24,10 @@ class OnnxRuntime:
         self.versions = {"onnxruntime": onnxruntime.__version__}
         self._threads = threads
 
-    def open(self, component: str) -> _Graph:
+    def bank_dtype(self, component: str) -> type[np.float32]:
+        return np.float32
+
+    def open(self, component: str, banks: Arrays | None = None) -> _Graph:
         entry = self._bundle.components[component]
         graph = entry.derived.get(self.name, entry.graph)
         options = onnxruntime.SessionOptions()
@@ -38,13 +41,18 @@ class OnnxRuntime:
             )
         except Exception as error:  # onnxruntime raises a class of its own per status code, all direct from Exception
             raise BackendError(f"onnxruntime cannot load {graph}: {str(error).splitlines()[0]}") from error
-        return _Graph(session)
+        return _Graph(session, banks or {})
 
 
 class _Graph:
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, banks: Arrays) -> None:
         self._session = session
         self._outputs = [output.name for output in session.get_outputs()]
+        # views of the banks' memory, made once: a UNet has some 500 of them
+        self._banks = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in banks.items()}
+        self._arrays = banks  # the views do not keep their memory alive
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in inputs.items()}
+        results = self._session.run_with_ort_values(self._outputs, {**values, **self._banks})
+        return {name: result.numpy() for name, result in zip(self._outputs, results, strict=True)}

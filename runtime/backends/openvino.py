@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,15 @@ class OpenVino:
         self._threads = threads
         self._cache = cache_dir(bundle)
 
-    def open(self, component: str) -> _Graph:
+    def bank_dtype(self, component: str) -> type[np.float32] | type[np.uint16]:
+        return np.uint16 if self._precision_of(component) == "bf16" else np.float32
+
+    def _precision_of(self, component: str) -> str:
+        return "fp32" if component.startswith(ALWAYS_FP32) else self.precision
+
+    def open(self, component: str, banks: Arrays | None = None) -> _Graph:
         entry = self._bundle.components[component]
-        precision = "fp32" if component.startswith(ALWAYS_FP32) else self.precision
+        precision = self._precision_of(component)
         config = {
             "INFERENCE_PRECISION_HINT": PRECISION_HINT[precision],
             "INFERENCE_NUM_THREADS": self._threads,
@@ -49,16 +56,33 @@ class OpenVino:
         if self._cache is not None:
             config["CACHE_DIR"] = str(self._cache)
         try:
-            compiled = self._core.compile_model(self._bundle.file(entry.graph), "CPU", config)
+            network = self._bundle.file(entry.graph)
+            if banks and precision == "bf16":
+                network = self._with_bf16_inputs(network, banks)
+            compiled = self._core.compile_model(network, "CPU", config)
         except RuntimeError as error:
             raise BackendError(f"openvino cannot load {entry.graph}: {str(error).splitlines()[-1]}") from error
-        return _Graph(compiled, [tensor.name for tensor in entry.outputs])
+        return _Graph(compiled, [tensor.name for tensor in entry.outputs], banks or {})
+
+    def _with_bf16_inputs(self, graph: Path, names: Iterable[str]) -> openvino.Model:
+        """Float32 banks would be converted as a whole in every call, all slots of them."""
+        steps = openvino.preprocess.PrePostProcessor(self._core.read_model(graph))
+        for name in names:
+            steps.input(name).tensor().set_element_type(openvino.Type.bf16)
+        return steps.build()
 
 
 class _Graph:
-    def __init__(self, compiled: Any, outputs: list[str]) -> None:
+    def __init__(self, compiled: Any, outputs: list[str], banks: Arrays) -> None:
         self._request = compiled.create_infer_request()
         self._outputs = outputs
+        self._banks = banks  # their memory is shared, not copied
+        for name, array in banks.items():
+            if array.dtype == np.uint16:
+                tensor = openvino.Tensor(array, openvino.Shape(list(array.shape)), openvino.Type.bf16)
+            else:
+                tensor = openvino.Tensor(array, shared_memory=True)
+            self._request.set_tensor(name, tensor)
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         # share_outputs: views of the request's own tensors, valid until the next call (saves a copy of each output)
