@@ -70,7 +70,8 @@ def lowrank_conv(
     k, r = a[0, 0].numel(), a.shape[1]
     rounding = 0.0 if dtype == torch.float32 else UNIT[dtype]
     error = gamma(r + 2, u) * (y.abs() + low) + (1 + gamma(r + 2, u)) * (rounding + gamma(k + 2, u)) * low
-    error = error + TINY[dtype] * b.abs().amax(dim=0).sum(dim=-1)
+    live = torch.arange(r) < ranks.cpu()[:, None, None]
+    error = error + TINY[dtype] * torch.where(live.to(b.device), b.abs(), 0.0).sum(-1).amax(0)
     return exact, rounded_to(dtype, exact, error)
 
 

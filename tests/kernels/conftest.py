@@ -42,3 +42,24 @@ def seeded() -> None:
     import torch
 
     torch.manual_seed(5)
+
+
+@pytest.fixture
+def mutant(tmp_path, monkeypatch):
+    """mutant(module, old, new): the module of Triton bodies with one text replaced, loaded for the interpreter."""
+    import importlib.util
+    from pathlib import Path
+
+    def load(module, old, new):
+        source = Path(module.__file__).read_text("utf-8")
+        assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
+        file = tmp_path / f"mutant_{Path(module.__file__).name}"
+        file.write_text(source.replace(old, new), "utf-8")
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        changed = importlib.util.module_from_spec(spec)
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(changed)
+        monkeypatch.delenv("TRITON_INTERPRET")
+        return changed
+
+    return load

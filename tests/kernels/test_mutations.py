@@ -1,0 +1,185 @@
+"""The checks must be able to fail: each of these mistakes in a body is caught by them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stepforge.kernels import bounds, lowrank, lowrank_body, norm_body, norms
+from stepforge.kernels.pack import block_table
+from stepforge.kernels.tiles import Tile
+
+TILE = Tile(16, 32, 32, warps=4, stages=2)
+GUARD = 4096
+
+
+def guarded(tensor):
+    buffer = torch.full((tensor.numel() + 2 * GUARD,), torch.nan, dtype=tensor.dtype)
+    inner = buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape)
+    return inner.copy_(tensor)
+
+
+def inputs(*, only_adapter=False):
+    """Tails in every direction, two strengths, NaN around every input. only_adapter: W = 0, one rank, one input,
+    so that the low-rank term is one product and its bound has no slack."""
+    m, k, n, r = 19, 150, 41, 32
+    given = {
+        "x": torch.randn(m, k).half(),
+        "w": (torch.randn(n, k) / 7).half() * (not only_adapter),
+        "a": (torch.randn(2, 1, r, k) / 7).half(),
+        "b": torch.randn(2, n, r).half(),
+    }
+    if only_adapter:
+        given["x"][:, 1:] = 0
+    given = {name: guarded(tensor) for name, tensor in given.items()}
+    given["scale"] = torch.tensor([[[0.7371, -1.9113]], [[1.0, 0.3331]]])
+    given["ranks"] = torch.tensor([1, 1] if only_adapter else [27, 27], dtype=torch.int32)
+    given["table"] = None
+    if not only_adapter:
+        given["x"] = guarded(torch.randn(21, k).half())
+        given["table"] = block_table([0, -1, 1], 7, 16)
+        given["a"][:, :, 27:] = torch.nan
+        given["b"][..., 27:] = torch.nan
+    return given
+
+
+def passes(path, *, only_adapter=False):
+    """Whether the path is within its bound on the inputs above and leaves the memory around its output alone."""
+    given = inputs(only_adapter=only_adapter)
+    first = [given[name] for name in ("x", "w", "a", "b", "scale", "ranks")]
+    outs = []
+
+    def empty(like, shape):
+        outs.append(torch.full((shape[0] * shape[1] + 2 * GUARD,), 77.0, dtype=like.dtype))
+        return outs[-1][GUARD:-GUARD].view(shape)
+
+    kept, lowrank.empty_out = lowrank.empty_out, empty
+    try:
+        if path == "onepass":
+            result = lowrank.onepass(*first, tile=TILE, nt=2, table=given["table"])
+        else:
+            result = lowrank.split(*first, tile=TILE, parts=2, table=given["table"])
+    finally:
+        lowrank.empty_out = kept
+    clean = all((out[:GUARD] == 77).all() and (out[-GUARD:] == 77).all() for out in outs)
+    exact, bound = bounds.lowrank_linear(**given)
+    return bool(clean) and bounds.excess(result, exact, bound) <= 1.0
+
+
+K_MASK = "x = loaded(x_rows + ks[None, :], row_ok[:, None] & (ks < K)[None, :], UPCAST)"
+MUTATIONS = {
+    "K of x not masked": ("onepass", K_MASK, K_MASK.replace(" & (ks < K)[None, :]", "")),
+    "K of x not masked in the shrink": (
+        "split",
+        "xs = loaded(x_rows + ks[None, :], row_ok[:, None] & (ks < K)[None, :], UPCAST)",
+        "xs = loaded(x_rows + ks[None, :], row_ok[:, None], UPCAST)",
+    ),
+    "columns of w not masked": (
+        "split",
+        "w = loaded(w_cols + ks[:, None], (ks < K)[:, None] & col_ok[None, :], UPCAST)",
+        "w = loaded(w_cols + ks[:, None], col_ok[None, :], UPCAST)",
+    ),
+    "rank of a not masked": (
+        "onepass",
+        "al = loaded(a_cols + ks[:, None], k_ok[:, None] & rank_ok[None, :], UPCAST)",
+        "al = loaded(a_cols + ks[:, None], k_ok[:, None], UPCAST)",
+    ),
+    "rank of b not masked": (
+        "split",
+        "bs = loaded(b_cols + offs_r[:, None], rank_ok[:, None] & col_ok[None, :], UPCAST)",
+        "bs = loaded(b_cols + offs_r[:, None], col_ok[None, :], UPCAST)",
+    ),
+    "columns not masked in the store": (
+        "onepass",
+        "acc.to(out.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])",
+        "acc.to(out.dtype.element_ty), mask=row_ok[:, None])",
+    ),
+    "last tile of K skipped": (
+        "split",
+        "for k in range(0, K, BLOCK_K):\n        ks",
+        "for k in range(0, K - BLOCK_K, BLOCK_K):\n        ks",
+    ),
+    "last tile of K skipped in one pass": (
+        "onepass",
+        "for k in range(0, K, BLOCK_K):\n                    ks",
+        "for k in range(0, K - BLOCK_K, BLOCK_K):\n                    ks",
+    ),
+    "second part of K skipped": (
+        "split",
+        "for i in tl.static_range(1, SPLIT):",
+        "for i in tl.static_range(1, 1):",
+    ),
+    "strengths in another order": (
+        "onepass",
+        "strength = tl.load(scale + at * (R // 16) + offs_r // 16)\n                s",
+        "strength = tl.load(scale + at * (R // 16) + (R - 1 - offs_r) // 16)\n                s",
+    ),
+    "no adapter taken for the first": (
+        "split",
+        "if adapter >= 0:\n            kind",
+        "if adapter >= -1:\n            kind",
+    ),
+    "S of the first tile of columns only": (
+        "onepass",
+        "acc = tl.dot(s, bs, acc, input_precision=\"ieee\")\n            there",
+        "acc += 0.0\n            there",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MUTATIONS)
+def test_caught(case, mutant, monkeypatch):
+    path, old, new = MUTATIONS[case]
+    assert passes(path)
+    monkeypatch.setattr(lowrank, "lowrank_body", mutant(lowrank_body, old, new))
+    assert not passes(path)
+
+
+@pytest.mark.parametrize("path", ["onepass", "split"])
+def test_strength_after_the_rounding_is_caught(path, mutant, monkeypatch):
+    """Three roundings where the bound allows one: the order of strength and rounding."""
+    name = {"onepass": "s = rounded(total * strength[None, :], kind, UPCAST)"}.get(
+        path, "low = rounded(total * strength[None, :], kind, UPCAST)"
+    )
+    late = name.split(" = ")[0] + " = rounded(total, kind, UPCAST) * strength[None, :].to(kind)"
+    assert passes(path, only_adapter=True)
+    monkeypatch.setattr(lowrank, "lowrank_body", mutant(lowrank_body, f" {name}", f" {late}"))
+    assert not passes(path, only_adapter=True)
+
+
+def norm_passes(layout):
+    x = (torch.randn(2, 12, 9, 11) + 1000).to(memory_format=layout)
+    weight, bias = torch.randn(12), torch.randn(12)
+    result = norms.group_norm_silu(x, weight, bias, 3, 1e-5, block=256, splits=3)
+    exact, bound = bounds.group_norm_silu(x, weight, bias, 3, 1e-5)
+    return bounds.excess(result, exact, bound) <= 1.0
+
+
+NORM_MUTATIONS = {
+    "mean of squares less square of mean": (
+        torch.contiguous_format,
+        "apart = tl.where(offs < end, value - middle, 0.0)\n        n, mean, m2 = merged(n, mean, m2, count, middle, "
+        "tl.sum(apart * apart, axis=0))",
+        "apart = tl.sum(value * value, axis=0) - count * middle * middle\n        n, mean, m2 = merged(n, mean, m2, "
+        "count, middle, apart)",
+    ),
+    "tail counted as zeros": (
+        torch.channels_last,
+        "apart = tl.where(mask, value - middle[None, :], 0.0)",
+        "apart = value - middle[None, :]",
+    ),
+    "difference of the means forgotten": (
+        torch.channels_last,
+        "m2 + m2_new + delta * delta * n * share",
+        "m2 + m2_new",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NORM_MUTATIONS)
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+def test_norm_mistake_caught(case, mutant, monkeypatch):
+    layout, old, new = NORM_MUTATIONS[case]
+    assert norm_passes(layout)
+    monkeypatch.setattr(norms, "norm_body", mutant(norm_body, old, new))
+    assert not norm_passes(layout)
