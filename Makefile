@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick check types bench train clean
+.PHONY: demo test quick test-gpu check types bench train clean
 
 demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw a contact sheet into out/
 	$(BIN)/stepforge export examples/emoji/model -o out/emoji.bundle --name emoji --overwrite
@@ -20,6 +20,9 @@ test: $(STAMP)  ## the whole suite
 
 quick: $(STAMP)  ## without the slow tests
 	$(BIN)/pytest -m "not slow"
+
+test-gpu: $(STAMP)  ## what needs an NVIDIA GPU; install a CUDA build of torch into the environment first
+	$(BIN)/pytest -m gpu
 
 check: $(STAMP) types  ## formatting, lint, types
 	$(BIN)/ruff format --check .

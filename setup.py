@@ -14,13 +14,13 @@ BASE = [
     "openvino>=2025.4",  # default CPU backend: bf16 at 96 % of the matrix peak (benchmarks/bench_denoiser.py)
     "typer>=0.16",  # the command line: help, completion, validation
     "rich>=13.9",  # progress bars and tables of the command line
+    "safetensors>=0.5",  # LoRA files and model weights; the only format read
 ]
 EXPORT = [
     "torch>=2.9",  # tracing
     "diffusers>=0.38",  # model classes and the parity reference; older ones run code from model folders (CVE-2026-44513)
     "transformers>=5.3",  # text encoders; older ones run code named in config.json (CVE-2026-4372)
     "accelerate>=1.0",  # diffusers loads weights without a second copy in memory
-    "safetensors>=0.5",  # the only weight format read
     "onnx>=1.19",  # graph checker
     "onnxscript>=0.5",  # torch.onnx's translation layer
     "onnx-ir>=0.1.12",  # graph passes and external data
@@ -48,6 +48,9 @@ setup(
             "pytest-timeout>=2.3",  # no test may hang CI
             "hypothesis>=6.100",  # property tests
             "scipy>=1.11",  # diffusers' beta and LMS schedules, the oracle of ours
+            "peft>=0.18",  # trains the demo's adapters; the oracle of LoRA files
+            "lycoris-lora>=3.4",  # the oracle of LyCORIS files
+            "triton>=3.5",  # the kernels in its interpreter, and compiled ahead of time
             "matplotlib>=3.8",  # plots of benchmarks
             "fonttools>=4.50",  # the emoji list of the demo's training recipe
             "ruff>=0.8",  # format and lint
@@ -64,6 +67,7 @@ setup(
         "stepforge.commands": [
             "export=stepforge.export.cli:export_command",
             "verify=stepforge.export.cli:verify_command",
+            "lora.convert=stepforge.export.cli:convert_command",
         ],
     },
     classifiers=[

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from stepforge.runtime.cli_lora import file_and_strength
 from stepforge.runtime.errors import RequestError
 
 Tokenizer = Annotated[
@@ -47,7 +49,6 @@ def export_command(
 ) -> None:
     """Compile a model into a bundle."""
     from stepforge.export.build import BankOptions, export_bundle
-    from stepforge.export.merge import parse_option
 
     def progress(stage: str, done: int, total: int) -> None:
         print(f"[{done}/{total}] {stage}", file=sys.stderr)
@@ -59,7 +60,7 @@ def export_command(
         tokenizer=tokenizer,
         prediction_type=prediction_type,
         name=name,
-        loras=[parse_option(text) for text in lora or ()],
+        loras=[file_and_strength(text) for text in lora or ()],
         bank=BankOptions(lora_slots, lora_rank, lora_targets) if lora_slots else None,
         overwrite=overwrite,
         progress=progress,
@@ -88,7 +89,6 @@ def verify_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Compare a bundle with diffusers and store the verdict in it. Exit code 1 if it fails."""
-    from stepforge.export.merge import parse_option
     from stepforge.export.parity import PROMPTS, verify
 
     if guidance <= 1.0:
@@ -98,7 +98,7 @@ def verify_command(
         model,
         tokenizer=tokenizer,
         prediction_type=prediction_type,
-        loras=[parse_option(text) for text in lora or ()],
+        loras=[file_and_strength(text) for text in lora or ()],
         backends=backend or (),
         precisions=precision or (),
         prompts=prompt or PROMPTS,
@@ -123,3 +123,30 @@ def verify_command(
         print(("PASSED: " if verdict["passed"] else "FAILED: ") + verdict["summary"])
     if not verdict["passed"]:
         raise typer.Exit(1)
+
+
+def convert_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA of any known format.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A .safetensors or .onnx_adapter file to write.")],
+    model: Annotated[Path, typer.Option(help="The base model: a diffusers folder or a .safetensors checkpoint.")],
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Cut what is not low-rank (LoHa, LoKr, DoRA, ...) to this rank.")
+    ] = None,
+    tokenizer: Tokenizer = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Write a LoRA as plain low-rank pairs, which an engine binds at run time; prints the error of each layer cut."""
+    from stepforge.export.convert import convert
+
+    done = convert(file, model, out, rank=rank, tokenizer=tokenizer)
+    if as_json:
+        print(json.dumps([asdict(layer) for layer in done], indent=1))
+        return
+    for layer in done:
+        if layer.error or layer.note:
+            print(
+                f"{layer.component} {layer.module}: {layer.kind}, relative error {layer.error:.3g} {layer.note}".rstrip()
+            )
+    exact = sum(not layer.error for layer in done)
+    worst = max((layer.error for layer in done), default=0.0)
+    print(f"{out}: {len(done)} layers, {exact} exact, largest relative error {worst:.3g}")

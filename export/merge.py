@@ -72,7 +72,7 @@ def merge(network: Any, adapters: Sequence[tuple[Mapping[str, Layer], float]], w
     Raises AdapterError if a merged weight is not finite.
     """
     adapters = [(layers, strength) for layers, strength in adapters if strength]
-    modules = {name.removeprefix("text_model."): module for name, module in network.named_modules()}
+    modules = named_modules(network)
     for path in dict.fromkeys(path for layers, _ in adapters for path in layers):
         module = modules[path]
         weight = module.weight.detach().numpy()
@@ -90,15 +90,6 @@ def merge(network: Any, adapters: Sequence[tuple[Mapping[str, Layer], float]], w
     return network
 
 
-def parse_option(text: str) -> tuple[Path, float]:
-    """FILE or FILE:STRENGTH, as on the command line. Raises AdapterError."""
-    path, colon, strength = text.rpartition(":")
-    if not colon:
-        return Path(text), 1.0
-    try:
-        value = float(strength)
-    except ValueError:
-        return Path(text), 1.0  # the colon belongs to the file's name
-    if not abs(value) <= 100.0:
-        raise AdapterError(f"the strength of {path} is {strength}; it lies between -100 and 100")
-    return Path(path), value
+def named_modules(network: Any) -> dict[str, Any]:
+    """Modules by the paths that bundles use, see `bundle.Module`."""
+    return {name.removeprefix("text_model."): module for name, module in network.named_modules()}

@@ -72,7 +72,7 @@ class Adapters:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self._bundle = bundle
         self._banks = {
-            component: _Buffers(entry.bank, entry.modules, backend.bank_dtype(component))
+            component: Buffers(entry.bank, entry.modules, backend.bank_dtype(component))
             for component, entry in bundle.components.items()
             if entry.bank is not None
         }
@@ -198,7 +198,7 @@ def row_inputs(slots: Sequence[int], strengths: Sequence[float]) -> dict[str, ND
     }
 
 
-class _Buffers:
+class Buffers:
     """The banks of one component."""
 
     def __init__(self, bank: Bank, modules: tuple[Module, ...], dtype: BankType) -> None:

@@ -1,7 +1,8 @@
-"""The command line: `stepforge export | verify | generate | plan | info | doctor`.
+"""The command line: `stepforge export | verify | generate | plan | info | doctor | lora`.
 
 Commands only read arguments, call the rooms and print. Commands of the offline room join through the entry point group
-`stepforge.commands`. Exit codes: 0 done, 1 it ran and failed, 2 the arguments were wrong, 130 interrupted.
+`stepforge.commands`; `lora.convert` there is the command `convert` of the group `lora`. Exit codes: 0 done, 1 it ran and
+failed, 2 the arguments were wrong, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stepforge.runtime.cli_lora import file_and_strength, lora
 from stepforge.runtime.errors import RequestError, StepforgeError
 
 if TYPE_CHECKING:
+    from stepforge.runtime.lora.adapter import Adapter
     from stepforge.runtime.request import Progress, Request, Result
 
 app = typer.Typer(
@@ -28,6 +31,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(lora, name="lora")
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory, or `fake` for a test model.")]
 Steps = Annotated[int, typer.Option("--steps", "-n", help="Denoising steps.")]
@@ -44,7 +49,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script; never shows a traceback for what the user can mend."""
     for entry in entry_points(group="stepforge.commands"):
-        app.command(entry.name)(entry.load())
+        group, _, name = entry.name.rpartition(".")
+        (lora if group == "lora" else app).command(name)(entry.load())
     command = typer.main.get_command(app)
     try:
         code = command.main(args=arguments, prog_name="stepforge", standalone_mode=False)
@@ -80,6 +86,19 @@ def generate(
     bundle: BundlePath,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One or more prompts.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompts", help="A text file, one prompt a line.")] = None,
+    request_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--requests", help="A JSON-lines file; fields of Request, what is missing comes from the options."
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE[:STRENGTH]",
+            help="Load a LoRA file and use it; lines of --requests that have adapters use those alone. Repeatable.",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="A .png file for one image, else a folder.")] = Path("out"),
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     width: Annotated[int | None, typer.Option(help="Pixels. [default: model's]")] = None,
@@ -104,31 +123,31 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Draw images from prompts."""
-    from stepforge.runtime import Request, load
+    from stepforge.runtime import load
 
-    texts = _prompts(prompts, prompt_file)
-    requests = [
-        Request(
-            prompt=text,
-            negative=negative,
-            width=width,
-            height=height,
-            steps=steps,
-            sampler=sampler,
-            schedule=schedule,
-            spacing=spacing,
-            timesteps=_numbers("timesteps", timesteps, int),
-            sigmas=_numbers("sigmas", sigmas, float),
-            eta=eta,
-            guidance=guidance,
-            seed=seed,
-            images=images,
-            prompt_syntax=prompt_syntax,
-        )
-        for text in texts
-    ]
+    loads = [_adapter(text) for text in adapter or ()]
+    options = {
+        "negative": negative,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "sampler": sampler,
+        "schedule": schedule,
+        "spacing": spacing,
+        "timesteps": _numbers("timesteps", timesteps, int),
+        "sigmas": _numbers("sigmas", sigmas, float),
+        "eta": eta,
+        "guidance": guidance,
+        "seed": seed,
+        "images": images,
+        "prompt_syntax": prompt_syntax,
+        "adapters": {name: strength for name, _, strength in loads},
+    }
+    requests = _requests(prompts, prompt_file, request_file, options)
     files = _files(out, requests, overwrite)
     with load(bundle, backend=backend, precision=precision, threads=threads) as engine, _progress() as bar:
+        for name, path, _ in loads:
+            _say_refused(name, engine.adapters.load(name, path))
         total = sum(len(engine.plan(request).steps) * request.images for request in requests)
         task = bar.add_task("denoising", total=total)
 
@@ -182,7 +201,7 @@ def plan(
     if as_json:
         print(json.dumps({"init_noise": compiled.init_noise, "rows": compiled.rows, "steps": rows}, indent=1))
         return
-    _print_table(rows)
+    print_table(rows)
     print(f"initial noise {compiled.init_noise:.6g}; {len(rows)} network evaluations, {compiled.rows} denoiser rows")
 
 
@@ -209,7 +228,9 @@ def info(bundle: BundlePath, as_json: Json = False) -> None:
     for name, component in opened.components.items():
         size = sum(n for file, (n, _) in opened.files.items() if file.startswith(f"{name}/"))
         derived = f" (+ {', '.join(component.derived)})" if component.derived else ""
-        print(f"  {name:20} {size / 1e6:9.1f} MB{derived}")
+        bank = component.bank
+        adapters = f", {bank.slots - 1} LoRA slots of rank {bank.rank} in {len(bank.targets)} layers" if bank else ""
+        print(f"  {name:20} {size / 1e6:9.1f} MB{derived}{adapters}")
     print("  scheduler: " + ", ".join(f"{key} {value}" for key, value in opened.scheduler.items() if value is not None))
     print("  exported with: " + ", ".join(f"{key} {value}" for key, value in opened.versions.items()))
     verdict = opened.verdict
@@ -240,18 +261,56 @@ def _open(path: Path) -> Any:
     return open_bundle(path, check=False)
 
 
-def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
-    if bool(given) == (file is not None):
-        raise RequestError("give either PROMPT arguments or --prompts FILE")
-    if file is None:
-        return list(given or ())
+def _requests(
+    prompts: list[str] | None, prompt_file: Path | None, request_file: Path | None, options: dict[str, Any]
+) -> list[Request]:
+    """One request for each prompt or each line of a request file."""
+    from stepforge.runtime import Request
+
+    if [bool(prompts), prompt_file is not None, request_file is not None].count(True) != 1:
+        raise RequestError("give either PROMPT arguments, --prompts FILE or --requests FILE")
+    if request_file is None:
+        texts = list(prompts or ()) if prompt_file is None else [line for _, line in _lines(prompt_file)]
+        return [Request(prompt=text, **options) for text in texts]
+    known = {field.name for field in fields(Request)}
+    requests = []
+    for number, line in _lines(request_file):
+        try:
+            values = json.loads(line)
+            if not isinstance(values, dict) or not values.keys() <= known or "prompt" not in values:
+                raise ValueError(f"an object with prompt and any of {', '.join(sorted(known - {'prompt'}))} is needed")
+            requests.append(Request(**{**options, **values}))
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"{request_file}, line {number}: {error}") from error
+    return requests
+
+
+def _lines(file: Path) -> list[tuple[int, str]]:
+    """The lines of a file that are not empty, with their numbers."""
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read {file}: {error}") from error
-    if not (texts := [line for line in lines if line]):
+    if not (found := [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]):
         raise RequestError(f"{file} has no prompts")
-    return texts
+    return found
+
+
+def _adapter(text: str) -> tuple[str, Path, float]:
+    """[NAME=]FILE[:STRENGTH] -> name, file and strength; the file's own name if none is given."""
+    name, equals, rest = text.partition("=")
+    file, strength = file_and_strength(rest if equals else text)
+    return name if equals else file.stem, file, strength
+
+
+def _say_refused(name: str, adapter: Adapter) -> None:
+    if adapter.refused:
+        first, why = next(iter(adapter.refused.items()))
+        print(
+            f"adapter {name}: {len(adapter.refused)} of its {len(adapter.refused) + len(adapter.layers)} layers are not "
+            f"used, such as {first[:80]!r}: {why}; see `stepforge lora inspect`",
+            file=sys.stderr,
+        )
 
 
 def _numbers(name: str, text: str | None, kind: type) -> Any:
@@ -295,10 +354,14 @@ def _write_sheet(results: list[Result], path: Path, overwrite: bool) -> None:
     from stepforge.runtime.images import contact_sheet, save_png
 
     pictures = [image for result in results for image in result.images]
-    labels = [result.request.prompt for result in results for _ in result.images]
+    labels = [_label(result.request) for result in results for _ in result.images]
     path.parent.mkdir(parents=True, exist_ok=True)
     upscale = max(1, 128 // max(picture.width for picture in pictures))  # labels need some room
     save_png(contact_sheet(pictures, labels=labels, upscale=upscale), path, None, overwrite=overwrite)
+
+
+def _label(request: Request) -> str:
+    return request.prompt + "".join(f" + {name} {strength:g}" for name, strength in request.adapters.items())
 
 
 def _summary(result: Result, paths: list[Path]) -> dict[str, Any]:
@@ -323,13 +386,14 @@ def _progress() -> Iterator[Any]:
         yield bar
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[dict[str, Any]], left: Sequence[str] = ()) -> None:
+    """Rows with equal keys as a table on standard output; columns in `left` are aligned there."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for name in rows[0]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -12,13 +12,13 @@ from PIL import Image
 
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.guidance import Guidance, parse
+from stepforge.runtime.lora.layers import MAX_STRENGTH
 from stepforge.runtime.plan import Plan
 
 MAX_STEPS = 1000
 MAX_IMAGES = 64
 MAX_SIDE = 4096  # pixels; above this one latent's attention alone exceeds any memory that we know of
 MAX_SEED = 2**64 - 1
-MAX_STRENGTH = 100.0  # of an adapter; far above what gives a picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "runtime", "export")
-RUNTIME_IMPORTS = {"numpy", "PIL", "tokenizers", "typer", "rich", "stepforge"}
+RUNTIME_IMPORTS = {"numpy", "PIL", "tokenizers", "safetensors", "typer", "rich", "stepforge"}
 BACKEND_IMPORTS = RUNTIME_IMPORTS | {"openvino", "onnxruntime"}
 BUDGET = 400  # lines a file
 LONGER = {
