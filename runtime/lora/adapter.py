@@ -7,7 +7,6 @@ LyCORIS. Only safetensors is read. `names.py` says how modules are called, ENDIN
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +15,9 @@ from pathlib import Path
 from stepforge.runtime.bundle import Module
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.file import Contents, read_file
-from stepforge.runtime.lora.layers import Array, Layer, check
+from stepforge.runtime.lora.layers import BIASES, Array, Layer, check
 from stepforge.runtime.lora.names import Names, Place
-from stepforge.runtime.lora.peft_config import PeftConfig
+from stepforge.runtime.lora.peft_config import PeftConfig, brief
 
 ENDINGS: dict[str, tuple[str, str]] = {  # ending of a key -> kind of layer, role of the tensor in it
     ".lora_down.weight": ("lora", "down"), ".lora_up.weight": ("lora", "up"), ".lora_mid.weight": ("lora", "mid"),
@@ -51,6 +50,10 @@ NEEDED: dict[str, tuple[tuple[set[str], ...], ...]] = {  # kind -> groups of alt
     "ia3": (({"weight", "on_input"},),),
     "bias": (({"bias"},),),
 }
+EITHER = (  # roles that exclude each other
+    ("w1", "w1_a"), ("w1", "w1_b"), ("w2", "w2_a"), ("w2", "w2_b"), ("w2", "t2"), ("magnitude", "dora_scale"),
+)  # fmt: skip
+DECOMPOSED = ("lora", "loha", "lokr")  # kinds that have a form with magnitudes (DoRA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,19 @@ def read_adapter(path: str | Path, modules: Mapping[str, Iterable[Module]]) -> A
     return resolve(contents, modules, digest.hexdigest())
 
 
+def survey(path: str | Path) -> dict[str, Layer | str]:
+    """What a file holds under its own names, without a model: a layer, or why it is none. Raises AdapterError."""
+    contents = read_file(Path(path))
+    refused: dict[str, str] = {}
+    found: dict[str, Layer | str] = {}
+    for name, roles in _grouped(contents, refused).items():
+        try:
+            found[name] = _layer(name, roles, contents.configs)
+        except ValueError as error:
+            found[name] = str(error)
+    return found | refused
+
+
 def resolve(contents: Contents, modules: Mapping[str, Iterable[Module]], sha256: str = "") -> Adapter:
     """The tensors of a file as layers of a model. Raises AdapterError, see `read_adapter`."""
     table = {(component, module.path): module for component, entries in modules.items() for module in entries}
@@ -90,12 +106,15 @@ def resolve(contents: Contents, modules: Mapping[str, Iterable[Module]], sha256:
     refused: dict[str, str] = {}
     misfits: list[str] = []
     for name, roles in _grouped(contents, refused).items():
+        places = names.find(name)
+        if not places:  # before anything is computed from the name, which can be hostile
+            refused[name] = "the model has no such module"
+            continue
         try:
             layer = _layer(name, roles, contents.configs)
         except ValueError as error:
             refused[name] = str(error)
             continue
-        places = names.find(name)
         reasons: dict[Place, str] = {}
         for place in places:
             try:
@@ -103,14 +122,14 @@ def resolve(contents: Contents, modules: Mapping[str, Iterable[Module]], sha256:
             except ValueError as error:
                 reasons[place] = str(error)
         fitting = [place for place in places if place not in reasons]
-        if not places:
-            refused[name] = "the model has no such module"
-        elif not fitting:
+        if not fitting:
             misfits.append(f"{places[0][0]} {places[0][1]}: {reasons[places[0]]}")
         elif len(fitting) > 1:
             refused[name] = f"it could mean {' or '.join(component for component, _ in fitting)}"
         elif fitting[0] in layers:
-            raise AdapterError(f"{contents.name}: {called[fitting[0]]!r} and {name!r} are the same module of the model")
+            raise AdapterError(
+                f"{contents.name}: {brief(called[fitting[0]])} and {brief(name)} are the same module of the model"
+            )
         else:
             layers[fitting[0]], called[fitting[0]] = layer, name
     if misfits:
@@ -119,7 +138,7 @@ def resolve(contents: Contents, modules: Mapping[str, Iterable[Module]], sha256:
             + (f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else "")
         )
     if not layers:
-        some = ", ".join(f"{name!r} ({why})" for name, why in list(refused.items())[:2]) or "it is empty"
+        some = ", ".join(f"{brief(name)} ({why})" for name, why in list(refused.items())[:2]) or "it is empty"
         raise AdapterError(f"{contents.name} changes nothing in this model: {some}")
     return Adapter(contents.name, sha256, layers, called, refused)
 
@@ -128,9 +147,8 @@ def _grouped(contents: Contents, refused: dict[str, str]) -> dict[str, dict[str,
     """Module name in the file -> role -> kind and tensor; what has no known ending goes to `refused`."""
     groups: dict[str, dict[str, tuple[str, Array]]] = defaultdict(dict)
     for key, tensor in contents.tensors.items():
-        plain = (
-            key.replace(".default.", ".") if ".lora_" in key else key.removesuffix(".default")
-        )  # PEFT's own name for it
+        # PEFT's own name for it
+        plain = key.replace(".default.", ".") if ".lora_" in key else key.removesuffix(".default")
         ending = next((ending for ending in BY_LENGTH if plain.endswith(ending)), None)
         if ending is None:
             refused[key] = "not a key of any known LoRA format"
@@ -139,8 +157,10 @@ def _grouped(contents: Contents, refused: dict[str, str]) -> dict[str, dict[str,
         else:
             kind, role = ENDINGS[ending]
             name = plain.removesuffix(ending)
+            if kind == "bias":
+                name = name.removesuffix(".base_layer")  # of a module that has a LoRA pair as well
             if role in groups[name]:
-                raise AdapterError(f"{contents.name} gives the {role} of {name!r} twice")
+                raise AdapterError(f"{contents.name} gives the {role} of {brief(name)} twice")
             groups[name][role] = kind, tensor
     for name in refused:
         groups.pop(name, None)
@@ -150,22 +170,31 @@ def _grouped(contents: Contents, refused: dict[str, str]) -> dict[str, dict[str,
 def _layer(name: str, roles: Mapping[str, tuple[str, Array]], configs: Mapping[str, PeftConfig]) -> Layer:
     """Raises ValueError if the tensors of a module do not make a layer."""
     kinds = {kind for kind, _ in roles.values()} - {""}
-    if kinds == {"lora", "bias"}:
-        raise ValueError("a LoRA pair and a trained bias on one module are not supported together")
+    tensors = {role: tensor for role, (_, tensor) in roles.items()}
+    if "weight" in tensors and "on_input" not in tensors:
+        raise ValueError("a whole weight, not a change of one (PEFT's modules_to_save); not supported")
+    if kinds == {"lora", "bias"}:  # PEFT's bias="all" or "lora_only"
+        kinds = {"lora"}
     if len(kinds) != 1:
         raise ValueError("tensors of several kinds" if kinds else "a scale without anything to scale")
     kind = kinds.pop()
-    tensors = {role: tensor for role, (_, tensor) in roles.items()}
-    if kind == "ia3" and "on_input" not in tensors:
-        raise ValueError("a whole weight, not a change of one (PEFT's modules_to_save); not supported")
     for alternatives in NEEDED[kind]:
         if not any(needed <= tensors.keys() for needed in alternatives):
             raise ValueError(f"incomplete: it has {', '.join(sorted(tensors))}")
+    if kind == "loha" and ("t1" in tensors) != ("t2" in tensors):
+        raise ValueError("incomplete: it has one of t1 and t2")
+    for one, other in EITHER:
+        if one in tensors and other in tensors:
+            raise ValueError(f"it has both {one} and {other}")
+    if kind == "ia3" and tensors["on_input"].size != 1:
+        raise ValueError(f"its on_input has {tensors['on_input'].size} numbers")
     rank = _rank(kind, tensors)
     alpha = tensors.pop("alpha", None)
     magnitude, by = tensors.pop("dora_scale", None), "lycoris"
     if "magnitude" in tensors:
         magnitude, by = tensors.pop("magnitude"), "peft"
+    if magnitude is not None and kind not in DECOMPOSED:
+        raise ValueError(f"{kind} with a magnitude (DoRA) is not supported")
     scale = 1.0
     config = next((config for prefix, config in configs.items() if name.startswith(prefix)), None)
     if config is not None and kind == "lora":
@@ -197,7 +226,7 @@ def _rank(kind: str, tensors: Mapping[str, Array]) -> int | None:
 
 
 def _check_fit(layer: Layer, module: Module) -> None:
-    changes_bias = {"up_bias", "diff_b", "bias"} & layer.tensors.keys()
+    changes_bias = BIASES & layer.tensors.keys()
     if changes_bias and not module.bias:
         raise ValueError("it changes a bias that the module does not have")
     for role in changes_bias:
@@ -205,6 +234,6 @@ def _check_fit(layer: Layer, module: Module) -> None:
             raise ValueError(f"its {role} has {layer.tensors[role].size} numbers, the module {module.shape[0]}")
     if module.kind == "norm" and layer.kind not in ("full", "bias"):
         raise ValueError(f"{layer.kind} on a normalisation layer is not supported")
-    if not all(math.prod(tensor.shape) for tensor in layer.tensors.values()):
+    if not all(tensor.size for tensor in layer.tensors.values()):
         raise ValueError("it has an empty tensor")
     check(layer, module.shape)

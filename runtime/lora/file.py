@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.layers import Array
-from stepforge.runtime.lora.peft_config import PeftConfig
+from stepforge.runtime.lora.peft_config import PeftConfig, brief
 
 CONFIG = "adapter_config.json"
 IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's and diffusers' names
 METADATA = "lora_adapter_metadata"  # diffusers' copy of PEFT's settings in the file's header
 LARGEST = 8 << 30  # bytes; the largest SDXL adapters have a quarter of it
+MOST_AXES = 8
 PLAIN = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 
 
@@ -38,6 +39,13 @@ def read_file(path: Path) -> Contents:
 
     Raises AdapterError if there is none, if it is another format, or if a number in it is not finite.
     """
+    try:
+        return _read(path)
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read(path: Path) -> Contents:
     if path.is_dir():
         found = [path / name for name in IN_FOLDERS if (path / name).is_file()]
         if not found:
@@ -71,22 +79,24 @@ def _tensors(path: Path, data: bytes) -> dict[str, Array]:
     try:
         entries = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
-        raise AdapterError(f"{path} is not a valid safetensors file: {error}") from error
+        raise AdapterError(f"{path} is not a valid safetensors file: {brief(error)}") from error
     tensors: dict[str, Array] = {}
     for name, entry in entries:
         tensors[name] = array = _array(path, name, entry)
         if not np.isfinite(array).all():
-            raise AdapterError(f"{path}: {name!r} holds NaN or infinity")
+            raise AdapterError(f"{path}: {brief(name)} holds NaN or infinity")
     return tensors
 
 
 def _array(path: Path, name: str, entry: Mapping[str, Any]) -> Array:
     kind, shape = entry["dtype"], entry["shape"]
+    if len(shape) > MOST_AXES or max(shape, default=0) > LARGEST:
+        raise AdapterError(f"{path}: {brief(name)} has the shape {brief(shape)}")
     if kind == "BF16":  # the upper half of a float32
         halves = np.frombuffer(entry["data"], "<u2").astype(np.uint32)
         return np.left_shift(halves, 16).view(np.float32).reshape(shape)
     if kind not in PLAIN:
-        raise AdapterError(f"{path}: {name!r} is stored as {kind}; supported: BF16, {', '.join(PLAIN)}")
+        raise AdapterError(f"{path}: {brief(name)} is stored as {kind}; supported: BF16, {', '.join(PLAIN)}")
     values: NDArray[Any] = np.frombuffer(entry["data"], PLAIN[kind]).reshape(shape)
     with np.errstate(over="ignore"):  # what does not fit float32 is infinite, and refused
         return values.astype(np.float32)
@@ -96,7 +106,7 @@ def _embedded(path: Path, data: bytes) -> dict[str, PeftConfig]:
     """PEFT's settings as diffusers writes them: {"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.r": ...}."""
     (length,) = struct.unpack("<Q", data[:8])
     header = _json(str(path), data[8 : 8 + length])
-    text = header.get("__metadata__", {}).get(METADATA)
+    text = (header.get("__metadata__") or {}).get(METADATA)
     if text is None:
         return {}
     options: dict[str, dict[str, Any]] = {}
@@ -110,7 +120,7 @@ def _json(what: str, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{what} is not readable JSON: {error}") from error
+        raise AdapterError(f"{what} is not readable JSON: {brief(error)}") from error
     if not isinstance(value, dict):
         raise AdapterError(f"{what} does not hold a JSON object")
     return value

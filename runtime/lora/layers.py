@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 Tensors = Mapping[str, Array]
 Shape = tuple[int, ...]
+MAX_STRENGTH = 100.0  # far above what gives a picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def low_rank(layer: Layer, shape: Shape) -> tuple[Array, Array] | None:
 
     A Tucker middle is a k×k convolution between two 1×1: its product with `down` is one k×k convolution.
     """
-    if layer.kind != "lora" or layer.magnitude is not None or "up_bias" in layer.tensors:
+    if layer.kind != "lora" or layer.magnitude is not None or layer.tensors.keys() & BIASES:
         return None
     up = layer.tensors["up"].reshape(shape[0], -1) * np.float32(layer.scale)
     return _down(layer.tensors, shape), up
@@ -51,7 +52,7 @@ def _down(tensors: Tensors, shape: Shape) -> Array:
     if "mid" not in tensors:
         return down.reshape(len(down), -1)
     mid, flat = tensors["mid"], down.reshape(len(down), -1)
-    joined: Array = np.einsum("abhw,bi->aihw", mid, flat)
+    joined: Array = np.einsum("abt,bi->ait", mid.reshape(len(mid), len(flat), -1), flat)
     return joined.reshape(len(mid), -1)
 
 
@@ -64,34 +65,44 @@ def _loha(tensors: Tensors, shape: Shape) -> Array:
     """(w1a w1b) ∘ (w2a w2b); with Tucker cores t, w1a and w2a are transposed."""
     halves = []
     for half in ("1", "2"):
-        a, b = tensors[f"w{half}_a"], tensors[f"w{half}_b"]
+        a, b = _matrix(tensors[f"w{half}_a"]), _matrix(tensors[f"w{half}_b"])
         if f"t{half}" in tensors:
-            halves.append(np.einsum("ij...,jr,ip->pr...", tensors[f"t{half}"], b, a))
+            halves.append(_tucker(tensors[f"t{half}"], a, b).reshape(len(a.T), -1))
         else:
-            halves.append(a @ b.reshape(len(b), -1))
+            halves.append(a @ b)
     delta: Array = halves[0] * halves[1]
     return delta.reshape(shape)
 
 
 def _lokr(tensors: Tensors, shape: Shape) -> Array:
-    """kron(w1, w2), each whole or as the product of two factors; the taps of a convolution belong to w2."""
-    w1 = tensors["w1"] if "w1" in tensors else tensors["w1_a"] @ tensors["w1_b"]
+    """kron(w1, w2), each whole or as the product of two factors; the taps of a convolution belong to w2's columns."""
+    w1 = _matrix(tensors["w1"]) if "w1" in tensors else _matrix(tensors["w1_a"]) @ _matrix(tensors["w1_b"])
     if "w2" in tensors:
-        w2 = tensors["w2"]
+        w2 = _matrix(tensors["w2"])
     elif "t2" in tensors:
-        w2 = np.einsum("ij...,ip,jr->pr...", tensors["t2"], tensors["w2_a"], tensors["w2_b"])
+        w2 = _matrix(_tucker(tensors["t2"], _matrix(tensors["w2_a"]), _matrix(tensors["w2_b"])))
     else:
-        a, b = tensors["w2_a"], tensors["w2_b"]
-        w2 = (a @ b.reshape(len(b), -1)).reshape(len(a), *b.shape[1:])
-    product: Array = np.kron(w1.reshape(*w1.shape, *(1,) * (w2.ndim - w1.ndim)), w2)
+        w2 = _matrix(tensors["w2_a"]) @ _matrix(tensors["w2_b"])
+    product: Array = np.kron(w1, w2)
     return product.reshape(shape)
+
+
+def _matrix(tensor: Array) -> Array:
+    """Rows as they are, all else in columns: trainers write factors of a convolution with its taps, or flat."""
+    return tensor.reshape(len(tensor), -1)
+
+
+def _tucker(core: Array, a: Array, b: Array) -> Array:
+    """[r, r, k, k] core, a [r, p], b [r, q] -> [p, q, k·k]"""
+    product: Array = np.einsum("ijt,ip,jq->pqt", core.reshape(len(a), len(b), -1), a, b)
+    return product
 
 
 def _full(tensors: Tensors, shape: Shape) -> Array:
     return tensors["diff"].reshape(shape) if "diff" in tensors else np.zeros(shape, np.float32)
 
 
-# kind -> ΔW before the scale. Roles: lora down, up, [mid, up_bias]; loha w1_a, w1_b, w2_a, w2_b, [t1, t2];
+# kind -> ΔW before the scale. Roles: lora down, up, [mid, up_bias, bias]; loha w1_a, w1_b, w2_a, w2_b, [t1, t2];
 # lokr w1 | w1_a, w1_b and w2 | w2_a, w2_b, [t2]; full [diff, diff_b] (norms too); ia3 weight, on_input; bias bias
 PRODUCTS: dict[str, Callable[[Tensors, Shape], Array]] = {
     "lora": _lora,
@@ -99,6 +110,7 @@ PRODUCTS: dict[str, Callable[[Tensors, Shape], Array]] = {
     "lokr": _lokr,
     "full": _full,
 }
+BIASES = {"up_bias", "diff_b", "bias"}
 
 
 def delta(layer: Layer, weight: Array, bias: Array | None, strength: float) -> tuple[Array, Array | None]:
@@ -107,25 +119,32 @@ def delta(layer: Layer, weight: Array, bias: Array | None, strength: float) -> t
     Raises ValueError if the layer changes a bias that the module does not have.
     """
     m = np.float32(strength)
-    if layer.kind == "ia3":
+    if layer.kind == "bias":
+        change = np.zeros_like(weight)
+    elif layer.kind == "ia3":
         factor = _along(layer.tensors["weight"], weight, 1 if layer.tensors["on_input"].item() else 0)
-        return m * weight * factor, None
-    if layer.kind == "bias":  # PEFT stores the trained bias itself, whatever the strength
-        return np.zeros_like(weight), _bias(layer.tensors["bias"], bias) - _bias(bias, bias)
-    product = PRODUCTS[layer.kind](layer.tensors, weight.shape) * np.float32(layer.scale)
-    if layer.magnitude is not None:
-        return _decompose(layer, weight, product, strength), None
-    if "up_bias" in layer.tensors:
-        return m * product, m * np.float32(layer.scale) * _bias(layer.tensors["up_bias"], bias)
-    if "diff_b" in layer.tensors:
-        return m * product, m * _bias(layer.tensors["diff_b"], bias)
-    return m * product, None
+        change = m * weight * factor
+    else:
+        product = PRODUCTS[layer.kind](layer.tensors, weight.shape) * np.float32(layer.scale)
+        change = m * product if layer.magnitude is None else _decompose(layer, weight, product, strength)
+    return change, _bias_change(layer, bias, m)
 
 
-def _bias(change: Array | None, bias: Array | None) -> Array:
-    if change is None or bias is None:
+def _bias_change(layer: Layer, bias: Array | None, m: np.float32) -> Array | None:
+    """None if the layer has nothing for the bias."""
+    tensors = layer.tensors
+    if not tensors.keys() & BIASES:
+        return None
+    if bias is None:
         raise ValueError("it changes a bias that the module does not have")
-    return change.reshape(bias.shape)
+    change: Array = np.zeros_like(bias)
+    if "up_bias" in tensors:
+        change = change + m * np.float32(layer.scale) * tensors["up_bias"].reshape(bias.shape)
+    if "diff_b" in tensors:
+        change = change + m * tensors["diff_b"].reshape(bias.shape)
+    if "bias" in tensors:  # PEFT stores the trained bias itself, and uses it at every strength
+        change = change + (tensors["bias"].reshape(bias.shape) - bias)
+    return change
 
 
 def _decompose(layer: Layer, weight: Array, product: Array, strength: float) -> Array:
@@ -139,7 +158,7 @@ def _decompose(layer: Layer, weight: Array, product: Array, strength: float) -> 
     direction = weight + np.float32(inner) * product
     others = tuple(a for a in range(weight.ndim) if a != axis)
     norms = np.sqrt(np.square(direction.astype(np.float64)).sum(axis=others))
-    factor = layer.magnitude.astype(np.float64).reshape(-1) / np.maximum(norms, np.finfo(np.float32).eps)
+    factor = layer.magnitude.astype(np.float64).reshape(-1) / (norms + np.finfo(np.float32).eps)  # LyCORIS adds it
     if layer.magnitude_by != "peft":
         factor = strength * (factor - 1.0) + 1.0
     return _along(factor.astype(np.float32), weight, axis) * direction - weight
@@ -149,8 +168,8 @@ def _norm_axis(layer: Layer, weight: Shape) -> int:
     """0: one norm for each output (PEFT, LyCORIS by default); 1: one for each input, written [1, in, ...]."""
     assert layer.magnitude is not None
     shape = layer.magnitude.shape
-    by_input = layer.magnitude_by != "peft" and len(shape) > 1 and shape[0] == 1 and shape[1] == weight[1]
-    return 1 if by_input or math.prod(shape) != weight[0] else 0
+    by_input = len(shape) > 1 and shape[0] == 1 and shape[1] == weight[1]
+    return 1 if layer.magnitude_by != "peft" and (by_input or math.prod(shape) != weight[0]) else 0
 
 
 def _along(values: Array, weight: Array, axis: int) -> Array:
@@ -184,15 +203,17 @@ def check(layer: Layer, shape: Shape) -> None:
                 _sized(tensors[f"w{half}_a"], (out, r), f"w{half}_a")
                 _sized(tensors[f"w{half}_b"], (r, inputs, *kernel), f"w{half}_b")
     elif layer.kind == "lokr":
-        one, two = _lokr_shape(tensors, "w1"), _lokr_shape(tensors, "w2")
-        if (one[0] * two[0], one[1] * two[1]) != (out, inputs) or math.prod(two[2:]) != math.prod(kernel):
+        one, two = _lokr_shape(tensors, "w1"), _lokr_shape(tensors, "w2", kernel)
+        if (one[0] * two[0], one[1] * two[1]) != (out, inputs * math.prod(kernel)):
             raise ValueError(f"its w1 {list(one)} and w2 {list(two)} do not make a weight {list(shape)}")
     elif layer.kind == "full":
         if "diff" in tensors:
             _sized(tensors["diff"], shape, "diff")
     elif layer.kind == "ia3":
-        _sized(tensors["weight"], (inputs if tensors["on_input"].item() else out,), "weight")
-    if layer.magnitude is not None and layer.magnitude.size not in shape[:2]:
+        wanted = inputs if tensors["on_input"].item() else out
+        if tensors["weight"].size != wanted:  # of a convolution it is [1, n, 1, 1]
+            raise ValueError(f"its weight is {list(tensors['weight'].shape)}, the module needs {wanted} numbers")
+    if layer.magnitude is not None and layer.magnitude.size not in shape[: 1 if layer.magnitude_by == "peft" else 2]:
         raise ValueError(f"its magnitude {list(layer.magnitude.shape)} fits no axis of a weight {list(shape)}")
 
 
@@ -202,19 +223,20 @@ def _sized(tensor: Array, wanted: Shape, role: str) -> None:
         raise ValueError(f"its {role} is {list(tensor.shape)}, the module needs {list(wanted)}")
 
 
-def _lokr_shape(tensors: Tensors, part: str) -> Shape:
+def _lokr_shape(tensors: Tensors, part: str, kernel: Shape = ()) -> tuple[int, int]:
+    """Rows and columns of a factor, the taps of a convolution among its columns."""
     if part in tensors:
-        shape: Shape = tensors[part].shape
-    elif part == "w2" and "t2" in tensors:
+        whole = tensors[part]
+        if whole.ndim < 2:
+            raise ValueError(f"its {part} is {list(whole.shape)}, not a matrix")
+        return len(whole), whole.size // len(whole)
+    a, b = tensors[f"{part}_a"], tensors[f"{part}_b"]
+    if part == "w2" and "t2" in tensors:
         r = len(tensors["t2"])
-        for role in ("w2_a", "w2_b"):
-            _sized(tensors[role], (r, tensors[role].size // max(1, r)), role)
-        shape = (tensors["w2_a"].size // r, tensors["w2_b"].size // r, *tensors["t2"].shape[2:])
-    else:
-        a, b = tensors[f"{part}_a"], tensors[f"{part}_b"]
-        if a.ndim != 2 or b.ndim < 2 or a.shape[1] != b.shape[0]:
-            raise ValueError(f"its {part}_a {list(a.shape)} and {part}_b {list(b.shape)} do not multiply")
-        shape = (a.shape[0], *b.shape[1:])
-    if len(shape) < 2:
-        raise ValueError(f"its {part} is {list(shape)}, not a matrix")
-    return shape
+        for role, tensor in (("w2_a", a), ("w2_b", b)):
+            _sized(tensor, (r, tensor.size // r), role)
+        _sized(tensors["t2"], (r, r, *kernel), "t2")
+        return a.size // r, b.size // r * math.prod(kernel)
+    if a.ndim < 2 or b.ndim < 2 or a.size != len(a) * len(b):
+        raise ValueError(f"its {part}_a {list(a.shape)} and {part}_b {list(b.shape)} do not multiply")
+    return len(a), b.size // len(b)

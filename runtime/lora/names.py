@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from stepforge.runtime.bundle import Module
 
 DENOISER = "denoiser/unet"
+LONGEST = 512  # characters of a name; the longest of a model have about 100
 Place = tuple[str, str]  # component of the bundle, path of a module in it
 PREFIXES: dict[str, tuple[str, ...]] = {  # prefix of a key -> components that it can mean
     "lora_unet_": (DENOISER,),
@@ -69,6 +70,8 @@ class Names:
 
     def find(self, name: str) -> list[Place]:
         """The modules that a key, cut before its ending, can mean; a name of several components gives several."""
+        if len(name) > LONGEST:
+            return []
         for prefix, components in PREFIXES.items():
             if not name.startswith(prefix):
                 continue

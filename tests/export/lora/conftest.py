@@ -1,0 +1,110 @@
+"""Tiny models, and what merging a file into them gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stepforge.export.bank import modules_of
+from stepforge.export.checkpoint import Source, load
+from stepforge.export.merge import merge
+from stepforge.runtime.bundle import Module
+from stepforge.runtime.lora.adapter import Adapter, read_adapter
+
+State = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Model:
+    """A model on disk. Components are named as in a bundle."""
+
+    folder: Path
+    source: Source
+
+    @cached_property
+    def pristine(self) -> dict[str, nn.Module]:
+        """Its networks in float32. Not to be changed: take a `copy`."""
+        loaders = (self.source.unet, *self.source.text_encoders)
+        return {name: loader(torch.float32) for name, loader in zip(self.source.empty, loaders, strict=True)}
+
+    @cached_property
+    def modules(self) -> dict[str, tuple[Module, ...]]:
+        return {name: modules_of(network) for name, network in self.pristine.items()}
+
+    def copy(self, component: str = "denoiser/unet") -> nn.Module:
+        return copy.deepcopy(self.pristine[component])
+
+    def read(self, file: Path) -> Adapter:
+        return read_adapter(file, self.modules)
+
+    def check(self, file: Path, wanted: Mapping[float, Mapping[str, State]]) -> Adapter:
+        """Merging at each strength gives the wanted parameters (component -> name -> tensor) within 1e-6 of their norm.
+
+        Parameters that are not among them stay as they were, and something changes.
+        """
+        adapter = self.read(file)
+        for strength, components in wanted.items():
+            assert set(adapter.components) == set(components)
+            for component, theirs in components.items():
+                layers = {path: layer for (where, path), layer in adapter.layers.items() if where == component}
+                ours = dict(merge(self.copy(component), [(layers, strength)]).named_parameters())
+                assert close(ours, {**dict(self.pristine[component].named_parameters()), **theirs}, 1e-6)
+                assert not close(ours, dict(self.pristine[component].named_parameters()), 1e-3)
+        return adapter
+
+
+@torch.no_grad()
+def close(ours: State, theirs: State, limit: float) -> bool:
+    assert ours.keys() == theirs.keys()
+    errors = {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours}
+    worst = max(errors, key=errors.__getitem__)
+    print(f"{worst}: {errors[worst]:.2g}")  # shown when a test fails
+    return errors[worst] <= limit
+
+
+def _model(folder: Path) -> Model:
+    return Model(folder, load(folder))
+
+
+@pytest.fixture(scope="session")
+def sd1(tiny_sd1: Path) -> Model:
+    return _model(tiny_sd1)
+
+
+@pytest.fixture(scope="session")
+def sd2(tiny_sd2v: Path) -> Model:
+    return _model(tiny_sd2v)
+
+
+@pytest.fixture(scope="session")
+def xl(tiny_sdxl: Path) -> Model:
+    return _model(tiny_sdxl)
+
+
+@pytest.fixture
+def randomise() -> Callable[[nn.Module], nn.Module]:
+    """Fresh adapters change nothing: give every trained parameter a value."""
+
+    def fill(network: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if "magnitude" in name or name.endswith("bias"):
+                    parameter += parameter.requires_grad * 0.1 * torch.randn_like(parameter)
+                elif parameter.requires_grad:
+                    parameter.normal_(std=0.2)
+        return network
+
+    return fill
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Any:
+    torch.manual_seed(7)
