@@ -21,8 +21,9 @@ SUFFIX = ".onnx_adapter"
 def read(path: Path) -> dict[str, NDArray[Any]]:
     """The tensors of an adapter file. Raises AdapterError if ONNX Runtime cannot read it."""
     try:
-        parameters = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
-        return {name: value.numpy() for name, value in parameters.items()}
+        adapter = onnxruntime.AdapterFormat.read_adapter(str(path))
+        # its values are views of the adapter's own memory, which goes with it
+        return {name: np.array(value.numpy()) for name, value in adapter.get_parameters().items()}
     except Exception as error:  # onnxruntime raises a class of its own per status code, all direct from Exception
         raise AdapterError(
             f"{path} is not a readable ONNX Runtime adapter: {str(error).splitlines()[0][:200]}"

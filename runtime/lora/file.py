@@ -53,11 +53,19 @@ def _read(path: Path) -> Contents:
         path = found[0]
     if not path.is_file():
         raise AdapterError(f"{path} does not exist; give a .safetensors file, or a PEFT folder")
-    if path.suffix != ".safetensors":
-        raise AdapterError(f"{path} is not a .safetensors file; only that is read, because pickle files can run code")
+    if path.suffix not in (".safetensors", ".onnx_adapter"):
+        raise AdapterError(
+            f"{path} is not a .safetensors (or .onnx_adapter) file; no others are read, because pickle files can run code"
+        )
     if path.stat().st_size > LARGEST:
         raise AdapterError(f"{path} has {path.stat().st_size >> 20} MiB; adapters have at most {LARGEST >> 20}")
     data = path.read_bytes()
+    if path.suffix == ".onnx_adapter":
+        from stepforge.runtime.backends.onnx_adapter import read
+
+        return Contents(
+            path.name, {name: _checked(path, name, array) for name, array in read(path).items()}, raw=(data,)
+        )
     tensors = _tensors(path, data)
     raw, configs = [data], {}
     beside = path.parent / CONFIG
@@ -68,9 +76,8 @@ def _read(path: Path) -> Contents:
         configs["base_model.model."] = PeftConfig.parse(str(beside), _json(str(beside), raw[-1]))
     else:
         configs = _embedded(path, data)
-    return Contents(
-        path.name if path.name not in IN_FOLDERS else f"{path.parent.name}/{path.name}", tensors, configs, tuple(raw)
-    )
+    name = path.name if path.name not in IN_FOLDERS else f"{path.parent.name}/{path.name}"
+    return Contents(name, tensors, configs, tuple(raw))
 
 
 def _tensors(path: Path, data: bytes) -> dict[str, Array]:
@@ -82,13 +89,20 @@ def _tensors(path: Path, data: bytes) -> dict[str, Array]:
         raise AdapterError(f"{path} is not a valid safetensors file: {brief(error)}") from error
     tensors: dict[str, Array] = {}
     for name, entry in entries:
-        tensors[name] = array = _array(path, name, entry)
-        if not np.isfinite(array).all():
-            raise AdapterError(f"{path}: {brief(name)} holds NaN or infinity")
+        tensors[name] = _checked(path, name, _array(path, name, entry))
     return tensors
 
 
-def _array(path: Path, name: str, entry: Mapping[str, Any]) -> Array:
+def _checked(path: Path, name: str, values: NDArray[Any]) -> Array:
+    """As float32, finite."""
+    with np.errstate(over="ignore"):  # what does not fit float32 is infinite, and refused
+        array = values.astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        raise AdapterError(f"{path}: {brief(name)} holds NaN or infinity")
+    return array
+
+
+def _array(path: Path, name: str, entry: Mapping[str, Any]) -> NDArray[Any]:
     kind, shape = entry["dtype"], entry["shape"]
     if len(shape) > MOST_AXES or max(shape, default=0) > LARGEST:
         raise AdapterError(f"{path}: {brief(name)} has the shape {brief(shape)}")
@@ -97,9 +111,8 @@ def _array(path: Path, name: str, entry: Mapping[str, Any]) -> Array:
         return np.left_shift(halves, 16).view(np.float32).reshape(shape)
     if kind not in PLAIN:
         raise AdapterError(f"{path}: {brief(name)} is stored as {kind}; supported: BF16, {', '.join(PLAIN)}")
-    values: NDArray[Any] = np.frombuffer(entry["data"], PLAIN[kind]).reshape(shape)
-    with np.errstate(over="ignore"):  # what does not fit float32 is infinite, and refused
-        return values.astype(np.float32)
+    values: NDArray[Any] = np.frombuffer(entry["data"], PLAIN[kind])
+    return values.reshape(shape)
 
 
 def _embedded(path: Path, data: bytes) -> dict[str, PeftConfig]:
