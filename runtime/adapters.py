@@ -171,12 +171,13 @@ class Adapters:
 def unbindable(adapter: Adapter, bundle: Bundle) -> list[tuple[str, str, str]]:
     """(component, path, reason) of every layer that the bundle's banks cannot hold exactly."""
     found = []
+    shapes = {(component, m.path): m.shape for component, entry in bundle.components.items() for m in entry.modules}
+    targets = {component: entry.bank.targets for component, entry in bundle.components.items() if entry.bank is not None}
     for (component, path), layer in adapter.layers.items():
-        entry = bundle.components[component]
-        shape = next(module.shape for module in entry.modules if module.path == path)
+        entry, shape = bundle.components[component], shapes[component, path]
         if entry.bank is None:
             found.append((component, path, "the bundle has no bank"))
-        elif path not in entry.bank.targets:
+        elif path not in targets[component]:
             found.append((component, path, "the bundle's bank does not cover this layer"))
         elif (pair := low_rank(layer, shape)) is None:
             found.append((component, path, f"{layer.name} is not a low-rank pair"))
