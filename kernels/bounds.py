@@ -90,7 +90,9 @@ def group_norm_silu(
     mean = sets.mean(-1).repeat_interleave(lanes, 1)
     rstd = (sets.var(-1, correction=0) + eps).rsqrt().repeat_interleave(lanes, 1)
     off = gamma(run, u) * sets.abs().mean(-1).repeat_interleave(lanes, 1)  # of the mean
-    wrong = gamma(2 * run, u) + (off * rstd) ** 2  # of rstd, relative: what a wrong mean adds to the variance is squared
+    wrong = (
+        gamma(2 * run, u) + (off * rstd) ** 2
+    )  # of rstd, relative: what a wrong mean adds to the variance is squared
     apart = (x - mean[..., None, None]).abs()
     factor = (rstd * weight.abs() * (1 + scale).abs())[..., None, None]
     add = (bias.abs() * (1 + scale).abs() + shift.abs())[..., None, None]

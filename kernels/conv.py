@@ -23,9 +23,7 @@ def conv_shrink(
     batch, height, width, channels = x.shape
     adapters, rank, side = a.shape[:3]
     check_shape("a", a, (adapters, rank, side, side, channels))
-    fits = all(
-        out == (size + 2 * pad - side) // stride + 1 for out, size in ((out_height, height), (out_width, width))
-    )
+    fits = all(out == (size + 2 * pad - side) // stride + 1 for out, size in ((out_height, height), (out_width, width)))
     require(fits, f"{side}x{side}, stride {stride}, pad {pad} on {height}x{width} is not {out_height}x{out_width}")
     rows = batch * out_height * out_width
     s = torch.empty(1, rows, 1, rank, device=x.device, dtype=torch.float32)

@@ -35,7 +35,7 @@ def conv_shrink(
         a_cols = a + adapter.to(tl.int64) * R * SIDE * SIDE * C + offs_r[None, :] * (SIDE * SIDE * C)
         c_blocks = tl.cdiv(C, BLOCK_K)
         total = tl.zeros([BLOCK_M, R], dtype=tl.float32)
-        for turn in range(0, SIDE * SIDE * c_blocks):
+        for turn in range(SIDE * SIDE * c_blocks):
             tap = turn // c_blocks
             cs = (turn % c_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
             y = top + tap // SIDE

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from stepforge.kernels.layers import Layer
-from stepforge.kernels.tiles import EXPAND_RANKS, block_rows, gemm_tile, onepass_ranks, padded_rank
+from stepforge.kernels.tiles import EXPAND_RANKS, ONEPASS_RANKS, block_rows, onepass_tile, padded_rank
 
 LAUNCH = 1e-6  # seconds a launch costs inside a CUDA graph
 OURS = 1.05  # Triton's product over cuBLAS'; LoRAFusion's 0.293 ms against 0.279 ms is the only figure published
@@ -121,8 +121,8 @@ def choose(gpu: Gpu, layer: Layer, rank: int, *, grouped: bool = False, block_m:
     nt = parts = 1
     aligned = layer.k % 16 == 0 and layer.n % (16 * layer.slices) == 0
     if aligned and layer.taps == 1 and (layer.m >= 128 or grouped) and block in rows:
-        tile = gemm_tile(gpu.arch, r, block)
-        if r in onepass_ranks(gpu.arch):
+        if r in ONEPASS_RANKS:
+            tile = onepass_tile(gpu.arch, r, block)
             nt = tiles_per_program(gpu, layer, tile.block_m, tile.block_n)
             seconds["onepass"] = onepass(gpu, layer, rank, nt, tile.block_n)
         if r in EXPAND_RANKS:
@@ -130,7 +130,9 @@ def choose(gpu: Gpu, layer: Layer, rank: int, *, grouped: bool = False, block_m:
             # too few programs and a long sum: two parts of K, added in order by `expand`
             parts = 2 if ceil(layer.m / 32) * layer.slices < gpu.processors and layer.k >= 2048 else 1
     if layer.taps > 1:
-        seconds["conv"] = addmm(gpu, layer, r)  # cuDNN's convolution, implicit-GEMM shrink, expand onto y: the same traffic
+        seconds["conv"] = addmm(
+            gpu, layer, r
+        )  # cuDNN's convolution, implicit-GEMM shrink, expand onto y: the same traffic
     elif not grouped or not seconds:
         seconds["addmm"] = addmm(gpu, layer, rank)
     path = min(seconds, key=lambda name: seconds[name])

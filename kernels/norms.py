@@ -14,7 +14,7 @@ MERGE = 1024  # parts merged at once
 
 def splits_of(work: int, others: int, block: int) -> int:
     """Into how many programs to divide `work` elements of which `others` sets exist; each gets one block at least."""
-    return max(1, min(triton.cdiv(work, block), triton.cdiv(PROGRAMS, max(others, 1))))
+    return max(1, min(-(-work // block), -(-PROGRAMS // max(others, 1))))
 
 
 def group_norm_silu(

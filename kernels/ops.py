@@ -15,9 +15,7 @@ from stepforge.kernels import reference
 from stepforge.kernels.dispatch import dispatch, nearest_arch
 from stepforge.kernels.launch import FLOATS, Tensor, require
 from stepforge.kernels.layers import Layer
-from stepforge.kernels.tiles import gemm_tile
-
-T = torch.Tensor
+from stepforge.kernels.tiles import expand_tile, onepass_tile
 
 
 @functools.cache
@@ -36,23 +34,26 @@ def run_linear(
 
     rank = lowrank.check_linear(x, w, a, b, scale, ranks, table, bias, residual, act)
     require(table is None or block_m > 0, "a table of row blocks comes with its block_m")
-    extra = {"table": table, "bias": bias, "residual": residual, "act": act}
+    extra: dict[str, Any] = {"table": table, "bias": bias, "residual": residual, "act": act}
     layer = Layer("", x.shape[0], x.shape[1], w.shape[0], slices=a.shape[1])
     choice = dispatch(layer, rank, arch, grouped=table is not None, block_m=block_m or None)
     aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and w.data_ptr() % 16 == 0
-    if choice.path == "addmm" or x.dtype == torch.float32 or not aligned:
+    # an erf or exp in both epilogues of the one pass spills: activations go to the path with one
+    path = "split" if choice.path == "onepass" and act != "none" else choice.path
+    if path == "addmm" or x.dtype == torch.float32 or not aligned:
         return fallback.addmm(x, w, a, b, scale, ranks, **extra)
-    tile = gemm_tile(arch, rank, choice.block_m)
-    if choice.path == "onepass":
+    if path == "onepass":
+        tile = onepass_tile(arch, rank, choice.block_m)
         return lowrank.onepass(x, w, a, b, scale, ranks, tile=tile, nt=choice.nt, **extra)
+    tile = expand_tile(arch, choice.block_m)
     return lowrank.split(x, w, a, b, scale, ranks, tile=tile, parts=choice.parts, **extra)
 
 
 @custom_op("stepforge::lowrank_linear", mutates_args=())
 def _lowrank_linear(
-    x: T, w: T, a: T, b: T, scale: T, ranks: T, table: T | None, bias: T | None, residual: T | None,
-    act: str, block_m: int,
-) -> T:  # fmt: skip
+    x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, ranks: torch.Tensor,
+    table: torch.Tensor | None, bias: torch.Tensor | None, residual: torch.Tensor | None, act: str, block_m: int,
+) -> torch.Tensor:  # fmt: skip
     if x.device.type == "cpu":
         return reference.lowrank_linear(x, w, a, b, scale, ranks, table, bias, residual, act)
     return run_linear(
@@ -84,13 +85,22 @@ def lowrank_linear(
 
 @custom_op("stepforge::lowrank_conv", mutates_args=())
 def _lowrank_conv(
-    y: T, x: T, a: T, b: T, scale: T, ranks: T, table: T | None, stride: int, pad: int, block_m: int
-) -> T:
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: torch.Tensor,
+    ranks: torch.Tensor,
+    table: torch.Tensor | None,
+    stride: int,
+    pad: int,
+    block_m: int,
+) -> torch.Tensor:
     if y.device.type == "cpu":
         return reference.lowrank_conv(y, x, a, b, scale, ranks, table, stride, pad)
     from stepforge.kernels import conv
 
-    tile = gemm_tile(arch_of(y.device), b.shape[2], block_m or 64)
+    tile = expand_tile(arch_of(y.device), block_m or 64)
     return conv.lowrank_conv(y, x, a, b, scale, ranks, tile=tile, table=table, stride=stride, pad=pad)
 
 
@@ -111,8 +121,15 @@ def lowrank_conv(
 
 @custom_op("stepforge::group_norm_silu", mutates_args=())
 def _group_norm_silu(
-    x: T, weight: T, bias: T, groups: int, eps: float, scale: T | None, shift: T | None, silu: bool
-) -> T:
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    silu: bool,
+) -> torch.Tensor:
     if x.device.type == "cpu":
         return reference.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu)
     from stepforge.kernels import norms
@@ -134,7 +151,7 @@ def group_norm_silu(
 
 
 @custom_op("stepforge::geglu", mutates_args=())
-def _geglu(h: T) -> T:
+def _geglu(h: torch.Tensor) -> torch.Tensor:
     if h.device.type == "cpu":
         return reference.geglu(h)
     from stepforge.kernels import elementwise
@@ -155,7 +172,15 @@ def geglu(h: Tensor) -> Tensor:
 
 @custom_op("stepforge::guide_update", mutates_args=("step", "state", "sample"))
 def _guide_update(
-    prediction: T, guidance: T, table: T, scale_in: T, step: T, state: T, z: T, sample: T, num_x: int
+    prediction: torch.Tensor,
+    guidance: torch.Tensor,
+    table: torch.Tensor,
+    scale_in: torch.Tensor,
+    step: torch.Tensor,
+    state: torch.Tensor,
+    z: torch.Tensor,
+    sample: torch.Tensor,
+    num_x: int,
 ) -> None:
     if prediction.device.type == "cpu":
         new, seen = reference.guide_update(prediction, guidance, table, scale_in, step, state, z, num_x)

@@ -50,7 +50,9 @@ def pack(adapters: Sequence[Sequence[Sequence[Pair]]]) -> Packed:
     require(bool(pairs), "there is no adapter to pack")
     down, up = pairs[0].down, pairs[0].up
     for pair in pairs:
-        require(pair.down.shape[1:] == down.shape[1:], f"down {tuple(pair.down.shape)} does not fit {tuple(down.shape)}")
+        require(
+            pair.down.shape[1:] == down.shape[1:], f"down {tuple(pair.down.shape)} does not fit {tuple(down.shape)}"
+        )
         require(pair.up.shape[0] == up.shape[0], f"up {tuple(pair.up.shape)} does not fit {tuple(up.shape)}")
         require(pair.up.shape[1] == pair.down.shape[0], f"up {tuple(pair.up.shape)}, down {tuple(pair.down.shape)}")
     spans = tuple(tuple(spans_of(part) for part in adapter) for adapter in adapters)

@@ -26,11 +26,7 @@ def padded_rank(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def onepass_ranks(arch: int) -> tuple[int, ...]:
-    """R = 128 keeps a second accumulator of half the first: it spills where registers hold both."""
-    return (16, 32, 64, 128) if arch in WIDE_ARCHES else (16, 32, 64)
-
-
+ONEPASS_RANKS = (16, 32, 64)  # at 128 the second accumulator is as large as the first: it spills on all but sm_100
 EXPAND_RANKS = (16, 32, 64, 128)
 
 
@@ -39,13 +35,24 @@ def block_rows(arch: int) -> tuple[int, ...]:
     return (128, 64) if arch in WIDE_ARCHES else (64,)
 
 
-def gemm_tile(arch: int, rank: int, block_m: int) -> Tile:
-    """The tile of `onepass` and `expand`. 4 warps keep two programs on a multiprocessor; from R = 64 they spill."""
-    if block_m not in block_rows(arch):
-        raise ValueError(f"sm_{arch} has no tile of {block_m} rows; choose one of {block_rows(arch)}")
+def onepass_tile(arch: int, rank: int, block_m: int) -> Tile:
+    """64-row tiles take 4 warps and under 256 registers, so that two programs share a multiprocessor."""
+    check_block(arch, block_m)
     if block_m == 128:
         return Tile(128, 128, 64, warps=8, stages=3)
-    return Tile(64, 128, 64, warps=8 if rank >= 64 else 4, stages=3)
+    if arch in WIDE_ARCHES:
+        return Tile(64, 128, 64, warps=4, stages=3)
+    return Tile(64, 64, 64, warps=4, stages=3) if rank >= 64 else Tile(64, 128, 32, warps=4, stages=4)
+
+
+def expand_tile(arch: int, block_m: int) -> Tile:
+    """The tile of `expand`, whose registers do not grow with the rank."""
+    return onepass_tile(arch, 16, block_m)
+
+
+def check_block(arch: int, block_m: int) -> None:
+    if block_m not in block_rows(arch):
+        raise ValueError(f"sm_{arch} has no tile of {block_m} rows; choose one of {block_rows(arch)}")
 
 
 def shrink_tile(block_m: int) -> Tile:

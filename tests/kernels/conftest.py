@@ -6,6 +6,7 @@ The variable is set only while triton and the kernels are imported, so that no o
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
@@ -15,12 +16,10 @@ if os.environ.get("TRITON_INTERPRET", "1") == "1":
     assert "triton" not in sys.modules, "triton was imported before TRITON_INTERPRET could be set"
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton.experimental.gluon  # the interpreter loads it at its first launch, and it looks at the variable too
+    importlib.import_module("triton.experimental.gluon")  # the interpreter's first launch does, and it looks too
 
-    import stepforge.kernels.conv
-    import stepforge.kernels.elementwise
-    import stepforge.kernels.lowrank
-    import stepforge.kernels.norms
+    for name in ("conv", "elementwise", "lowrank", "norms"):
+        importlib.import_module(f"stepforge.kernels.{name}")
 
     if before is None:
         del os.environ["TRITON_INTERPRET"]

@@ -193,7 +193,7 @@ def test_linear_in_the_strength(path):
     results = {}
     for strength in (0.0, 1.0, 3.0):
         given["scale"].fill_(strength)
-        exact, bound = bounds.lowrank_linear(**given)
+        _, bound = bounds.lowrank_linear(**given)
         results[strength] = call(path, given).double(), bound
     delta = [results[s][0] - results[0.0][0] for s in (1.0, 3.0)]
     allowed = results[3.0][1] + 3 * results[1.0][1] + 4 * results[0.0][1]
@@ -211,7 +211,7 @@ def test_concatenated_ranks_are_a_sum(path):
         "scale": torch.cat([one["scale"], two["scale"]], dim=2),
         "ranks": one["ranks"] * 2,
     }
-    base = (one["x"].double() @ one["w"].double().T)
+    base = one["x"].double() @ one["w"].double().T
     exact = bounds.lowrank_linear(**one)[0] + bounds.lowrank_linear(**two)[0] - base
     assert bounds.excess(call(path, joint), exact, bounds.lowrank_linear(**joint)[1]) <= 1.0
 
