@@ -172,7 +172,9 @@ def unbindable(adapter: Adapter, bundle: Bundle) -> list[tuple[str, str, str]]:
     """(component, path, reason) of every layer that the bundle's banks cannot hold exactly."""
     found = []
     shapes = {(component, m.path): m.shape for component, entry in bundle.components.items() for m in entry.modules}
-    targets = {component: entry.bank.targets for component, entry in bundle.components.items() if entry.bank is not None}
+    targets = {
+        component: entry.bank.targets for component, entry in bundle.components.items() if entry.bank is not None
+    }
     for (component, path), layer in adapter.layers.items():
         entry, shape = bundle.components[component], shapes[component, path]
         if entry.bank is None:

@@ -330,6 +330,7 @@ class Engine:
             ),
             model=self.bundle.card.name,
             digest=self.bundle.digest,
+            adapters={loaded.name: loaded.adapter.sha256 for loaded, _ in job.adapters.parts} if job.adapters else {},
         )
 
 

@@ -20,6 +20,7 @@ def describe_image(result: Result, index: int) -> dict[str, Any]:
         "height": image.height,
         "model": result.model,
         "bundle": result.digest,
+        "adapter_files": dict(result.adapters),
         "backend": result.stats.backend,
         "precision": result.stats.precision,
         "versions": result.stats.versions,

@@ -128,3 +128,4 @@ class Result:
     stats: Stats
     model: str
     digest: str  # of the bundle
+    adapters: Mapping[str, str] = field(default_factory=dict)  # name -> sha256 of its file

@@ -1,5 +1,6 @@
 """LoRA as inputs of a compiled engine: parity with PEFT and with merging, rows that differ, slots, refusals."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -7,16 +8,19 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 
 from stepforge.export.build import export_bundle
 from stepforge.export.checkpoint import load as load_model
 from stepforge.export.merge import read_all, with_adapters
-from stepforge.export.parity import psnr, reference_pipeline, run_reference
-from stepforge.runtime import AdapterError, Request, RequestError, load
+from stepforge.export.parity import psnr, reference_pipeline, run_reference, verify
+from stepforge.runtime import AdapterError, CheckpointError, Request, RequestError, load
+from stepforge.runtime.bundle import sha256
+from stepforge.runtime.cli import main
 from stepforge.runtime.engine import Engine
 
 CPU = [("openvino", "fp32"), ("onnxruntime", "fp32"), ("openvino", "bf16")]
-UNET = r".*(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out|conv1|conv2|conv_shortcut|time_emb_proj|conv|linear_1)"
+UNET = r".*(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out|conv[12]?|conv_shortcut|time_emb_proj|linear_1)"
 TEXT = r".*(q_proj|v_proj|out_proj|fc1|fc2)"
 
 
@@ -140,9 +144,14 @@ def test_merged_export_equals_the_bank(tiny_sd1, tiny_sd1_banks, files, tmp_path
         load(tmp_path / "merged", backend="onnxruntime") as merged,
         open_engine(tiny_sd1_banks, files, "onnxruntime") as banks,
     ):
-        assert [entry["strength"] for entry in merged.bundle.source["adapters"]] == [0.8, 0.5]
         one, two = merged.generate(ask()), banks.generate(ask(adapters={"a": 0.8, "b": 0.5}))
     assert psnr(np.asarray(one.images[0]), np.asarray(two.images[0])) >= 60
+    with pytest.raises(
+        CheckpointError, match=r"other adapters; verify it with --lora a.safetensors:0.8 --lora b.safet"
+    ):
+        verify(tmp_path / "merged", tiny_sd1)
+    options = {"backends": ["onnxruntime"], "precisions": ["fp32"], "prompts": ["a cat"], "steps": 3}
+    assert verify(tmp_path / "merged", tiny_sd1, loras=[(files["a"], 0.8), (files["b"], 0.5)], **options)["passed"]
 
 
 def test_sdxl_with_both_text_encoders(tiny_sdxl, tiny_sdxl_banks, tmp_path):
@@ -207,6 +216,27 @@ def test_refusals(tiny_sd1, tiny_sd1_bundle, tiny_sd1_banks, files, tmp_path):
         with pytest.raises(AdapterError, match="rank 12, the bank holds 8"):
             engine.adapters.load("c", make_adapter(tiny_sd1, tmp_path / "big.safetensors", 1, rank=12))
         assert list(engine.adapters.list()) == ["a", "b", "d"]
+
+
+def test_the_command_line_takes_requests_with_their_own_adapters(tiny_sd1_banks, files, tmp_path, capsys):
+    lines = [{"prompt": "a cat"}, {"prompt": "a cat", "adapters": {"style": 1.0, "b": 0.5}, "seed": 3}]
+    (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    arguments = ["generate", tiny_sd1_banks, "--requests", tmp_path / "requests.jsonl", "--steps", 2, "--backend",
+                 "onnxruntime", "--adapter", f"style={files['a']}:0.7", "--adapter", files["b"], "-o", tmp_path / "out",
+                 "--json"]  # fmt: skip
+    with pytest.raises(SystemExit) as done:
+        main(list(map(str, arguments)))
+    assert done.value.code == 0
+    with Image.open(json.loads(capsys.readouterr().out)[1]["files"][0]) as picture:
+        notes = json.loads(picture.info["stepforge"])
+    assert (notes["adapters"], notes["seed"]) == ({"style": 1.0, "b": 0.5}, 3)
+    assert notes["adapter_files"]["style"] == sha256(files["a"])
+    for line in ("[1]", '{"prompt": "x", "stepps": 3}', '{"prompt": "x", "steps": 0}', "{"):
+        (tmp_path / "requests.jsonl").write_text(f"\n{line}\n")
+        with pytest.raises(SystemExit) as done:
+            main(list(map(str, [*arguments, "--overwrite"])))
+        assert done.value.code == 2
+        assert "line 2:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
