@@ -39,6 +39,16 @@ class Model:
     def modules(self) -> dict[str, tuple[Module, ...]]:
         return {name: modules_of(network) for name, network in self.pristine.items()}
 
+    @property
+    def names(self) -> dict[str, str]:
+        """diffusers' name of a component -> a bundle's."""
+        return {name.removeprefix("denoiser/"): name for name in self.source.empty}
+
+    def pipeline(self) -> type:
+        import diffusers
+
+        return getattr(diffusers, f"StableDiffusion{'XL' if self.source.family == 'sdxl' else ''}Pipeline")
+
     def copy(self, component: str = "denoiser/unet") -> nn.Module:
         return copy.deepcopy(self.pristine[component])
 
@@ -103,6 +113,26 @@ def randomise() -> Callable[[nn.Module], nn.Module]:
         return network
 
     return fill
+
+
+@pytest.fixture
+def check_fused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Adapter]:
+    """Merging a file at each strength gives what diffusers' load_lora_weights() and fuse_lora() give."""
+    # transformers asks for a PEFT newer than the newest that there is
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+
+    def run(model: Model, file: Path, *strengths: float) -> Adapter:
+        wanted = {}
+        for strength in strengths:
+            pipe = model.pipeline().from_pretrained(model.folder)
+            pipe.load_lora_weights(file.parent, weight_name=file.name)
+            names = [name for name in model.names if getattr(getattr(pipe, name), "peft_config", None)]
+            pipe.fuse_lora(components=names, lora_scale=strength)
+            pipe.unload_lora_weights()
+            wanted[strength] = {model.names[name]: dict(getattr(pipe, name).named_parameters()) for name in names}
+        return model.check(file, wanted)
+
+    return run
 
 
 @pytest.fixture(autouse=True)
