@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -64,6 +66,11 @@ def passes(path, *, only_adapter=False):
     clean = all((out[:GUARD] == 77).all() and (out[-GUARD:] == 77).all() for out in outs)
     exact, bound = bounds.lowrank_linear(**given)
     return bool(clean) and bounds.excess(result, exact, bound) <= 1.0
+
+
+@functools.cache
+def passes_unchanged(path, *, only_adapter=False):
+    return passes(path, only_adapter=only_adapter)
 
 
 K_MASK = "x = loaded(x_rows + ks[None, :], row_ok[:, None] & (ks < K)[None, :], UPCAST)"
@@ -130,7 +137,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("case", MUTATIONS)
 def test_caught(case, mutant, monkeypatch):
     path, old, new = MUTATIONS[case]
-    assert passes(path)
+    assert passes_unchanged(path)
     monkeypatch.setattr(lowrank, "lowrank_body", mutant(lowrank_body, old, new))
     assert not passes(path)
 
@@ -142,7 +149,7 @@ def test_strength_after_the_rounding_is_caught(path, mutant, monkeypatch):
         path, "low = rounded(total * strength[None, :], kind, UPCAST)"
     )
     late = name.split(" = ")[0] + " = rounded(total, kind, UPCAST) * strength[None, :].to(kind)"
-    assert passes(path, only_adapter=True)
+    assert passes_unchanged(path, only_adapter=True)
     monkeypatch.setattr(lowrank, "lowrank_body", mutant(lowrank_body, f" {name}", f" {late}"))
     assert not passes(path, only_adapter=True)
 

@@ -42,12 +42,12 @@ def inputs():
     return torch.randn(2, 32, 6, 6), block_table([1, -1], 36, 16)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_as_one_graph(backend):
+def test_compiles_as_one_graph():
+    """aot_eager also traces the operators with fake tensors, which eager does not."""
     block, given = Block(), inputs()
     with torch.no_grad():
         expected = block(*given)
-        assert torch.equal(torch.compile(block, fullgraph=True, backend=backend)(*given), expected)
+        assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(*given), expected)
     torch._dynamo.reset()
 
 
@@ -137,10 +137,12 @@ def test_the_path_that_dispatch_names_is_taken(monkeypatch):
 
 
 def test_importing_the_package_needs_neither_torch_nor_triton(tmp_path):
-    code = (
-        "import sys, stepforge.kernels as kernels\n"
-        "assert not {'torch', 'triton', 'numpy'} & set(sys.modules)\n"
-        "assert set(kernels.__all__) == set(kernels.HOMES)\n"
-        "for name in kernels.__all__: getattr(kernels, name)\n"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=tmp_path)
+    code = "import sys, stepforge.kernels; assert not {'torch', 'triton', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_public_names_exist():
+    assert set(kernels.__all__) == set(kernels.HOMES)
+    assert all(callable(getattr(kernels, name)) for name in kernels.__all__)
+    with pytest.raises(AttributeError, match="lowrank_linear"):
+        kernels.lowrank_liner  # noqa: B018
