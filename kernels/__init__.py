@@ -14,9 +14,9 @@ HOMES = {
     "guide_update": "ops",
     "lowrank_conv": "ops",
     "lowrank_linear": "ops",
-    "block_table": "pack",
-    "pack": "pack",
-    "Pair": "pack",
+    "block_table": "packing",
+    "pack": "packing",
+    "Pair": "packing",
     "explain": "dispatch",
 }
 

@@ -54,7 +54,7 @@ def report(program: Program) -> Report:
     return {
         "registers": code["registers"],
         "shared": kernel.metadata.shared,
-        "mma": {name: count for name, count in sorted(found.items()) if "MMA" in name},
+        "mma": {name: count for name, count in sorted(found.items()) if name.startswith(MATRIX)},
         "async16": sum(count for name, count in found.items() if name.startswith("LDGSTS") and name.endswith(".128")),
         "stack": code["stack"],
         "spills": sum(count for name, count in found.items() if name.startswith(("STL", "LDL"))),
@@ -67,6 +67,7 @@ def report(program: Program) -> Report:
     }
 
 
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "QGMMA", "DMMA")  # HFMA2.MMA is no matrix product
 KEPT = ("registers", "shared", "mma", "async16")
 
 

@@ -16,7 +16,7 @@ def conv_shrink(
     block_m: int, table: Tensor | None = None, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """conv(x, A) in fp32 as [1, M, 1, R], M = B·out_height·out_width; x [B, H, W, C], a [L, R, k, k, C]."""
-    tile = tile or shrink_tile(block_m)
+    tile = tile or shrink_tile(block_m, a.shape[1])
     check_floats(x=x, a=a)
     check_packed(x=x, a=a, ranks=ranks, table=table)
     require(x.ndim == 4 and a.ndim == 5, "x must be [B, H, W, C] and a [L, R, k, k, C]")

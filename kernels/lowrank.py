@@ -1,6 +1,6 @@
 """Launchers of the low-rank linear layers: tensors and a tile in, one or two launches. `ops` chooses between them.
 
-Shapes as in `reference.lowrank_linear`. `table` int32 [T, 3] of row blocks for `tile.block_m` (see `pack.block_table`).
+Shapes as in `reference.lowrank_linear`. `table` int32 [T, 3] of row blocks for `tile.block_m` (see `packing.block_table`).
 Every launcher raises ValueError for shapes and types it does not take.
 """
 
@@ -59,7 +59,7 @@ def shrink(
 
     block_m: rows of a block of the table. Rows without an adapter are left uninitialised.
     """
-    tile = tile or shrink_tile(block_m)
+    tile = tile or shrink_tile(block_m, a.shape[2])
     check_floats(x=x, a=a)
     check_rows("x", x)
     check_packed(a=a, ranks=ranks, table=table)

@@ -75,7 +75,7 @@ def lowrank_linear(
     """y = act(x Wᵀ + (scale ⊙ x Aᵀ) Bᵀ + bias) + residual.
 
     x [..., K] and residual [..., N]; the others as in `reference.lowrank_linear` and as `pack` makes them. table: the
-    row blocks of `pack.block_table` for block_m rows. Returns [..., N]. ValueError for shapes that do not fit.
+    row blocks of `packing.block_table` for block_m rows. Returns [..., N]. ValueError for shapes that do not fit.
     """
     flat = x.reshape(-1, x.shape[-1])
     over = residual.reshape(-1, residual.shape[-1]) if residual is not None else None

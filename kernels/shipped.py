@@ -124,7 +124,7 @@ def linear_programs(arch: int, dtype: str) -> Iterator[Program]:
         for rank in EXPAND_RANKS:
             tile = expand_tile(arch, block)
             base = (tile.block_m, tile.block_n, tile.block_k)
-            up = (tile.block_m, tile.block_n, min(rank, 32))
+            up = (tile.block_m, tile.block_n, rank if rank <= 32 else 16)
             for act in (0, 2):
                 yield Program(
                     f"expand{' gelu' if act else ''} r{rank} m{block} {dtype} sm_{arch}", lowrank_body.expand, arch, dtype,
@@ -140,9 +140,9 @@ def linear_programs(arch: int, dtype: str) -> Iterator[Program]:
 
 
 def shrink_programs(arch: int, dtype: str) -> Iterator[Program]:
-    tile = shrink_tile(64)
-    shape = {"BLOCK_M": tile.block_m, "SUB": 64 // tile.block_m, "GROUPED": True, "UPCAST": False}
     for rank in EXPAND_RANKS:
+        tile = shrink_tile(64, rank)
+        shape = {"BLOCK_M": tile.block_m, "SUB": 64 // tile.block_m, "GROUPED": True, "UPCAST": False}
         yield Program(
             f"shrink r{rank} {dtype} sm_{arch}", lowrank_body.shrink, arch, dtype, tile.warps, tile.stages,
             {"R": rank, "SPLIT": 2, "BLOCK_K": tile.block_k, **shape}, dots=((tile.block_m, rank, tile.block_k),),

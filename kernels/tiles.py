@@ -55,6 +55,6 @@ def check_block(arch: int, block_m: int) -> None:
         raise ValueError(f"sm_{arch} has no tile of {block_m} rows; choose one of {block_rows(arch)}")
 
 
-def shrink_tile(block_m: int) -> Tile:
+def shrink_tile(block_m: int, rank: int) -> Tile:
     """Short tiles: a shrink has one column of programs, so its rows are what fills the multiprocessors."""
-    return Tile(min(32, block_m), 0, 128, warps=4, stages=3)
+    return Tile(min(32, block_m), 0, 64 if rank == 64 else 128, warps=4, stages=3)  # 128 deep spilled 8 bytes at R = 64

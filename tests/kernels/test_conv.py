@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stepforge.kernels import bounds, conv, ops, reference
-from stepforge.kernels.pack import Pair, block_table, pack
+from stepforge.kernels.packing import Pair, block_table, pack
 from stepforge.kernels.tiles import Tile, padded_rank
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32

@@ -8,7 +8,7 @@ import triton
 
 from stepforge.kernels import bounds, conv, elementwise, lowrank, norms, ops, reference, tiles
 from stepforge.kernels.launch import interpreted
-from stepforge.kernels.pack import block_table
+from stepforge.kernels.packing import block_table
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stepforge.kernels import bounds, lowrank, lowrank_body, norm_body, norms
-from stepforge.kernels.pack import block_table
+from stepforge.kernels.packing import block_table
 from stepforge.kernels.tiles import Tile
 
 TILE = Tile(16, 32, 32, warps=4, stages=2)

@@ -54,7 +54,7 @@ def test_large_mean(mean, layout):
 def test_splits_give_the_same_statistics(layout):
     x, weight, bias, _ = inputs((2, 20, 11, 7), FULL, layout, scaled=False)
     exact, bound = bounds.group_norm_silu(x, weight, bias, 4, 1e-5)
-    for splits in (1, 3, 77):
+    for splits in (1, 3, 14):
         result = norms.group_norm_silu(x, weight, bias, 4, 1e-5, block=256, splits=splits)
         assert bounds.excess(result, exact, bound) <= 1.0
         again = norms.group_norm_silu(x, weight, bias, 4, 1e-5, block=256, splits=splits)

@@ -10,7 +10,7 @@ import torch
 
 import stepforge.kernels as kernels
 from stepforge.kernels import bounds, dispatch, fallback, lowrank, ops, reference
-from stepforge.kernels.pack import Pair, block_table, pack
+from stepforge.kernels.packing import Pair, block_table, pack
 
 packed = pack([[[Pair(torch.randn(4, 32), torch.randn(64, 4), 0.5)]], [[Pair(torch.randn(8, 32), torch.randn(64, 8))]]])
 PARTS = {"a": packed.a, "b": packed.b, "scale": packed.scale, "ranks": packed.ranks}

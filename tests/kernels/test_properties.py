@@ -7,7 +7,7 @@ import torch
 from triton.runtime import interpreter
 
 from stepforge.kernels import bounds, lowrank
-from stepforge.kernels.pack import block_table
+from stepforge.kernels.packing import block_table
 from stepforge.kernels.tiles import Tile
 
 TILE = Tile(16, 32, 32, warps=4, stages=2, group_m=2)
