@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def guide_update(
     prediction, guidance, table, scale_in, step, state, z, sample,
     size, steps,

@@ -24,6 +24,11 @@ def arch_of(device: Any) -> int:
     return nearest_arch(10 * major + minor)
 
 
+def adjacent(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy whose rows have their elements side by side (a transposed view of tokens has not)."""
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
 def run_linear(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
     arch: int, table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
@@ -32,6 +37,7 @@ def run_linear(
     """The layer on the path that `dispatch` names for `arch`; addmm for fp32, which the tensor cores would round to tf32."""
     from stepforge.kernels import fallback, lowrank
 
+    x, residual = adjacent(x), adjacent(residual) if residual is not None else None
     rank = lowrank.check_linear(x, w, a, b, scale, ranks, table, bias, residual, act)
     require(table is None or block_m > 0, "a table of row blocks comes with its block_m")
     extra: dict[str, Any] = {"table": table, "bias": bias, "residual": residual, "act": act}
@@ -156,7 +162,7 @@ def _geglu(h: torch.Tensor) -> torch.Tensor:
         return reference.geglu(h)
     from stepforge.kernels import elementwise
 
-    return elementwise.geglu(h)
+    return elementwise.geglu(adjacent(h))
 
 
 @_geglu.register_fake

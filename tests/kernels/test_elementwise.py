@@ -23,7 +23,7 @@ def test_geglu_is_exact_gelu():
     gate = torch.linspace(-6, 6, 4001)
     h = torch.stack([torch.ones_like(gate), gate], dim=1)
     exact, bound = bounds.geglu(h)
-    assert bounds.excess(elementwise.geglu(h), exact, bound) <= 1.0
+    assert bounds.excess(elementwise.geglu(h, block_m=1024, block_n=2), exact, bound) <= 1.0
     approximate = torch.nn.functional.gelu(gate, approximate="tanh")[:, None]
     assert bounds.excess(approximate, exact, bound) > 100
 

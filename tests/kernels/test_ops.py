@@ -136,6 +136,19 @@ def test_the_path_that_dispatch_names_is_taken(monkeypatch):
     assert path(154, 640, 640, 16, table=block_table([0, -1], 77, 64))[0] in ("onepass", "split")
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("table", [None, block_table([1, -1], 75, 64)], ids=["one adapter", "two images"])
+def test_dispatched_layer_is_within_the_bound(table, arch):
+    """What CUDA tensors would run, tile and all, on a transposed view as attention's reshapes leave it."""
+    x = torch.randn(32, 150).half().T
+    bank = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in PARTS.items()}
+    bank["scale"] = PARTS["scale"]
+    given = {"x": x, "w": torch.randn(64, 32).half(), **bank, "residual": torch.randn(64, 150).half().T}
+    found = ops.run_linear(**given, arch=arch, table=table, block_m=64)
+    exact, bound = bounds.lowrank_linear(**given, table=table)
+    assert bounds.excess(found, exact, bound) <= 1.0
+
+
 def test_importing_the_package_needs_neither_torch_nor_triton(tmp_path):
     code = "import sys, stepforge.kernels; assert not {'torch', 'triton', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
