@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +93,17 @@ def test_more_tiles_for_one_shrink_cost_less():
     assert times == sorted(times, reverse=True)
     extra = times[0] / cost.OURS / cost.base(gpu, layer) - 1
     assert extra == pytest.approx(64 / 128 + 64 / 640, rel=0.01)  # R/BN more for the shrinks, R/K for the expand
+
+
+def test_the_model_is_printed_for_every_layer():
+    """The benchmark's table, without a GPU and without torch; the mark stands where dispatch stands."""
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_kernels.py"
+    command = [sys.executable, str(script), "--model", "--gpus", "H100", "--ranks", "16", "64"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    for layer in BY_NAME.values():
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"{layer.name} ({layer.m}"))
+        for line, rank in ((lines[at], 16), (lines[at + 1], 64)):
+            cells = dict(zip(("PEFT", "addmm", "split", "onepass"), line.split()[-4:], strict=True))
+            marked = [path for path, cell in cells.items() if cell.endswith("*")]
+            taken = dispatch.dispatch(layer, rank, 90).path
+            assert marked == ["addmm" if taken == "conv" else taken]
