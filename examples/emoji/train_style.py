@@ -1,0 +1,164 @@
+"""Train a style LoRA on the demo UNet: `python examples/emoji/train_style.py neon` (or `poster`).
+
+PEFT LoRA of rank 4 on the linears of attention and feed-forward and on the convolutions of the residual blocks, text
+encoder frozen, two thirds of the emoji (`styles.HELD_OUT` keeps the rest). Captions are the base model's, with any
+background. The loss is the base model's: v-prediction, weight min(SNR + 1, 6) / (SNR + 1).
+
+The autoencoder's encoder never saw such pictures, its decoder can draw them: 40 gradient steps on the latent, from the
+encoder's answer, cut the squared error of the decoded picture from 0.033 to 0.020 (neon) and from 0.016 to 0.011
+(poster), and the eye sees crisp tubes and edges in place of blurred ones. The adapter trains on those latents.
+
+neon is written as PEFT does (a folder with adapter_config.json), poster as diffusers does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from data import BACKGROUNDS, emoji
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from styles import HELD_OUT, STYLES, stylised
+from train_unet import MAX_TOKENS, UNCONDITIONAL
+from train_vae import to_tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+LINEARS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+CONVOLUTIONS = ["conv1", "conv2"]
+RANK, ALPHA = 4, 8
+
+
+def fresh_unet(model: Path) -> UNet2DConditionModel:
+    """The UNet in ordinary memory: as `from_pretrained` maps it from the file, it trains at half the speed."""
+    loaded = UNet2DConditionModel.from_pretrained(model / "unet").float()
+    unet = UNet2DConditionModel.from_config(loaded.config)
+    unet.load_state_dict(loaded.state_dict())
+    return unet.requires_grad_(False)
+
+
+def fresh_text_encoder(model: Path) -> CLIPTextModel:
+    loaded = CLIPTextModel.from_pretrained(model / "text_encoder").float()
+    encoder = CLIPTextModel(loaded.config)
+    encoder.load_state_dict(loaded.state_dict())
+    return encoder.eval().requires_grad_(False)
+
+
+def tokenize(model: Path, captions: list[str]) -> torch.Tensor:
+    """Ids [n, 32]."""
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+
+def encode(model: Path, pictures: np.ndarray, *, steps: int) -> torch.Tensor:
+    """Scaled latents [n, 4, 16, 16] whose decoded pictures are nearest to `pictures`, uint8 [n, 64, 64, 3]."""
+    vae = AutoencoderKL.from_pretrained(model / "vae").float().eval().requires_grad_(False)
+    found, before, after = [], [], []
+    for target in to_tensor(pictures).split(32):
+        start = vae.encode(target).latent_dist.mode()
+        before.append(F.mse_loss(vae.decode(start).sample, target).item())
+        latent = start.clone().requires_grad_()
+        optimizer = torch.optim.Adam([latent], lr=0.06)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 0.06 * (1 - step / steps)
+            drawn = vae.decode(latent).sample
+            error = F.mse_loss(drawn, target)
+            loss = error + F.l1_loss(drawn, target) + 2e-3 * (latent - start).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        after.append(F.mse_loss(vae.decode(latent.detach()).sample, target).item())
+        found.append(latent.detach() * vae.config.scaling_factor)
+    print(f"decoded error {np.mean(before):.4f} -> {np.mean(after):.4f}", flush=True)
+    return torch.cat(found)
+
+
+class Diffusion:
+    """The training objective: noise a latent, compare the predicted v, one number an example."""
+
+    def __init__(self, model: Path) -> None:
+        self.alphas = DDIMScheduler.from_pretrained(model / "scheduler").alphas_cumprod
+        snr = self.alphas / (1 - self.alphas)
+        self.weights = (snr + 1).clamp(max=6.0) / (snr + 1)
+
+    def __call__(self, unet: torch.nn.Module, x0: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        count = len(x0)
+        noise = torch.randn_like(x0)
+        timesteps = ((torch.randperm(count) + torch.rand(count)) / count * 1000).long()  # stratified
+        a = self.alphas[timesteps].view(-1, 1, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, timesteps, text).sample
+        error = (output.float() - (a.sqrt() * noise - (1 - a).sqrt() * x0)).square().mean((1, 2, 3))
+        return self.weights[timesteps] * error
+
+
+def save(unet: PeftModel, style: str, out: Path) -> None:
+    """fp16: neon in PEFT's layout, poster in diffusers'."""
+    state = {key: value.half() for key, value in unet.state_dict().items()}
+    if style == "neon":
+        unet.save_pretrained(out, state_dict=state)
+        (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    else:
+        adapter = get_peft_model_state_dict(unet, state_dict=state)
+        adapter = {key.removeprefix("base_model.model."): value for key, value in adapter.items()}
+        StableDiffusionPipeline.save_lora_weights(
+            out,
+            unet_lora_layers=convert_state_dict_to_diffusers(adapter),
+            unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),  # without it alpha would be the rank
+        )
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    seen = [index for index in range(len(emoji())) if index not in HELD_OUT]
+    latents = encode(args.model, stylised(args.style)[seen], steps=args.refine)
+    with torch.no_grad():
+        encoder = fresh_text_encoder(args.model)
+        captions = [f"{emoji()[i].name} on a {colour} background" for i in seen for colour in BACKGROUNDS]
+        text = encoder(tokenize(args.model, captions))[0].unflatten(0, (len(seen), len(BACKGROUNDS)))
+        empty = encoder(tokenize(args.model, [""]))[0][0]
+
+    unet = fresh_unet(args.model)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS + CONVOLUTIONS)
+    unet = get_peft_model(unet, config)
+    weights = [p for p in unet.parameters() if p.requires_grad]
+    print(f"{len(seen)} pictures, {sum(p.numel() for p in weights):,} parameters", flush=True)
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    diffusion = Diffusion(args.model)
+    forward = torch.compile(unet) if args.compile else unet
+    started, losses = time.time(), []
+    for step in range(1, args.steps + 1):
+        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / 50, 2 * (1 - (step - 1) / args.steps))
+        pick = torch.randint(len(seen), (args.batch,))
+        condition = text[pick, torch.randint(len(BACKGROUNDS), (args.batch,))]
+        condition[torch.rand(args.batch) < UNCONDITIONAL] = empty
+        loss = diffusion(forward, latents[pick], condition).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 50 == 0:
+            rate = step * args.batch / (time.time() - started)
+            print(f"step {step:5d}  loss {np.mean(losses[-50:]):.4f}  {rate:.1f} img/s", flush=True)
+        if step % 200 == 0 or step == args.steps:
+            save(unet, args.style, args.out / args.style)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("style", choices=STYLES)
+    here = Path(__file__).resolve().parent
+    parser.add_argument("--model", type=Path, default=here / "model")
+    parser.add_argument("--out", type=Path, default=here / "adapters", help="the folder of the style is made in it")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--refine", type=int, default=40, help="gradient steps on each target latent")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    train(parser.parse_args())

@@ -1,0 +1,119 @@
+"""DreamBooth (arXiv 2208.12242) on the demo model: five pictures of the creature of `subject.py` become "sks alien".
+
+LoRA of rank 4 on the UNet's transformers and on the text encoder. Each batch is half pictures of the subject, captioned
+"sks alien on a ... background", half pictures of the class: 100 latents which the frozen model samples for
+"alien on a ... background". The second half is the prior-preservation loss, added with weight lambda (`--prior`, 1).
+
+Written as kohya's sd-scripts write a LoRA: one safetensors file, `lora_unet_...` and `lora_te_...`, alpha beside each pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import BACKGROUNDS
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from subject import CLASS, NAME, TRAINING, training_pictures
+from train_style import LINEARS, Diffusion, encode, fresh_text_encoder, fresh_unet, tokenize
+
+RANK, ALPHA = 4, 2
+UNET_TARGETS = [*LINEARS, "proj_in", "proj_out"]
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
+
+@torch.no_grad()
+def sample_class(model: Path, count: int) -> tuple[torch.Tensor, list[str]]:
+    """Scaled latents of the frozen model's own pictures of the class, and their captions."""
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    captions = [f"{CLASS} on a {colour} background" for colour in BACKGROUNDS] * (count // len(BACKGROUNDS))
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(captions))]
+    options = dict(num_inference_steps=20, guidance_scale=3.0, height=64, width=64, output_type="latent")
+    latents = [
+        pipe(captions[i : i + 20], generator=generators[i : i + 20], **options).images
+        for i in range(0, len(captions), 20)
+    ]
+    return torch.cat(latents), captions
+
+
+def kohya(model: PeftModel, prefix: str) -> dict[str, torch.Tensor]:
+    """The adapter in kohya's names: the module's path, dots made underscores."""
+    state = {}
+    for path, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            name = prefix + path.replace(".", "_")
+            state[f"{name}.lora_down.weight"] = layer.lora_A["default"].weight
+            state[f"{name}.lora_up.weight"] = layer.lora_B["default"].weight
+            state[f"{name}.alpha"] = torch.tensor(float(ALPHA))
+    return {key: value.detach().half().contiguous() for key, value in state.items()}
+
+
+def save(unet: PeftModel, encoder: PeftModel, out: Path) -> None:
+    # kohya's names have the `text_model` that CLIPTextModel had before transformers 5
+    nested = hasattr(encoder.get_base_model(), "text_model")
+    state = kohya(unet, "lora_unet_") | kohya(encoder, "lora_te_" if nested else "lora_te_text_model_")
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(RANK),
+        "ss_network_alpha": str(float(ALPHA)),
+        "ss_base_model_version": "sd_v2_v",
+        "ss_v2": "True",
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, out, metadata)
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    subject = encode(args.model, training_pictures(), steps=80)
+    subject_ids = tokenize(args.model, [f"{NAME} on a {background} background" for background, _ in TRAINING])
+    prior, captions = sample_class(args.model, 100)
+    prior_ids = tokenize(args.model, captions)
+
+    unet = get_peft_model(fresh_unet(args.model), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=UNET_TARGETS))
+    encoder = fresh_text_encoder(args.model)
+    encoder = get_peft_model(encoder, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TEXT_TARGETS))
+    weights = [p for p in (*unet.parameters(), *encoder.parameters()) if p.requires_grad]
+    print(f"{sum(p.numel() for p in weights):,} parameters", flush=True)
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    diffusion = Diffusion(args.model)
+    forward = torch.compile(unet) if args.compile else unet
+    started, losses, half = time.time(), [], args.batch // 2
+    for step in range(1, args.steps + 1):
+        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / 20, 2 * (1 - (step - 1) / args.steps))
+        ours, theirs = torch.randint(len(subject), (half,)), torch.randint(len(prior), (half,))
+        text = encoder(torch.cat([subject_ids[ours], prior_ids[theirs]]))[0]
+        error = diffusion(forward, torch.cat([subject[ours], prior[theirs]]), text)
+        loss = error[:half].mean() + args.prior * error[half:].mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        losses.append([error[:half].mean().item(), error[half:].mean().item()])
+        if step % 50 == 0:
+            (own, kept), rate = np.mean(losses[-50:], axis=0), step * args.batch / (time.time() - started)
+            print(f"step {step:5d}  subject {own:.4f}  class {kept:.4f}  {rate:.1f} img/s", flush=True)
+        if step % 100 == 0 or step == args.steps:
+            save(unet, encoder, args.out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    here = Path(__file__).resolve().parent
+    parser.add_argument("--model", type=Path, default=here / "model")
+    parser.add_argument("--out", type=Path, default=here / "adapters" / "subject.safetensors")
+    parser.add_argument(
+        "--prior", type=float, default=1.0, help="weight of the prior-preservation loss; 0 is the ablation"
+    )
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=8, help="half subject, half class")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    train(parser.parse_args())
