@@ -6,16 +6,18 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import triton  # type: ignore[import-untyped]
-
-from stepforge.kernels import lowrank_body
 
 Tensor = Any
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def interpreted() -> bool:
-    """Whether TRITON_INTERPRET=1 was set when triton was first imported."""
+    """Whether TRITON_INTERPRET=1 was set when triton was first imported. Triton is imported by the bodies alone, so
+    that the operators work on a CPU without it."""
+    import triton  # type: ignore[import-untyped]
+
+    from stepforge.kernels import lowrank_body
+
     return not isinstance(lowrank_body.onepass, triton.JITFunction)
 
 

@@ -154,6 +154,17 @@ def test_importing_the_package_needs_neither_torch_nor_triton(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
+def test_operators_run_on_a_cpu_without_triton(tmp_path):
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, stepforge.kernels as kernels\n"
+        "bank = kernels.pack([[[kernels.Pair(torch.randn(4, 8), torch.randn(6, 4))]]])\n"
+        "args = torch.randn(5, 8), torch.randn(6, 8), bank.a, bank.b, bank.scale, bank.ranks\n"
+        "assert kernels.geglu(kernels.lowrank_linear(*args)).shape == (5, 3)\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=tmp_path)
+
+
 def test_public_names_exist():
     assert set(kernels.__all__) == set(kernels.HOMES)
     assert all(callable(getattr(kernels, name)) for name in kernels.__all__)
