@@ -75,7 +75,7 @@ class PeftConfig:
 def brief(value: object) -> str:
     """Any value as one short line, for messages: what a file says can be long, or hold control characters."""
     text = value if isinstance(value, str) else str(value)
-    return repr(text if len(text) <= 80 else f"{text[:60]}...")
+    return repr(text if len(text) <= 140 else f"{text[:60]}...{text[-60:]}")
 
 
 def _work(text: str) -> int:
