@@ -8,12 +8,18 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test quick test-gpu check types bench train clean
 
-demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw a contact sheet into out/
-	$(BIN)/stepforge export examples/emoji/model -o out/emoji.bundle --name emoji --overwrite
+ADAPTERS := examples/emoji/adapters
+
+demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw two contact sheets into out/
+	$(BIN)/stepforge export examples/emoji/model -o out/emoji.bundle --name emoji --lora-slots 6 --lora-rank 16 --overwrite
 	$(BIN)/stepforge verify out/emoji.bundle examples/emoji/model
 	$(BIN)/stepforge generate out/emoji.bundle --prompts examples/emoji/prompts.txt --guidance 3 \
 		--out out/emoji --sheet out/emoji.png --overwrite
-	@echo "look at out/emoji.png"
+	$(BIN)/stepforge generate out/emoji.bundle --requests examples/emoji/adapters.jsonl --guidance 3 \
+		--adapter poster=$(ADAPTERS)/poster --adapter thermal=$(ADAPTERS)/thermal \
+		--adapter subject=$(ADAPTERS)/subject.safetensors \
+		--out out/adapters --sheet out/adapters.png --columns 3 --overwrite
+	@echo "look at out/emoji.png and out/adapters.png"
 
 test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest

@@ -118,6 +118,7 @@ def generate(
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Processor threads. [default: all that may be used]")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Also write all images as one contact sheet.")] = None,
+    columns: Annotated[int | None, typer.Option(help="Images in a row of the sheet. [default: about square]")] = None,
     metadata: Annotated[bool, typer.Option(help="Write the request into each PNG.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace existing files.")] = False,
     as_json: Json = False,
@@ -157,7 +158,7 @@ def generate(
         results = engine.generate(requests, on_step=on_step)
     _write(results, files, metadata, overwrite)
     if sheet is not None:
-        _write_sheet(results, sheet, overwrite)
+        _write_sheet(results, sheet, columns, overwrite)
     if as_json:
         rows = [_summary(result, paths) for result, paths in zip(results, files, strict=True)]
         print(json.dumps(rows, indent=1))
@@ -350,18 +351,23 @@ def _write(results: list[Result], files: list[list[Path]], metadata: bool, overw
             save_png(result.images[index], path, notes, overwrite=overwrite)
 
 
-def _write_sheet(results: list[Result], path: Path, overwrite: bool) -> None:
+def _write_sheet(results: list[Result], path: Path, columns: int | None, overwrite: bool) -> None:
     from stepforge.runtime.images import contact_sheet, save_png
 
     pictures = [image for result in results for image in result.images]
     labels = [_label(result.request) for result in results for _ in result.images]
     path.parent.mkdir(parents=True, exist_ok=True)
     upscale = max(1, 128 // max(picture.width for picture in pictures))  # labels need some room
-    save_png(contact_sheet(pictures, labels=labels, upscale=upscale), path, None, overwrite=overwrite)
+    picture = contact_sheet(pictures, columns=columns, labels=labels, upscale=upscale)
+    save_png(picture, path, None, overwrite=overwrite)
 
 
 def _label(request: Request) -> str:
-    return request.prompt + "".join(f" + {name} {strength:g}" for name, strength in request.adapters.items())
+    """Adapters first: what is too long is cut at the end."""
+    names = " + ".join(
+        name if strength == 1.0 else f"{name} {strength:g}" for name, strength in request.adapters.items()
+    )
+    return f"{names}: {request.prompt}" if names else request.prompt
 
 
 def _summary(result: Result, paths: list[Path]) -> dict[str, Any]:

@@ -6,33 +6,39 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from stepforge.export.build import export_bundle
+from stepforge.export.build import BankOptions, export_bundle
 from stepforge.export.parity import verify
 
 MODEL = Path(__file__).resolve().parents[1] / "examples/emoji/model"
+ADAPTERS = MODEL.parent / "adapters"
 
 
 @pytest.mark.slow
-def test_demo_model_from_weights_to_image(tmp_path):
+def test_demo_model_from_weights_to_images_with_adapters(tmp_path):
     bundle = tmp_path / "emoji.bundle"
-    export_bundle(MODEL, bundle, name="emoji")
+    export_bundle(MODEL, bundle, name="emoji", bank=BankOptions(6, 16))
     verdict = verify(
         bundle, MODEL, precisions=["fp32"], prompts=["cat face on a blue background"], steps=20, guidance=3.0
     )
     assert verdict["passed"], [check for check in verdict["checks"] if not check["passed"]]
-    out = tmp_path / "cat.png"
     code = (
         "import sys; from stepforge.runtime.cli import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     )
+    adapters = [f"poster={ADAPTERS / 'poster'}", f"thermal={ADAPTERS / 'thermal'}", ADAPTERS / "subject.safetensors"]
+    options = [text for adapter in adapters for text in ("--adapter", adapter)]
+    requests, out = ADAPTERS.parent / "adapters.jsonl", tmp_path / "out"
     arguments = [
         "generate",
         bundle,
-        "cat face on a blue background",
+        "--requests",
+        requests,
         "-g",
-        "3",
+        3,
+        *options,
         "-o",
         out,
         "--precision",
@@ -40,14 +46,16 @@ def test_demo_model_from_weights_to_image(tmp_path):
         "--json",
     ]
     output = subprocess.check_output([sys.executable, "-c", code, *map(str, arguments)], text=True)
-    (row,) = json.loads(output)
-    assert row["model"] == "emoji"
-    assert row["stats"]["rows"] == {"text_encoder": 2, "unet": 40, "vae_decoder": 1}
-    assert out.stat().st_size > 1000
+    rows = json.loads(output)
+    assert len(rows) == 15
+    assert rows[0]["model"] == "emoji"
+    assert rows[0]["stats"]["rows"] == {"text_encoder": 2, "unet": 40, "vae_decoder": 1}
+    assert len({Image.open(row["files"][0]).tobytes() for row in rows}) == 15
 
 
 def test_committed_weights_are_small():
-    """26 MB for the model, 40 MB for everything that the examples hold."""
+    """26 MB for the model, 0.5 MB for an adapter, 40 MB for everything that the examples hold."""
     sizes = [path.stat().st_size for path in MODEL.rglob("*") if path.is_file()]
     assert sum(sizes) <= 26e6
+    assert all(path.stat().st_size <= 512 * 1024 for path in ADAPTERS.rglob("*.safetensors"))
     assert sum(p.stat().st_size for p in MODEL.parent.rglob("*") if p.is_file()) <= 40e6
