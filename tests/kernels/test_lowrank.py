@@ -123,7 +123,7 @@ INPUTS = {
     "the adapter undoes the layer": lambda given: cancel(given),
     "large offset": lambda given: given["x"].add_(64),
     "subnormal": lambda given: given["x"].mul_(2.0**-18),
-    "subnormal S": lambda given: given["scale"].mul_(2.0**-20),
+    "S below the normal range": lambda given: alone(given, 2.0**-20),
     "zeros": lambda given: given["x"].zero_(),
     "the largest numbers": lambda given: (given["x"].fill_(60000), given["scale"].fill_(1e-4)),
 }
@@ -136,6 +136,14 @@ def cancel(given):
     given["b"][0, :, :rank] = -given["w"][:, :rank]
     given["scale"].fill_(1.0)
     given["bias"].zero_()
+
+
+def alone(given, strength):
+    """The low-rank term without a layer to hide in."""
+    given["w"].zero_()
+    given["bias"].zero_()
+    given["b"].mul_(64)
+    given["scale"].fill_(strength)
 
 
 @pytest.mark.parametrize("path", ["onepass", "split"])
