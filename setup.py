@@ -50,7 +50,7 @@ setup(
             "scipy>=1.11",  # diffusers' beta and LMS schedules, the oracle of ours
             "peft>=0.18",  # trains the demo's adapters; the oracle of LoRA files
             "lycoris-lora>=3.4",  # the oracle of LyCORIS files
-            "triton>=3.5",  # the kernels in its interpreter, and compiled ahead of time
+            "triton==3.9.0",  # the kernels in its interpreter, and compiled ahead of time; golden.json is of this version
             "matplotlib>=3.8",  # plots of benchmarks
             "fonttools>=4.50",  # the emoji list of the demo's training recipe
             "ruff>=0.8",  # format and lint
@@ -60,7 +60,11 @@ setup(
     },
     package_dir={f"stepforge.{room}": room for room in ROOMS},
     packages=[f"stepforge.{room}{sub}" for room in ROOMS for sub in ("", *(f".{p}" for p in find_packages(room)))],
-    package_data={"": ["py.typed"], "stepforge.runtime.backends": ["fake_tokenizer.json"]},
+    package_data={
+        "": ["py.typed"],
+        "stepforge.runtime.backends": ["fake_tokenizer.json"],
+        "stepforge.kernels": ["dispatch.json", "golden.json"],
+    },
     entry_points={
         "console_scripts": ["stepforge=stepforge.runtime.cli:main"],
         # commands of the offline room join the command line here, so that the run time need not import it

@@ -34,14 +34,19 @@ def with_banks(plain: Path, out: Path, slots: int, rank: int, targets: str) -> N
     from stepforge.export.build import BankOptions, adaptable
     from stepforge.runtime.bundle import read, sha256, write_manifest
 
-    shutil.copytree(plain, out, copy_function=lambda a, b: os.link(a, b) if a.endswith(".data") else shutil.copy2(a, b))
-    bundle = read(out)
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(
+        plain, unfinished, copy_function=lambda a, b: os.link(a, b) if a.endswith(".data") else shutil.copy2(a, b)
+    )
+    bundle = read(unfinished)
     components = {
-        name: adaptable(entry, out, name, BankOptions(slots, rank, targets)) if entry.modules else entry
+        name: adaptable(entry, unfinished, name, BankOptions(slots, rank, targets)) if entry.modules else entry
         for name, entry in bundle.components.items()
     }
-    files = {name: ((out / name).stat().st_size, sha256(out / name)) for name in bundle.files}
+    files = {name: ((unfinished / name).stat().st_size, sha256(unfinished / name)) for name in bundle.files}
     write_manifest(replace(bundle, components=components, files=files))
+    unfinished.replace(out)
 
 
 def write_adapter(bundle: Path, out: Path, rank: int, targets: str, seed: int) -> None:

@@ -402,7 +402,7 @@ def print_table(rows: list[dict[str, Any]], left: Sequence[str] = ()) -> None:
         table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
 
 
 def _cell(value: Any) -> str:

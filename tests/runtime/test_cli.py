@@ -64,7 +64,7 @@ def test_doctor(capsys, tiny_sd1_bundle, tmp_path):
 ERRORS = {
     "unknown option": (["generate", "fake", "x", "--stps", "3"], 2, "No such option: --stps"),
     "unknown command": (["genrate"], 2, "No such command 'genrate'"),
-    "no prompt": (["generate", "fake"], 2, "give either PROMPT arguments or --prompts FILE"),
+    "no prompt": (["generate", "fake"], 2, "give either PROMPT arguments, --prompts FILE or --requests FILE"),
     "bad number": (["generate", "fake", "x", "--steps", "many"], 2, "should be a valid integer"),
     "bad sampler": (["generate", "fake", "x", "--sampler", "magic"], 2, "choose one of ddim"),
     "bad guidance": (["generate", "fake", "x", "--guidance", "much"], 2, "give a number such as 7.5"),
