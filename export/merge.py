@@ -30,7 +30,10 @@ class Merged:
 def read_all(source: Source, files: Sequence[tuple[Path, float]]) -> list[Merged]:
     """Read LoRA files for a model, in order. Raises AdapterError."""
     modules = source_modules(source)
-    return [Merged(read_adapter(path, modules), strength) for path, strength in files]
+    merged = [Merged(read_adapter(path, modules), strength) for path, strength in files]
+    for one in merged:
+        one.adapter.warn_of_refused()
+    return merged
 
 
 def source_modules(source: Source) -> dict[str, tuple[Module, ...]]:

@@ -99,6 +99,7 @@ class Adapters:
             if name in self._loaded:
                 raise AdapterError(f"an adapter named {name!r} is loaded; unload it first, or choose another name")
             self._loaded[name] = loaded
+        adapter.warn_of_refused()
         return adapter
 
     def unload(self, name: str) -> None:

@@ -22,7 +22,6 @@ from stepforge.runtime.cli_lora import file_and_strength, lora
 from stepforge.runtime.errors import RequestError, StepforgeError
 
 if TYPE_CHECKING:
-    from stepforge.runtime.lora.adapter import Adapter
     from stepforge.runtime.request import Progress, Request, Result
 
 app = typer.Typer(
@@ -148,7 +147,7 @@ def generate(
     files = _files(out, requests, overwrite)
     with load(bundle, backend=backend, precision=precision, threads=threads) as engine, _progress() as bar:
         for name, path, _ in loads:
-            _say_refused(name, engine.adapters.load(name, path))
+            engine.adapters.load(name, path)
         total = sum(len(engine.plan(request).steps) * request.images for request in requests)
         task = bar.add_task("denoising", total=total)
 
@@ -302,16 +301,6 @@ def _adapter(text: str) -> tuple[str, Path, float]:
     name, equals, rest = text.partition("=")
     file, strength = file_and_strength(rest if equals else text)
     return name if equals else file.stem, file, strength
-
-
-def _say_refused(name: str, adapter: Adapter) -> None:
-    if adapter.refused:
-        first, why = next(iter(adapter.refused.items()))
-        print(
-            f"adapter {name}: {len(adapter.refused)} of its {len(adapter.refused) + len(adapter.layers)} layers are not "
-            f"used, such as {first[:80]!r}: {why}; see `stepforge lora inspect`",
-            file=sys.stderr,
-        )
 
 
 def _numbers(name: str, text: str | None, kind: type) -> Any:

@@ -7,6 +7,7 @@ LyCORIS. Only safetensors is read. `names.py` says how modules are called, ENDIN
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from stepforge.runtime.lora.file import Contents, read_file
 from stepforge.runtime.lora.layers import BIASES, Array, Layer, check
 from stepforge.runtime.lora.names import Names, Place
 from stepforge.runtime.lora.peft_config import PeftConfig, brief
+
+log = logging.getLogger(__name__)
 
 ENDINGS: dict[str, tuple[str, str]] = {  # ending of a key -> kind of layer, role of the tensor in it
     ".lora_down.weight": ("lora", "down"), ".lora_up.weight": ("lora", "up"), ".lora_mid.weight": ("lora", "mid"),
@@ -69,6 +72,16 @@ class Adapter:
     @property
     def components(self) -> list[str]:
         return sorted({component for component, _ in self.layers})
+
+    def warn_of_refused(self) -> None:
+        """Log that parts of the file are not used."""
+        if self.refused:
+            name, why = next(iter(self.refused.items()))
+            total = len(self.refused) + len(self.layers)
+            log.warning(
+                "%s: %d of %d layers are not used, such as %s: %s; see `stepforge lora inspect`",
+                self.file, len(self.refused), total, brief(name), why,
+            )  # fmt: skip
 
 
 def read_adapter(path: str | Path, modules: Mapping[str, Iterable[Module]]) -> Adapter:
@@ -196,10 +209,9 @@ def _layer(name: str, roles: Mapping[str, tuple[str, Array]], configs: Mapping[s
     if magnitude is not None and kind not in DECOMPOSED:
         raise ValueError(f"{kind} with a magnitude (DoRA) is not supported")
     scale = 1.0
-    config = next((config for prefix, config in configs.items() if name.startswith(prefix)), None)
-    if config is not None and kind == "lora":
-        prefix = next(prefix for prefix in configs if name.startswith(prefix))
-        scale = config.scale(name.removeprefix(prefix), rank or 1)
+    prefix = next((prefix for prefix in configs if name.startswith(prefix)), None)
+    if prefix is not None and kind == "lora":
+        scale = configs[prefix].scale(name.removeprefix(prefix), rank or 1)
     elif alpha is not None and rank is not None:
         if alpha.size != 1:
             raise ValueError(f"its alpha has {alpha.size} numbers")
