@@ -80,7 +80,7 @@ def edit(path: Path, change) -> None:
 REFUSED = {
     "no manifest": (lambda p: (p / MANIFEST).unlink(), "is not a bundle: it has no bundle.json"),
     "not JSON": (lambda p: (p / MANIFEST).write_text("{"), "is damaged"),
-    "other format": (lambda p: edit(p, lambda m: m.update(format=2)), "has bundle format 2; this version reads 1"),
+    "other format": (lambda p: edit(p, lambda m: m.update(format=1)), "has bundle format 1; this version reads 2"),
     "field missing": (lambda p: edit(p, lambda m: m.pop("model")), "is damaged"),
     "field unknown": (lambda p: edit(p, lambda m: m["model"].update(extra=1)), "is damaged"),
     "other family": (lambda p: edit(p, lambda m: m["model"].update(family="sd9")), "known: sd1, sd2, sdxl"),

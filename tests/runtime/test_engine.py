@@ -40,7 +40,10 @@ class Recorder:
         self.inner = Fake(fake_bundle(SIZE))
         self.calls, self.poison = [], poison
 
-    def open(self, component):
+    def bank_dtype(self, component):
+        return np.float32
+
+    def open(self, component, banks=None):
         graph = self.inner.open(component)
         if not component.startswith("denoiser/"):
             return graph
