@@ -193,7 +193,8 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write a picture: prompts down, adapters across")
     args = parser.parse_args()
 
-    variants = {"with": ({"subject": 1.0}, FILES), "without": ({}, FILES)}
+    alone = {"subject": FILES["subject"]}
+    variants = {"with": ({"subject": 1.0}, FILES), "without": ({}, FILES), "with, at 0.6": ({"subject": 0.6}, alone)}
     if args.ablation:
         variants["with, trained without prior preservation"] = ({"subject": 1.0}, {"subject": args.ablation})
     report = {
