@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +25,6 @@ from harness import Timing, interleaved, machine, timed
 
 RUNNERS = ("openvino bf16", "openvino fp32", "onnxruntime fp32")
 ADAPTERS, REQUESTS = 8, 16
-
-
-def with_banks(plain: Path, out: Path, slots: int, rank: int, targets: str) -> None:
-    """The bundle with banks added to its graphs; weights are shared with the plain one by hard links."""
-    from stepforge.export.build import BankOptions, adaptable
-    from stepforge.runtime.bundle import read, sha256, write_manifest
-
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(
-        plain, unfinished, copy_function=lambda a, b: os.link(a, b) if a.endswith(".data") else shutil.copy2(a, b)
-    )
-    bundle = read(unfinished)
-    components = {
-        name: adaptable(entry, unfinished, name, BankOptions(slots, rank, targets)) if entry.modules else entry
-        for name, entry in bundle.components.items()
-    }
-    files = {name: ((unfinished / name).stat().st_size, sha256(unfinished / name)) for name in bundle.files}
-    write_manifest(replace(bundle, components=components, files=files))
-    unfinished.replace(out)
 
 
 def write_adapter(bundle: Path, out: Path, rank: int, targets: str, seed: int) -> None:
@@ -175,6 +153,8 @@ def main() -> None:
         print(json.dumps(MEASURES[args.task[0]](args)))
         return
     with tempfile.TemporaryDirectory() as temporary:
+        from stepforge.export.build import BankOptions, with_banks
+
         args.work = args.work or Path(temporary)
         args.work.mkdir(parents=True, exist_ok=True)
         prepare(args.work)
@@ -184,7 +164,7 @@ def main() -> None:
             banks = args.work / f"banks-{targets}-{args.slots}-{args.rank}"
             adapter = args.work / f"adapter-{targets}-{args.rank}.safetensors"
             if not banks.exists():
-                with_banks(args.work / "bundle", banks, args.slots, args.rank, targets)
+                with_banks(args.work / "bundle", banks, BankOptions(args.slots, args.rank, targets))
             if not adapter.exists():
                 write_adapter(args.work / "bundle", adapter, args.rank, targets, 0)
             print(f"\nlayers: {targets}; adapter file {adapter.stat().st_size / 1e6:.0f} MB")

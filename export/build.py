@@ -28,6 +28,7 @@ from stepforge.runtime.bundle import (
     Component,
     ModelCard,
     TextEncoder,
+    read,
     sha256,
     write_manifest,
 )
@@ -207,6 +208,22 @@ def adaptable(entry: Component, folder: Path, component: str, bank: BankOptions)
     graphs = [folder / graph for graph in (entry.graph, *entry.derived.values())]
     banks, tensors = add_bank(graphs, targets, bank.slots + 1, bank.rank)
     return replace(entry, bank=banks, inputs=(*entry.inputs, *tensors))
+
+
+def with_banks(plain: str | Path, out: str | Path, bank: BankOptions) -> Bundle:
+    """A copy of a bundle that takes LoRA files at run time; its networks are not traced again. Raises BundleError."""
+    source, out = read(plain), Path(out)
+    check_out(out, overwrite=False)
+    with staged(out) as folder:
+        shutil.copytree(source.path, folder, dirs_exist_ok=True)
+        components = {
+            name: adaptable(entry, folder, name, bank) if entry.modules else entry
+            for name, entry in source.components.items()
+        }
+        files = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in source.files}
+        bundle = replace(source, path=folder, components=components, files=files, verdict=None)
+        write_manifest(bundle)
+    return replace(bundle, path=out)
 
 
 def prefixed(component: str, entry: Component) -> Component:

@@ -73,6 +73,11 @@ class Source:
     ]  # component of the bundle that a LoRA may change -> its network without weights
     force_zeros_for_empty_prompt: bool = False
 
+    @property
+    def adaptable(self) -> dict[str, Loader]:
+        """The loaders of the networks in `empty`."""
+        return dict(zip(self.empty, (self.unet, *self.text_encoders), strict=True))
+
 
 def load(path: str | Path, *, tokenizer: str | Path | None = None, prediction_type: str | None = None) -> Source:
     """Examine a diffusers folder or an original single-file checkpoint; read no weights yet.
@@ -220,7 +225,7 @@ def read_weights(files: list[Path], dtype: torch.dtype, prefix: str = "") -> Sta
     """The weights under a prefix, in `dtype`; those that are so in the file stay views of it.
 
     The file is mapped anew for each weight to convert: what was read through a mapping stays resident until it ends, and
-    would hold the whole file beside its copy (peak for SD 1.5 in fp16: 6.2 GB through one mapping, 2.7 GB so).
+    would hold the whole file beside its copy.
     """
     state: State = {}
     for path in files:

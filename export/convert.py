@@ -49,9 +49,7 @@ def convert(file: Path, model: Path, out: Path, *, rank: int | None = None, **so
     modules = source_modules(source)
     adapter = read_adapter(file, modules)
     shapes = {(component, m.path): m.shape for component, entries in modules.items() for m in entries}
-    loaders = {"denoiser/unet": source.unet, **dict(zip([c for c in source.empty if c != "denoiser/unet"],
-                                                        source.text_encoders, strict=True))}  # fmt: skip
-    weights = _Weights(loaders)
+    weights = _Weights(source.adaptable)
     tensors: dict[str, Array] = {}
     done = []
     for (component, path), layer in adapter.layers.items():

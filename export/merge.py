@@ -16,7 +16,6 @@ from stepforge.runtime.bundle import Module
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.adapter import Adapter, read_adapter
 from stepforge.runtime.lora.layers import Layer, delta
-from stepforge.runtime.lora.names import DENOISER
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +53,11 @@ def with_adapters(source: Source, merged: Sequence[Merged]) -> Source:
         ]
         return lambda dtype: merge(load(torch.float32), mine, component).to(dtype) if mine else load(dtype)
 
-    encoders = ["text_encoder" + (f"_{index + 1}" if index else "") for index in range(len(source.text_encoders))]
+    unet, *text_encoders = (loader(component, load) for component, load in source.adaptable.items())
     return replace(
         source,
-        unet=loader(DENOISER, source.unet),
-        text_encoders=tuple(loader(name, load) for name, load in zip(encoders, source.text_encoders, strict=True)),
+        unet=unet,
+        text_encoders=tuple(text_encoders),
         provenance={
             **source.provenance,
             "adapters": [{"file": m.adapter.file, "sha256": m.adapter.sha256, "strength": m.strength} for m in merged],

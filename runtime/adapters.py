@@ -138,6 +138,7 @@ class Adapters:
             slot = next((slot for slot in self._slots if slot not in in_use), None)
             if slot is None:
                 return None
+            self._slots[slot] = None  # should filling fail, nobody may take it for what it held
             for component, buffers in self._banks.items():
                 buffers.fill(slot, [(loaded.blocks.get(component, {}), m) for loaded, m in wanted.parts])
             self._slots[slot] = wanted.key

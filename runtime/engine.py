@@ -155,14 +155,14 @@ class Engine:
             if job.is_over:
                 continue
             started = time.perf_counter()
-            if job.adapters is not None:
-                bank_slot = self.adapters.acquire(job.adapters, {slot.job.bank_slot for slot in self._running})
-                if bank_slot is None:
-                    with self._wake:
-                        self._waiting.appendleft(job)
-                    return
-                job.bank_slot = bank_slot
             try:
+                if job.adapters is not None:
+                    bank_slot = self.adapters.acquire(job.adapters, {slot.job.bank_slot for slot in self._running})
+                    if bank_slot is None:
+                        with self._wake:
+                            self._waiting.appendleft(job)
+                        return
+                    job.bank_slot = bank_slot
                 negative = None
                 if any(step.guidance != 1.0 for step in job.plan.steps):
                     negative = job.request.negative

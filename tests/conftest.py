@@ -222,29 +222,15 @@ def tiny_sdxl_bundle(tiny_sdxl: Path, request: pytest.FixtureRequest) -> Path:
     return _export(tiny_sdxl, request)
 
 
-def add_banks(bundle: Path, out: Path, *, slots: int, rank: int, targets: str = "all") -> Path:
-    """A copy of a bundle with LoRA banks, without tracing its networks again."""
-    from dataclasses import replace
-
-    from stepforge.export.build import BankOptions, adaptable
-    from stepforge.runtime.bundle import read, sha256, write_manifest
-
-    shutil.copytree(bundle, out)
-    plain = read(out)
-    components = {
-        name: adaptable(entry, out, name, BankOptions(slots, rank, targets)) if entry.modules else entry
-        for name, entry in plain.components.items()
-    }
-    files = {name: ((out / name).stat().st_size, sha256(out / name)) for name in plain.files}
-    write_manifest(replace(plain, components=components, files=files))
-    return out
-
-
 @pytest.fixture(scope="session")
 def tiny_sd1_banks(tiny_sd1_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return add_banks(tiny_sd1_bundle, tmp_path_factory.mktemp("banks") / "tiny-sd1", slots=3, rank=8)
+    from stepforge.export.build import BankOptions, with_banks
+
+    return with_banks(tiny_sd1_bundle, tmp_path_factory.mktemp("banks") / "tiny-sd1", BankOptions(3, 8)).path
 
 
 @pytest.fixture(scope="session")
 def tiny_sdxl_banks(tiny_sdxl_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return add_banks(tiny_sdxl_bundle, tmp_path_factory.mktemp("banks") / "tiny-sdxl", slots=2, rank=8)
+    from stepforge.export.build import BankOptions, with_banks
+
+    return with_banks(tiny_sdxl_bundle, tmp_path_factory.mktemp("banks") / "tiny-sdxl", BankOptions(2, 8)).path

@@ -1,7 +1,7 @@
 """What a LoRA file says of one module, as algebra on float32 arrays.
 
 Strength m scales the change of a weight W: W' = W + m·ΔW for all kinds but DoRA, whose formula is below. Each kind is a
-row of KINDS. Sources: LyCORIS `lycoris/modules/*.py` (their `forward`, not the merge, which scales twice), PEFT
+row of PRODUCTS. Sources: LyCORIS `lycoris/modules/*.py` (their `forward`, not the merge, which scales twice), PEFT
 `peft/tuners/lora`, arXiv 2106.09685 (LoRA), 2108.06098 (LoHa), 2212.10650 (LoKr), 2205.05638 (IA3), 2402.09353 (DoRA).
 """
 
@@ -22,7 +22,7 @@ MAX_STRENGTH = 100.0  # far above what gives a picture
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One module's entry of a file. `tensors` are named by role, see KINDS."""
+    """One module's entry of a file. `tensors` are named by role, see PRODUCTS."""
 
     kind: str
     rank: int | None

@@ -14,7 +14,7 @@ from stepforge.export.build import export_bundle
 from stepforge.export.checkpoint import load as load_model
 from stepforge.export.merge import read_all, with_adapters
 from stepforge.export.parity import psnr, reference_pipeline, run_reference, verify
-from stepforge.runtime import AdapterError, CheckpointError, Request, RequestError, load
+from stepforge.runtime import AdapterError, CheckpointError, GenerationError, Request, RequestError, load
 from stepforge.runtime.bundle import sha256
 from stepforge.runtime.cli import main
 from stepforge.runtime.engine import Engine
@@ -197,6 +197,19 @@ def test_adapters_come_and_go_while_others_run(tiny_sd1_banks, files):
         for future in running:
             assert np.array_equal(future.result().latents, expected)
         assert np.abs(other - expected).max() > 1e-2
+
+
+def test_a_slot_that_could_not_be_filled_harms_only_its_request(tiny_sd1_banks, files, monkeypatch):
+    with open_engine(tiny_sd1_banks, {"a": files["a"], "b": files["b"]}, "onnxruntime") as engine:
+        expected = engine.generate(ask(adapters={"a": 1.0})).latents
+        buffers = engine.adapters._banks["denoiser/unet"]
+        with monkeypatch.context() as broken:
+            broken.setattr(buffers, "fill", lambda *_: 1 / 0)
+            bad, good = engine.submit(ask(adapters={"b": 1.0})), engine.submit(ask(adapters={"a": 1.0}))
+            with pytest.raises(GenerationError, match="ZeroDivisionError"):
+                bad.result(60)
+            assert np.array_equal(good.result(60).latents, expected)
+        assert np.abs(engine.generate(ask(adapters={"b": 1.0})).latents - expected).max() > 1e-2
 
 
 def test_refusals(tiny_sd1, tiny_sd1_bundle, tiny_sd1_banks, files, tmp_path):
