@@ -25,7 +25,10 @@ class Step:
     denoised: tuple[float, float]  # estimate of the clean latent = denoised[0]·x_k + denoised[1]·p_k (previews)
     guidance: float = 1.0  # w in uncond + w·(cond − uncond); 1.0: conditional row only, 0.0: unconditional row only
     adapters: float = 1.0  # multiplies the strength of the request's LoRA adapters
+    control: tuple[float, ...] = ()  # scale of each of the request's ControlNets; 0.0: that network is not run
+    reuse: str = ""  # a variant of the denoiser that reuses an earlier step's activations: "deepcache", "tgate"
     denoiser: str = "unet"
+    index: int = 0  # of the sampler's step; the two evaluations of a Heun step share one
 
 
 @dataclass(frozen=True, slots=True)
