@@ -197,6 +197,11 @@ class _Rewrite:
         total = self.op("Add", output, term)
         for use in readers:
             use.node.replace_input_with(use.idx, total)
+        for index, result in enumerate(self.graph.outputs):
+            if result is output:  # the last convolution, and what reuse variants take out
+                total.name, output.name = output.name, f"{output.name}_without_lora"
+                total.shape, total.type = output.shape, output.type
+                self.graph.outputs[index] = total
         self.graph.insert_after(node, self.new)
         self.new = []
 

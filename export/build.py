@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +19,18 @@ import torch
 from stepforge.export import trace
 from stepforge.export.bank import TARGETS, add_bank, modules_of, transformer_only, used_modules
 from stepforge.export.checkpoint import Source, load
+from stepforge.export.control import split
+from stepforge.export.control_checkpoint import ControlSource, load_control
 from stepforge.export.merge import read_all, with_adapters
+from stepforge.export.rewire import RESIDUAL, Reuse, cut_variants, settle_probes, variant
 from stepforge.export.tokenizer import tokenizer_json
 from stepforge.runtime.bundle import (
     MANIFEST,
+    NAME,
     PRECISIONS,
     Bundle,
     Component,
+    ControlCard,
     ModelCard,
     TextEncoder,
     read,
@@ -40,6 +45,7 @@ Progress = Callable[[str, int, int], None]  # stage, stages done, stages in all
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
 MOST_SLOTS, HIGHEST_RANK = 64, 512
+NO_REUSE = Reuse()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,8 @@ def export_bundle(
     prediction_type: str | None = None,
     loras: Sequence[tuple[Path, float]] = (),
     bank: BankOptions | None = None,
+    controls: Mapping[str, str | Path] | None = None,
+    reuse: Reuse = NO_REUSE,
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Bundle:
@@ -77,7 +85,9 @@ def export_bundle(
     precision: of the weights and the arithmetic inside the graphs; inputs and outputs are float32 always.
     tokenizer, prediction_type: see `checkpoint.load`. name: how requests call the model; its file name by default.
     loras: files and strengths to merge into the weights. bank: take LoRA files as run-time inputs as well.
-    `out` appears complete or not at all. Raises CheckpointError for the model, AdapterError for a LoRA, BundleError for `out`.
+    controls: ControlNets by the name that requests use, see `control_checkpoint.load_control`. reuse: variants of the
+    denoiser for approximate plans. `out` appears complete or not at all.
+    Raises CheckpointError for the model and its ControlNets, AdapterError for a LoRA, BundleError for `out`.
     """
     out = Path(out)
     if precision not in PRECISIONS:
@@ -86,9 +96,20 @@ def export_bundle(
     tell = progress or (lambda stage, done, total: None)
     source = load(model_path, tokenizer=tokenizer, prediction_type=prediction_type)
     source = with_adapters(source, read_all(source, loras))
+    nets = read_controls(source, controls or {})
     with staged(out) as folder:
-        bundle = _write(source, folder, precision, name or source.name, bank, tell)
+        bundle = _write(source, nets, folder, precision, name or source.name, bank, reuse, tell)
     return replace(bundle, path=out)
+
+
+def read_controls(source: Source, controls: Mapping[str, str | Path]) -> list[ControlSource]:
+    """The ControlNets of an export, examined against the model. Raises CheckpointError."""
+    if not controls:
+        return []
+    if bad := [name for name in controls if not NAME.fullmatch(name) or "." in name]:
+        raise CheckpointError(f"ControlNet name {bad[0]!r} is not allowed; use letters, digits, - and _")
+    config = dict(source.empty["denoiser/unet"]().config)
+    return [load_control(path, config, source.vae_scale, name) for name, path in controls.items()]
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -136,20 +157,33 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write(source: Source, folder: Path, precision: str, name: str, bank: BankOptions | None, tell: Progress) -> Bundle:
+def _write(
+    source: Source,
+    controls: Sequence[ControlSource],
+    folder: Path,
+    precision: str,
+    name: str,
+    bank: BankOptions | None,
+    reuse: Reuse,
+    tell: Progress,
+) -> Bundle:
     dtype = DTYPES[precision]
-    total = len(source.text_encoders) + 3
+    total = len(source.text_encoders) + len(controls) + 3
     components: dict[str, Component] = {}
+    stages = iter(range(total))
     encoders = []
 
     def add(component: str, load_network: Callable[[torch.dtype], Any], make: Callable[[Any], trace.Traced]) -> Any:
         """Load one network, export it, and let go of it; keeps its config."""
-        tell(component, len(components), total)
+        tell(component, next(stages), total)
         network = load_network(dtype)
         config = network.config
-        entry = prefixed(component, trace.save(make(network), folder / component))
+        traced = make(network)
+        entry = prefixed(component, trace.save(traced, folder / component))
         if component in source.empty:
             entry = replace(entry, modules=used_modules(folder / entry.graph, modules_of(network)))
+            if traced.probes:
+                entry = settle_probes(graphs_of(folder, entry), entry, control=bool(controls), reuse=reuse)
             entry = entry if bank is None else adaptable(entry, folder, component, bank)
         components[component] = entry
         del network
@@ -167,7 +201,12 @@ def _write(source: Source, folder: Path, precision: str, name: str, bank: BankOp
             return trace.text_encoder(network, length, penultimate=source.family == "sdxl")
 
         add(f"text_encoder{suffix}", loader, make)
-    unet = add("denoiser/unet", source.unet, trace.denoiser)
+    probe = bool(controls or reuse.names)
+    unet = add("denoiser/unet", source.unet, lambda network: trace.denoiser(network, probe=probe))
+    components |= _variants(folder, components, reuse.names)
+    for control in controls:
+        tell(f"control/{control.name}", next(stages), total)
+        components |= _control(control, folder, dtype, reuse)
     vae = add("vae_decoder", lambda dtype: _vae(source, dtype), trace.vae_decoder)
     _check_fit(unet, vae, components)
     scale = 2 ** (len(vae.block_out_channels) - 1)
@@ -184,8 +223,11 @@ def _write(source: Source, folder: Path, precision: str, name: str, bank: BankOp
         text_encoders=tuple(encoders),
         zero_empty_negative=source.force_zeros_for_empty_prompt,
     )
-    tell("manifest", total - 1, total)
+    tell("manifest", next(stages), total)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    provenance = dict(source.provenance)
+    if controls:
+        provenance["controls"] = {control.name: dict(control.provenance) for control in controls}
     bundle = Bundle(
         path=folder,
         card=card,
@@ -193,20 +235,47 @@ def _write(source: Source, folder: Path, precision: str, name: str, bank: BankOp
         components=components,
         precision=precision,
         versions={library: importlib.metadata.version(library) for library in ("stepforge", *LIBRARIES)},
-        source=source.provenance,
+        source=provenance,
         files={path.relative_to(folder).as_posix(): (path.stat().st_size, sha256(path)) for path in files},
+        controls={
+            control.name: ControlCard(bool(control.config.get("global_pool_conditions"))) for control in controls
+        },
     )
     write_manifest(bundle)
     tell("done", total, total)
     return bundle
 
 
+def _variants(folder: Path, components: Mapping[str, Component], names: Sequence[str]) -> dict[str, Component]:
+    """The reuse variants of the denoiser, by component."""
+    cut = cut_variants(folder, components["denoiser/unet"], names)
+    return {f"denoiser/unet.{name}": entry for name, entry in cut.items()}
+
+
+def _control(control: ControlSource, folder: Path, dtype: torch.dtype, reuse: Reuse) -> dict[str, Component]:
+    """A ControlNet's components. Where the denoiser skips, the residuals beyond DeepCache's branch have no reader."""
+    network = control.network(dtype)
+    parts = {}
+    for part, traced in zip(("hint", "residuals"), split(network), strict=True):
+        component = f"control/{control.name}/{part}"
+        parts[component] = entry = prefixed(component, trace.save(traced, folder / component))
+        if part == "residuals" and reuse.deepcache is not None:
+            unread = [t.name for t in entry.outputs if int(t.name.removeprefix(RESIDUAL)) > reuse.deepcache]
+            parts[f"{component}.deepcache"] = variant(folder, entry, "deepcache", (), unread)
+    del network
+    release()
+    return parts
+
+
+def graphs_of(folder: Path, entry: Component) -> list[Path]:
+    return [folder / graph for graph in (entry.graph, *entry.derived.values())]
+
+
 def adaptable(entry: Component, folder: Path, component: str, bank: BankOptions) -> Component:
     """The component with LoRA banks as inputs of its graphs, which are rewritten in the bundle's folder."""
     narrow = bank.targets == "transformer" and component.startswith("denoiser/")
     targets = transformer_only(entry.modules) if narrow else entry.modules
-    graphs = [folder / graph for graph in (entry.graph, *entry.derived.values())]
-    banks, tensors = add_bank(graphs, targets, bank.slots + 1, bank.rank)
+    banks, tensors = add_bank(graphs_of(folder, entry), targets, bank.slots + 1, bank.rank)
     return replace(entry, bank=banks, inputs=(*entry.inputs, *tensors))
 
 
@@ -220,6 +289,8 @@ def with_banks(plain: str | Path, out: str | Path, bank: BankOptions) -> Bundle:
             name: adaptable(entry, folder, name, bank) if entry.modules else entry
             for name, entry in source.components.items()
         }
+        variants = [name.removeprefix("denoiser/unet.") for name in components if name.startswith("denoiser/unet.")]
+        components |= _variants(folder, components, variants)
         files = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in source.files}
         bundle = replace(source, path=folder, components=components, files=files, verdict=None)
         write_manifest(bundle)

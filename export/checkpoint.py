@@ -71,6 +71,7 @@ class Source:
     empty: Mapping[
         str, Callable[[], Any]
     ]  # component of the bundle that a LoRA may change -> its network without weights
+    vae_scale: int  # pixels per latent
     force_zeros_for_empty_prompt: bool = False
 
     @property
@@ -147,6 +148,7 @@ def _folder(path: Path, prediction_type: str | None) -> Source:
             "denoiser/unet": lambda: empty_unet(unet_config),
             **encoders,
         },
+        vae_scale=2 ** (len(vae_config.get("block_out_channels", (64,))) - 1),
         # the pipeline class's default, where an SDXL model does not say
         force_zeros_for_empty_prompt=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
     )

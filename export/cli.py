@@ -27,6 +27,27 @@ Loras = Annotated[
 ]
 
 
+Controls = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--control", metavar="NAME=PATH", help="A ControlNet, a diffusers folder or a .safetensors file; repeatable."
+    ),
+]
+
+
+def parse_controls(texts: list[str] | None) -> dict[str, Path]:
+    """NAME=PATH -> name and path. Raises RequestError."""
+    controls: dict[str, Path] = {}
+    for text in texts or ():
+        name, equals, path = text.partition("=")
+        if not equals or not path:
+            raise RequestError(f"--control {text!r} is not understood; give NAME=PATH, such as canny=models/canny")
+        if name in controls:
+            raise RequestError(f"--control {name} is given twice; choose another name for one of the two")
+        controls[name] = Path(path)
+    return controls
+
+
 def export_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A diffusers folder or a .safetensors checkpoint.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="BUNDLE", help="The bundle directory to write.")],
@@ -44,11 +65,19 @@ def export_command(
     lora_targets: Annotated[
         str, typer.Option(help="all, or transformer (less work a step; LoRA of other layers is refused at run time).")
     ] = "all",
+    control: Controls = None,
+    reuse: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="VARIANT", help="Variants for approximate plans: tgate, deepcache, deepcache(BRANCH); repeatable."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Compile a model into a bundle."""
     from stepforge.export.build import BankOptions, export_bundle
+    from stepforge.export.rewire import Reuse
 
     def progress(stage: str, done: int, total: int) -> None:
         print(f"[{done}/{total}] {stage}", file=sys.stderr)
@@ -62,6 +91,8 @@ def export_command(
         name=name,
         loras=[file_and_strength(text) for text in lora or ()],
         bank=BankOptions(lora_slots, lora_rank, lora_targets) if lora_slots else None,
+        controls=parse_controls(control),
+        reuse=Reuse.parse(reuse or ()),
         overwrite=overwrite,
         progress=progress,
     )

@@ -85,6 +85,7 @@ def read_single_file(path: Path, tokenizer: Path | None, prediction_type: str | 
                 for index, config in enumerate(texts)
             },
         },
+        vae_scale=2 ** (len(vae["block_out_channels"]) - 1),
         force_zeros_for_empty_prompt=family == "sdxl",
     )
 

@@ -4,6 +4,7 @@
                   (SDXL: text_embeds [rows, p], time_ids [rows, 6]) -> prediction [rows, C, height, width]
     text encoder  input_ids [rows, L] int64 -> hidden_states [rows, L, dim] (SDXL's second: pooled [rows, p])
     VAE decoder   latents [rows, C, height, width], as the sampler leaves them -> pixels [rows, 3, s·height, s·width]
+    ControlNet    see control.py
 
 All inputs and outputs are float32 but input_ids; a network in fp16 casts at its border.
 """
@@ -47,21 +48,56 @@ class Traced:
     outputs: Axes
     multiple: int = 1  # height and width must be multiples of this
     derive: bool = False  # write a graph for ONNX Runtime as well
+    probes: tuple[str, ...] = ()  # further outputs: inner values that rewrites of the graph need to find again
 
 
 class Denoiser(nn.Module):
-    def __init__(self, unet: Any) -> None:
+    """A UNet, and the inner values that `probes` names.
+
+    skip_i   the value that the i-th skip connection carries, in the order in which the down path makes them
+    mid      what the middle block makes
+    text_i   output of the i-th cross-attention, before it is added to what it attended from
+    """
+
+    def __init__(self, unet: Any, *, probe: bool = False) -> None:
         super().__init__()
         self.unet = unet
+        self._text: list[Any] = []
+        self._skips: list[Any] = []
+        self.probes: tuple[str, ...] = ()
+        if probe:
+            blocks = len(unet.up_blocks)
+            for block in unet.up_blocks:
+                block.register_forward_pre_hook(self._see_block, with_kwargs=True)
+            attentions = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
+            for module in attentions:
+                module.register_forward_hook(lambda module, args, output: self._text.append(output))
+            skips = blocks * (unet.config.layers_per_block + 1)
+            self.probes = (
+                *(f"skip_{index}" for index in range(skips)),
+                "mid",
+                *(f"text_{index}" for index in range(len(attentions))),
+            )
+
+    def _see_block(self, block: Any, args: Any, values: dict[str, Any]) -> None:
+        self._skips.append((values["hidden_states"], values["res_hidden_states_tuple"]))
 
     def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, text_embeds: Any = None,
                 time_ids: Any = None) -> Any:  # fmt: skip
         dtype = self.unet.dtype
+        self._text.clear()
+        self._skips.clear()
         extra = None
         if text_embeds is not None:
             extra = {"text_embeds": text_embeds.to(dtype), "time_ids": time_ids}  # ids reach 1024: embedded in fp32
         context = encoder_hidden_states.to(dtype)
-        return self.unet(sample.to(dtype), timestep, context, added_cond_kwargs=extra, return_dict=False)[0].float()
+        out = self.unet(sample.to(dtype), timestep, context, added_cond_kwargs=extra, return_dict=False)[0].float()
+        if not self.probes:
+            return out
+        skips = [value for _, values in reversed(self._skips) for value in values]  # the deepest block goes first
+        probes = (*skips, self._skips[0][0], *self._text)
+        self._text, self._skips = [], []
+        return out, *probes
 
 
 class TextEncoder(nn.Module):
@@ -108,8 +144,16 @@ class VaeDecoder(nn.Module):
         return self.decoder(x if self.post_quant_conv is None else self.post_quant_conv(x)).float()
 
 
-def denoiser(unet: Any) -> Traced:
-    config = unet.config
+def denoiser(unet: Any, *, probe: bool = False) -> Traced:
+    """probe: with the inner values that ControlNets and reuse variants need as further outputs, see `Denoiser`."""
+    example, inputs, multiple = network_inputs(unet.config)
+    module = Denoiser(unet, probe=probe)
+    outputs = {"prediction": ("rows", unet.config.out_channels, "height", "width")}
+    return Traced(module, example, inputs, outputs, multiple, derive=True, probes=module.probes)
+
+
+def network_inputs(config: Any) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int | str, ...]], int]:
+    """What a UNet and its ControlNets read: examples and shapes, and what height and width are multiples of."""
     channels, dim = config.in_channels, config.cross_attention_dim
     multiple = 2 ** (len(config.block_out_channels) - 1)
     # Two rows, and height unequal to width: torch.export takes a 1, and two equal sizes, for constants.
@@ -127,8 +171,7 @@ def denoiser(unet: Any) -> Traced:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         example |= {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
         inputs |= {"text_embeds": ("rows", pooled), "time_ids": ("rows", 6)}
-    outputs = {"prediction": ("rows", config.out_channels, "height", "width")}
-    return Traced(Denoiser(unet), example, inputs, outputs, multiple, derive=True)
+    return example, inputs, multiple
 
 
 def text_encoder(model: Any, length: int, *, penultimate: bool) -> Traced:
@@ -177,7 +220,7 @@ def trace(traced: Traced, opset: int = OPSET) -> ir.Model:
                 dynamo=True,
                 opset_version=opset,
                 input_names=list(traced.inputs),
-                output_names=list(traced.outputs),
+                output_names=[*traced.outputs, *traced.probes],
                 dynamic_shapes=shapes,
                 verbose=False,
             )
@@ -228,6 +271,11 @@ def derive(graph: Path, out: Path) -> None:
 
 def name_axes(model: ir.Model, traced: Traced) -> None:
     """Dynamic axes under the manifest's names, instead of torch's expressions such as `8*height_`."""
-    for values, shapes in ((model.graph.inputs, traced.inputs), (model.graph.outputs, traced.outputs)):
+    plain = model.graph.outputs[: len(traced.outputs)]
+    for values, shapes in ((model.graph.inputs, traced.inputs), (plain, traced.outputs)):
         for value, shape in zip(values, shapes.values(), strict=True):
             value.shape = ir.Shape(shape)
+    for value in model.graph.outputs[len(traced.outputs) :]:
+        assert value.shape is not None
+        axes = [size if isinstance(size, int) else f"{value.name}_{axis}" for axis, size in enumerate(value.shape)]
+        value.shape = ir.Shape(["rows", *axes[1:]])

@@ -4,10 +4,15 @@
     tokenizer*/tokenizer.json   read by the `tokenizers` library
     text_encoder*/model.onnx    ids [n, L] -> hidden states (SDXL: and pooled)
     denoiser/<name>/model.onnx  sample, timestep, encoder_hidden_states, ... -> prediction
+    control/<name>/hint/model.onnx       image in 0..1 -> hint
+    control/<name>/residuals/model.onnx  what the denoiser reads, hint, scale -> residual_i
     vae_decoder/model.onnx      latents -> pixels in [-1, 1]
 
 Weights lie beside each graph as ONNX external data, once; a component may have further graphs over the same weights,
-derived for one engine (`Component.derived`). A component with a LoRA bank takes further inputs, see `Bank`.
+derived for one engine (`Component.derived`). A component with a LoRA bank takes further inputs, see `Bank`. A bundle with
+ControlNets has a denoiser that takes `residual_i` too; what is 0 may be given as [1, C, 1, 1].
+A component named "<network>.<variant>" is a variant of a network that reuses what an earlier step computed: outputs of the
+network are its inputs (export/rewire.py). It lies in the network's folder, shares its weights and reads its banks.
 Nothing in a bundle is code, and every file is hashed before it is parsed.
 All graph inputs and outputs are float32 or int64, whatever the precision inside.
 """
@@ -26,7 +31,7 @@ from typing import Any
 
 from stepforge.runtime.errors import BundleError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "bundle.json"
 FAMILIES = ("sd1", "sd2", "sdxl")
 PRECISIONS = ("fp32", "fp16")
@@ -115,6 +120,13 @@ class ModelCard:
 
 
 @dataclass(frozen=True, slots=True)
+class ControlCard:
+    """What the engine must know of a ControlNet."""
+
+    global_pool: bool = False  # its residuals are means over height and width; guess mode does not scale them
+
+
+@dataclass(frozen=True, slots=True)
 class Bundle:
     """A manifest and where it lies."""
 
@@ -126,16 +138,19 @@ class Bundle:
     versions: Mapping[str, str]
     source: Mapping[str, Any]  # where the model came from: kind, file name, sha256 of its weights
     files: Mapping[str, tuple[int, str]]  # relative path -> (bytes, sha256)
+    controls: Mapping[str, ControlCard] = field(default_factory=dict)
     verdict: Mapping[str, Any] | None = None  # what `stepforge verify` found; not part of the digest
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # see presets.py; not part of the digest
 
     def file(self, relative: str) -> Path:
         return self.path / relative
 
     @property
     def digest(self) -> str:
-        """sha256 over everything but the verdict: equal digests give equal images on one machine."""
+        """sha256 over everything but verdict and presets: equal digests give equal images on one machine."""
         body = _manifest(self)
         body.pop("verdict")
+        body.pop("presets")
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
@@ -161,7 +176,9 @@ def _manifest(bundle: Bundle) -> dict[str, Any]:
         "versions": dict(bundle.versions),
         "source": dict(bundle.source),
         "files": {name: list(entry) for name, entry in sorted(bundle.files.items())},
+        "controls": {name: asdict(card) for name, card in bundle.controls.items()},
         "verdict": bundle.verdict,
+        "presets": {name: dict(preset) for name, preset in bundle.presets.items()},
     }
 
 
@@ -208,7 +225,9 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Bundle:
         versions=data["versions"],
         source=data["source"],
         files={name: (int(size), str(digest)) for name, (size, digest) in data["files"].items()},
+        controls={name: ControlCard(**card) for name, card in data["controls"].items()},
         verdict=data["verdict"],
+        presets=dict(data["presets"]),
     )
     if bundle.card.family not in FAMILIES:
         raise BundleError(f"{path} has model family {bundle.card.family!r}; known: {', '.join(FAMILIES)}")
@@ -226,6 +245,10 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Bundle:
     for encoder in bundle.card.text_encoders:
         if encoder.component not in bundle.components:
             raise BundleError(f"{path} has no component {encoder.component!r}")
+    for control in bundle.controls:
+        for part in ("hint", "residuals"):
+            if f"control/{control}/{part}" not in bundle.components:
+                raise BundleError(f"{path} has no component 'control/{control}/{part}'")
     return bundle
 
 

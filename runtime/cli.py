@@ -11,14 +11,15 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stepforge.runtime.cli_lora import file_and_strength, lora
+from stepforge.runtime.cli_inputs import parse_adapter, parse_controls, parse_numbers, read_requests
+from stepforge.runtime.cli_lora import lora
 from stepforge.runtime.errors import RequestError, StepforgeError
 
 if TYPE_CHECKING:
@@ -41,7 +42,24 @@ Spacing = Annotated[str | None, typer.Option(help="linspace, leading or trailing
 Timesteps = Annotated[str | None, typer.Option(help="Custom timesteps, falling: 999,850,700,...")]
 Sigmas = Annotated[str | None, typer.Option(help="Custom sigmas, falling: 14.6,7.2,...")]
 Eta = Annotated[float | None, typer.Option(help="Stochasticity of ddim and tcd, 0 to 1.")]
-Guidance = Annotated[str, typer.Option("--guidance", "-g", help="Guidance weight w, or one weight a step: 7,7,1,1.")]
+Guidance = Annotated[
+    str | None,
+    typer.Option(
+        "--guidance",
+        "-g",
+        help="Weight w, one a step (7,7,1,1), or a schedule: interval(7.5, sigma=0.28..5.42). [default: 7.5]",
+    ),
+]
+Guider = Annotated[
+    str | None, typer.Option(help="cfg, rescale(0.7), dynamic, zero_star, apg, adaptive; joined by +. [default: cfg]")
+]
+ReuseText = Annotated[
+    str | None, typer.Option("--reuse", help="Approximate: deepcache(3), tgate(0.5); joined by +. [default: none]")
+]
+PlanName = Annotated[
+    str | None,
+    typer.Option("--plan", metavar="PRESET", help="A preset of the bundle in place of -g, --guider, --reuse."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
@@ -109,7 +127,21 @@ def generate(
     timesteps: Timesteps = None,
     sigmas: Sigmas = None,
     eta: Eta = None,
-    guidance: Guidance = "7.5",
+    guidance: Guidance = None,
+    guider: Guider = None,
+    reuse: ReuseText = None,
+    preset: PlanName = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=IMAGE[:SCALE]", help="Use this ControlNet of the bundle; repeatable, they add up."),
+    ] = None,
+    preprocessor: Annotated[
+        str, typer.Option(help="Makes hints of the images: none, canny, canny(LOW,HIGH), silhouette.")
+    ] = "none",
+    control_window: Annotated[str, typer.Option(help="Where ControlNets run, in fractions of the steps.")] = "0..1",
+    guess_mode: Annotated[
+        bool, typer.Option(help="ControlNets in conditional rows only, weaker where shallow.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Image i of a prompt uses seed + i.")] = 0,
     images: Annotated[int, typer.Option(help="Images for each prompt.")] = 1,
     prompt_syntax: Annotated[str, typer.Option(help="a1111: (word:1.3) weights; plain: brackets are text.")] = "a1111",
@@ -125,7 +157,7 @@ def generate(
     """Draw images from prompts."""
     from stepforge.runtime import load
 
-    loads = [_adapter(text) for text in adapter or ()]
+    loads = [parse_adapter(text) for text in adapter or ()]
     options = {
         "negative": negative,
         "width": width,
@@ -134,16 +166,17 @@ def generate(
         "sampler": sampler,
         "schedule": schedule,
         "spacing": spacing,
-        "timesteps": _numbers("timesteps", timesteps, int),
-        "sigmas": _numbers("sigmas", sigmas, float),
+        "timesteps": parse_numbers("timesteps", timesteps, int),
+        "sigmas": parse_numbers("sigmas", sigmas, float),
         "eta": eta,
-        "guidance": guidance,
+        **_planned(preset, guidance, guider, reuse),
+        "controls": parse_controls(control or (), preprocessor, control_window, guess_mode),
         "seed": seed,
         "images": images,
         "prompt_syntax": prompt_syntax,
         "adapters": {name: strength for name, _, strength in loads},
     }
-    requests = _requests(prompts, prompt_file, request_file, options)
+    requests = read_requests(prompts, prompt_file, request_file, options)
     files = _files(out, requests, overwrite)
     with load(bundle, backend=backend, precision=precision, threads=threads) as engine, _progress() as bar:
         for name, path, _ in loads:
@@ -177,11 +210,15 @@ def plan(
     timesteps: Timesteps = None,
     sigmas: Sigmas = None,
     eta: Eta = None,
-    guidance: Guidance = "7.5",
+    guidance: Guidance = None,
+    guider: Guider = None,
+    reuse: ReuseText = None,
+    preset: PlanName = None,
     as_json: Json = False,
 ) -> None:
     """Print the table of numbers that a request becomes."""
     from stepforge.runtime.planner import compile_plan, describe
+    from stepforge.runtime.presets import resolve
     from stepforge.runtime.request import Request
     from stepforge.runtime.schedules import SchedulerCard
 
@@ -191,12 +228,13 @@ def plan(
         sampler=sampler,
         schedule=schedule,
         spacing=spacing,
-        timesteps=_numbers("timesteps", timesteps, int),
-        sigmas=_numbers("sigmas", sigmas, float),
+        timesteps=parse_numbers("timesteps", timesteps, int),
+        sigmas=parse_numbers("sigmas", sigmas, float),
         eta=eta,
-        guidance=guidance,
+        **_planned(preset, guidance, guider, reuse),
     )
-    compiled = compile_plan(request, SchedulerCard.from_dict(_open(bundle).scheduler))
+    opened = _open(bundle)
+    compiled = compile_plan(resolve(request, opened), SchedulerCard.from_dict(opened.scheduler))
     rows = describe(compiled)
     if as_json:
         print(json.dumps({"init_noise": compiled.init_noise, "rows": compiled.rows, "steps": rows}, indent=1))
@@ -219,6 +257,7 @@ def info(bundle: BundlePath, as_json: Json = False) -> None:
         "components": {name: component.graph for name, component in opened.components.items()},
         "bytes": sum(size for size, _ in opened.files.values()),
         "verdict": opened.verdict,
+        "presets": dict(opened.presets),
     }
     if as_json:
         print(json.dumps(facts, indent=1))
@@ -233,6 +272,8 @@ def info(bundle: BundlePath, as_json: Json = False) -> None:
         print(f"  {name:20} {size / 1e6:9.1f} MB{derived}{adapters}")
     print("  scheduler: " + ", ".join(f"{key} {value}" for key, value in opened.scheduler.items() if value is not None))
     print("  exported with: " + ", ".join(f"{key} {value}" for key, value in opened.versions.items()))
+    for name, preset in opened.presets.items():
+        print(f"  plan {name}: " + ", ".join(f"{key} {value}" for key, value in preset.items() if key != "found"))
     verdict = opened.verdict
     print("  parity: " + (f"{verdict['summary']}" if verdict else "never verified; run `stepforge verify`"))
 
@@ -261,55 +302,13 @@ def _open(path: Path) -> Any:
     return open_bundle(path, check=False)
 
 
-def _requests(
-    prompts: list[str] | None, prompt_file: Path | None, request_file: Path | None, options: dict[str, Any]
-) -> list[Request]:
-    """One request for each prompt or each line of a request file."""
-    from stepforge.runtime import Request
-
-    if [bool(prompts), prompt_file is not None, request_file is not None].count(True) != 1:
-        raise RequestError("give either PROMPT arguments, --prompts FILE or --requests FILE")
-    if request_file is None:
-        texts = list(prompts or ()) if prompt_file is None else [line for _, line in _lines(prompt_file)]
-        return [Request(prompt=text, **options) for text in texts]
-    known = {field.name for field in fields(Request)}
-    requests = []
-    for number, line in _lines(request_file):
-        try:
-            values = json.loads(line)
-            if not isinstance(values, dict) or not values.keys() <= known or "prompt" not in values:
-                raise ValueError(f"an object with prompt and any of {', '.join(sorted(known - {'prompt'}))} is needed")
-            requests.append(Request(**{**options, **values}))
-        except (ValueError, TypeError) as error:
-            raise RequestError(f"{request_file}, line {number}: {error}") from error
-    return requests
-
-
-def _lines(file: Path) -> list[tuple[int, str]]:
-    """The lines of a file that are not empty, with their numbers."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"cannot read {file}: {error}") from error
-    if not (found := [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]):
-        raise RequestError(f"{file} has no prompts")
-    return found
-
-
-def _adapter(text: str) -> tuple[str, Path, float]:
-    """[NAME=]FILE[:STRENGTH] -> name, file and strength; the file's own name if none is given."""
-    name, equals, rest = text.partition("=")
-    file, strength = file_and_strength(rest if equals else text)
-    return name if equals else file.stem, file, strength
-
-
-def _numbers(name: str, text: str | None, kind: type) -> Any:
-    if text is None:
-        return None
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise RequestError(f"--{name} {text!r} is not a list of numbers such as 999,850,700") from None
+def _planned(preset: str | None, guidance: str | None, guider: str | None, reuse: str | None) -> dict[str, str]:
+    """What decides a plan: a preset of the bundle, or the options; never both."""
+    own = {"guidance": guidance, "guider": guider, "reuse": reuse}
+    given = {name: value for name, value in own.items() if value is not None}
+    if preset is not None and given:
+        raise RequestError(f"--plan {preset} decides {', '.join(own)}; leave --{next(iter(given))} out")
+    return given if preset is None else {"preset": preset}
 
 
 def _files(out: Path, requests: list[Request], overwrite: bool) -> list[list[Path]]:

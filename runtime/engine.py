@@ -1,8 +1,8 @@
 """The engine: continuous batching of requests that each run their own plan.
 
-    admit → pack → denoise → guide + update → retire → decode
+    admit → (hint once) → pack → control → denoise → guide + update → retire → decode
 
-One scheduler thread owns the denoiser. Requests join and leave between steps; rows of one network call may come from
+One scheduler thread owns the networks. Requests join and leave between steps; rows of one network call may come from
 requests with different samplers, step counts, guidance and seeds. Decoding runs on a thread of its own and overlaps
 with the denoising of what is still running.
 """
@@ -10,6 +10,7 @@ with the denoising of what is still running.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import threading
@@ -18,19 +19,22 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stepforge.runtime.adapters import Adapters, row_inputs
+from stepforge.runtime.adapters import Adapters
 from stepforge.runtime.backends import Backend
 from stepforge.runtime.bundle import Bundle
-from stepforge.runtime.conditioning import Condition, Conditioner
+from stepforge.runtime.conditioning import Conditioner
+from stepforge.runtime.denoise import Denoisers, Row, rows_of_slot
 from stepforge.runtime.errors import Cancelled, GenerationError, RequestError, StepforgeError
 from stepforge.runtime.images import to_pil, to_uint8
-from stepforge.runtime.plan import Plan, rows_of
-from stepforge.runtime.planner import Rows, Size, compile_plan, image_size
+from stepforge.runtime.plan import Plan
+from stepforge.runtime.planner import Rows, compile_plan, image_size
+from stepforge.runtime.preprocess import hint_of
+from stepforge.runtime.presets import resolve
 from stepforge.runtime.request import Progress, Request, Result, Stats
 from stepforge.runtime.schedules import SchedulerCard
 from stepforge.runtime.slot import Job, OnStep, Slot
@@ -50,16 +54,10 @@ class Engine:
         self.scheduler = SchedulerCard.from_dict(bundle.scheduler)
         self.adapters = Adapters(bundle, backend)
         self._conditioner = Conditioner(bundle, backend, self.adapters)
-        self._denoisers = {
-            name.removeprefix("denoiser/"): backend.open(name, self.adapters.banks(name))
-            for name in bundle.components
-            if name.startswith("denoiser/")
-        }
+        self._denoisers = Denoisers(bundle, backend, self.adapters)
         self._decoder = backend.open("vae_decoder")
         self._waiting: deque[Job] = deque()
         self._running: list[Slot] = []
-        self._packed: tuple[tuple[tuple[int, Size], ...], dict[str, Array], list[Condition]] | None = None
-        self._sample: Array = np.empty(0, np.float32)
         self._wake = threading.Condition()
         self._closed = False
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="stepforge-decode")
@@ -68,16 +66,27 @@ class Engine:
 
     def plan(self, request: Request) -> Plan:
         """The plan that `generate` would run. Raises RequestError."""
-        return compile_plan(request, self.scheduler)
+        return self._plan(resolve(request, self.bundle), None)
+
+    def _plan(self, request: Request, rows: Rows | None) -> Plan:
+        plan = compile_plan(request, self.scheduler, rows)
+        for denoiser, variant in sorted({(step.denoiser, step.reuse) for step in plan.steps if step.reuse}):
+            if not self._denoisers.has(denoiser, variant):
+                raise RequestError(f"the bundle has no variant {variant!r}; export it with --reuse {variant}")
+        return plan
 
     def submit(self, request: Request, *, on_step: OnStep | None = None, rows: Rows | None = None) -> Future[Result]:
         """Queue a request; cancel its future to stop it at the next step. Raises RequestError at once if it is bad.
 
         rows: steps of the caller's own in place of the request's sampler, see `planner.compile_plan`.
         """
+        request = resolve(request, self.bundle)
         size = image_size(request, self.bundle.card)
         chosen = self.adapters.choose(request.adapters)
-        job = Job(request, compile_plan(request, self.scheduler, rows), size, on_step, chosen)
+        self._denoisers.controls.check([control.name for control in request.controls])
+        plan = self._plan(request, rows)
+        hints = [hint_of(c.image, c.preprocessor, size.width, size.height) for c in request.controls]
+        job = Job(request, plan, size, on_step, chosen, hints)
         for text in (request.prompt, request.negative):
             self._conditioner.tokenize(text, request.prompt_syntax)  # refuse unreadable prompts here
         with self._wake:
@@ -172,11 +181,21 @@ class Engine:
                     request.prompt, negative, request.prompt_syntax, job.adapters, job.bank_slot
                 )
                 job.rows["text_encoder"] = self._conditioner.rows - before
+                self._make_hints(job)
                 shape = job.size.latents(self.bundle.card)
                 self._running += [Slot(job, index, shape) for index in range(job.request.images)]
             except Exception as error:
                 job.settle(error if isinstance(error, StepforgeError) else GenerationError(_reason("prompt", error)))
             job.seconds["prompt"] += time.perf_counter() - started
+
+    def _make_hints(self, job: Job) -> None:
+        """Run the hint encoder of each ControlNet that some step uses."""
+        for index, (control, image) in enumerate(zip(job.request.controls, job.hint_images, strict=True)):
+            used = any(step.control[index] for step in job.plan.steps)
+            job.hints.append(self._denoisers.controls.hint(control.name, image) if used else np.empty(0, np.float32))
+            if used:
+                label = f"control/{control.name}/hint"
+                job.rows[label] = job.rows.get(label, 0) + 1
 
     def _pack(self) -> list[Slot]:
         """The oldest slot and all others that fit in one call with it: same network, latent size and prompt length."""
@@ -185,38 +204,35 @@ class Engine:
             return []
         kind, rows, chosen = _kind(self._running[0]), 0, []
         for slot in self._running:
-            need = rows_of(slot.job.plan.steps[slot.k].guidance)
+            need = len(rows_of_slot(slot))
             if _kind(slot) == kind and rows + need <= self.max_rows:
                 chosen.append(slot)
                 rows += need
         return chosen
 
     def _denoise(self, slots: list[Slot]) -> None:
-        """One network call, then guidance and update of every slot. A failing call is retried slot by slot."""
+        """One call of the networks, then guidance and update of every slot. A failing call is retried slot by slot."""
         if not slots:
             return
         started = time.perf_counter()
+        rows = [row for slot in slots for row in rows_of_slot(slot)]
         try:
-            prediction, owners = self._predict(slots)
+            prediction = self._denoisers(rows)
         except Exception as error:
             if len(slots) == 1:
-                slots[0].job.settle(GenerationError(_reason("denoiser", error)))
+                reason = error if isinstance(error, StepforgeError) else GenerationError(_reason("denoiser", error))
+                slots[0].job.settle(reason)
             else:
                 for slot in slots:
                     self._denoise([slot])
             return
+        owners: dict[Slot, int] = {}
         row = 0
         for slot in slots:
-            w = slot.job.plan.steps[slot.k].guidance
-            need = rows_of(w)
-            flat = prediction[row : row + need].reshape(need, -1)
-            if need == 2:  # w·cond + (1 − w)·uncond
-                guided = np.subtract(flat[0], flat[1], out=slot.p)
-                guided *= np.float32(w)
-                guided += flat[1]
-            else:
-                slot.p[:] = flat[0]
-            row += need
+            own = rows[row : row + 2] if row + 1 < len(rows) and rows[row + 1].slot is slot else rows[row : row + 1]
+            self._guide(slot, own, prediction[row : row + len(own)].reshape(len(own), -1))
+            row += len(own)
+            owners[slot] = len(own)
             denoised = self._denoised(slot) if slot.job.on_step else None
             slot.advance()
             if not math.isfinite(float(slot.x.sum())):
@@ -225,52 +241,16 @@ class Engine:
                 self._report(slot, denoised)
         share = (time.perf_counter() - started) / row
         for slot, need in owners.items():
-            job = slot.job
-            name = job.plan.steps[slot.k - 1].denoiser
+            job, step = slot.job, slot.job.plan.steps[slot.k - 1]
+            name = f"{step.denoiser}.{step.reuse}" if step.reuse else step.denoiser
             job.rows[name] = job.rows.get(name, 0) + need
             job.seconds["denoise"] += share * need
             job.calls += 1
 
-    def _predict(self, slots: list[Slot]) -> tuple[Array, dict[Slot, int]]:
-        """Run the denoiser on all rows that the slots need; each slot's conditional row comes first."""
-        rows: list[tuple[Slot, Condition]] = []
-        owners: dict[Slot, int] = {}
-        for slot in slots:
-            job, w = slot.job, slot.job.plan.steps[slot.k].guidance
-            wanted = [condition for condition, use in ((job.cond, w != 0.0), (job.uncond, w != 1.0)) if use]
-            rows += [(slot, condition) for condition in wanted if condition is not None]
-            owners[slot] = len(wanted)
-        shape = (len(rows), *slots[0].shape)
-        if self._sample.shape != shape:  # kept between ticks: a fresh array of some MB costs its page faults each time
-            self._sample = np.empty(shape, np.float32)
-        sample = self._sample
-        timestep = np.empty(len(rows), np.float32)
-        for r, (slot, _) in enumerate(rows):
-            step = slot.job.plan.steps[slot.k]
-            np.multiply(slot.x, np.float32(step.scale_in), out=sample[r].reshape(-1))
-            timestep[r] = step.t
-        inputs: dict[str, NDArray[Any]] = {"sample": sample, "timestep": timestep, **self._context(rows)}
-        name = slots[0].job.plan.steps[slots[0].k].denoiser
-        if self.adapters.banks(f"denoiser/{name}") is not None:
-            inputs |= row_inputs([slot.job.bank_slot for slot, _ in rows], [slot.adapter_strength for slot, _ in rows])
-        return self._denoisers[name](inputs)["prediction"], owners
-
-    def _context(self, rows: list[tuple[Slot, Condition]]) -> dict[str, Array]:
-        """Prompt inputs of the rows; kept while the same rows come back, as they do on most steps."""
-        key = tuple((id(condition), slot.job.size) for slot, condition in rows)
-        if self._packed is not None and self._packed[0] == key:
-            return self._packed[1]
-        inputs = {"encoder_hidden_states": np.stack([condition.context for _, condition in rows])}
-        if rows[0][1].pooled is not None:
-            inputs["text_embeds"] = np.stack([c.pooled for _, c in rows if c.pooled is not None])
-            sizes = [(slot.job.size.height, slot.job.size.width) for slot, _ in rows]
-            inputs["time_ids"] = np.array([[h, w, 0, 0, h, w] for h, w in sizes], np.float32)
-        self._packed = (
-            key,
-            inputs,
-            [condition for _, condition in rows],
-        )  # holds the conditions, so that ids stay theirs
-        return inputs
+    def _guide(self, slot: Slot, rows: list[Row], prediction: Array) -> None:
+        """The guided prediction of a slot's rows, [rows, C·h·w], into the slot."""
+        given = {row.is_cond: values for row, values in zip(rows, prediction, strict=True)}
+        slot.job.guider(slot.guide, slot.step, slot.weight, slot.x, given.get(True), given.get(False), slot.p)
 
     def _denoised(self, slot: Slot) -> Array:
         a, b = slot.job.plan.steps[slot.k].denoised
@@ -331,13 +311,14 @@ class Engine:
             model=self.bundle.card.name,
             digest=self.bundle.digest,
             adapters={loaded.name: loaded.adapter.sha256 for loaded, _ in job.adapters.parts} if job.adapters else {},
+            hints=tuple(hashlib.sha256(hint.tobytes()).hexdigest() for hint in job.hint_images),
         )
 
 
-def _kind(slot: Slot) -> tuple[str, tuple[int, ...], int]:
+def _kind(slot: Slot) -> tuple[str, str, tuple[int, ...], int]:
     """Slots of one kind can share a network call."""
     assert slot.job.cond is not None
-    return slot.job.plan.steps[slot.k].denoiser, slot.shape, len(slot.job.cond.context)
+    return slot.step.denoiser, slot.step.reuse, slot.shape, len(slot.job.cond.context)
 
 
 def _reason(stage: str, error: Exception) -> str:

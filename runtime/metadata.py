@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from stepforge.runtime.request import Result
@@ -12,9 +13,10 @@ def describe_image(result: Result, index: int) -> dict[str, Any]:
     """The facts of image `index`, for `images.save_png`."""
     request = result.request
     image = result.images[index]
-    stated = {key: value for key, value in asdict(request).items() if value is not None}
+    stated = {f.name: getattr(request, f.name) for f in fields(request) if f.name != "controls"}
     return {
-        **stated,
+        **{name: value for name, value in stated.items() if value is not None},
+        **({"controls": list(_controls(result))} if request.controls else {}),
         "seed": result.seeds[index],
         "width": image.width,
         "height": image.height,
@@ -26,3 +28,10 @@ def describe_image(result: Result, index: int) -> dict[str, Any]:
         "versions": result.stats.versions,
         "random": "torch-cpu-mt19937",
     }
+
+
+def _controls(result: Result) -> Iterator[dict[str, Any]]:
+    """ControlNets with the sha256 of the hint they were shown in place of the image."""
+    for control, digest in zip(result.request.controls, result.hints, strict=True):
+        stated = {f.name: getattr(control, f.name) for f in fields(control) if f.name not in ("image", "sigma")}
+        yield {**stated, **({"sigma": control.sigma} if control.sigma else {}), "hint_sha256": digest}

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from stepforge.runtime.bundle import ModelCard
+from stepforge.runtime.control import scales
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.guidance import weights
 from stepforge.runtime.plan import Plan, Step, rows_of
 from stepforge.runtime.request import Request
+from stepforge.runtime.reuse import parse as parse_reuse
+from stepforge.runtime.reuse import variants
 from stepforge.runtime.samplers import sample_rows
 from stepforge.runtime.schedules import SchedulerCard
 
@@ -56,13 +59,17 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
         sigmas=request.sigmas,
         eta=request.eta,
     )
-    scales = request.adapter_schedule
-    if not isinstance(scales, tuple):
-        scales = (scales,) * len(steps)
-    elif len(scales) != len(steps):
-        raise RequestError(f"adapter_schedule has {len(scales)} numbers for {len(steps)} network evaluations")
-    columns = zip(steps, weights(request.guidance, len(steps)), scales, strict=True)
-    return Plan(tuple(replace(step, guidance=w, adapters=scale) for step, w, scale in columns), init_noise)
+    strengths = request.adapter_schedule
+    if not isinstance(strengths, tuple):
+        strengths = (strengths,) * len(steps)
+    elif len(strengths) != len(steps):
+        raise RequestError(f"adapter_schedule has {len(strengths)} numbers for {len(steps)} network evaluations")
+    by_control = [scales(control, steps) for control in request.controls]
+    controls = list(zip(*by_control, strict=True)) if by_control else [()] * len(steps)
+    columns = zip(steps, weights(request.guidance, steps), strengths, controls, strict=True)
+    steps = tuple(replace(step, guidance=w, adapters=s, control=scale) for step, w, s, scale in columns)
+    columns = zip(steps, variants(parse_reuse(request.reuse), steps), strict=True)
+    return Plan(tuple(replace(step, reuse=variant) for step, variant in columns), init_noise)
 
 
 def describe(plan: Plan) -> list[dict[str, object]]:
@@ -79,7 +86,8 @@ def describe(plan: Plan) -> list[dict[str, object]]:
             "gain": [round(value, 6) for value in step.gain],
             "noise": round(step.noise, 6),
             "adapters": step.adapters,
-            "denoiser": step.denoiser,
+            **({"control": list(step.control)} if step.control else {}),
+            "denoiser": f"{step.denoiser}.{step.reuse}" if step.reuse else step.denoiser,
         }
         for k, step in enumerate(plan.steps)
     ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from stepforge.runtime import guiders, reuse
+from stepforge.runtime.control import Control
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.guidance import Guidance, parse
 from stepforge.runtime.lora.layers import MAX_STRENGTH
@@ -40,7 +42,13 @@ class Request:
     timesteps: tuple[int, ...] | None = None  # custom timesteps, falling
     sigmas: tuple[float, ...] | None = None  # custom sigmas, falling
     eta: float | None = None  # stochasticity of ddim and tcd
-    guidance: Guidance = 7.5  # w in uncond + w·(cond − uncond): a number, a list (one w a step), or its text
+    guidance: Guidance = (
+        7.5  # w in uncond + w·(cond − uncond): a number, a list (one w a step), or text, see guidance.py
+    )
+    guider: str = "cfg"  # how the rows of a step are combined, see guiders.py
+    controls: tuple[Control, ...] = ()  # ControlNets; mappings of Control's fields are taken too
+    reuse: str = ""  # approximate: steps that reuse earlier activations, see reuse.py
+    preset: str = ""  # of the bundle; it sets guidance, guider, reuse and the ControlNets' windows, see presets.py
     seed: int = 0  # image i uses seed + i
     images: int = 1
     prompt_syntax: str = "a1111"  # "a1111": (word:1.3) weights; "plain": brackets are text, as in diffusers
@@ -67,6 +75,9 @@ class Request:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "guidance", parse(self.guidance))
+        guiders.parse(self.guider)
+        reuse.parse(self.reuse)
+        object.__setattr__(self, "controls", _controls(self.controls))
         object.__setattr__(self, "adapters", _strengths(self.adapters))
         if not isinstance(self.adapter_schedule, int | float):
             object.__setattr__(self, "adapter_schedule", tuple(self.adapter_schedule))
@@ -78,6 +89,18 @@ class Request:
 def _whole(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise RequestError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
+
+
+def _controls(given: Any) -> tuple[Control, ...]:
+    known = [name.name for name in fields(Control)]
+    found = []
+    for control in given if isinstance(given, list | tuple) else (given,):
+        if isinstance(control, Mapping) and control.keys() <= set(known) and {"name", "image"} <= control.keys():
+            control = Control(**control)
+        if not isinstance(control, Control):
+            raise RequestError(f"a control is {control!r:.80}; give name and image, and any of {', '.join(known[2:])}")
+        found.append(control)
+    return tuple(found)
 
 
 def _strengths(adapters: Any) -> dict[str, float]:
@@ -129,3 +152,4 @@ class Result:
     model: str
     digest: str  # of the bundle
     adapters: Mapping[str, str] = field(default_factory=dict)  # name -> sha256 of its file
+    hints: tuple[str, ...] = ()  # sha256 of each ControlNet's hint image, float32 [3, height, width]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from stepforge.runtime.adapters import NONE, AdapterSet
 from stepforge.runtime.conditioning import Condition
+from stepforge.runtime.guiders import parse as parse_guider
 from stepforge.runtime.noise import Generator
-from stepforge.runtime.plan import Plan
+from stepforge.runtime.plan import Plan, Step
 from stepforge.runtime.planner import Size
 from stepforge.runtime.request import Progress, Request, Result
+from stepforge.runtime.reuse import recordings
 
 Array = NDArray[np.float32]
 OnStep = Callable[[Progress], None]
@@ -26,9 +28,19 @@ class Job:
     """A submitted request and what has become of it so far."""
 
     def __init__(
-        self, request: Request, plan: Plan, size: Size, on_step: OnStep | None, adapters: AdapterSet | None = None
+        self,
+        request: Request,
+        plan: Plan,
+        size: Size,
+        on_step: OnStep | None,
+        adapters: AdapterSet | None = None,
+        hint_images: Sequence[Array] = (),
     ) -> None:
         self.request, self.plan, self.size, self.on_step, self.adapters = request, plan, size, on_step, adapters
+        self.hint_images = hint_images  # one for each ControlNet, [3, height, width] in 0..1
+        self.hints: list[Array] = []  # of the hint encoders, made when the job starts
+        self.recordings = recordings(plan.steps)
+        self.guider = parse_guider(request.guider)
         self.bank_slot = NONE  # where the adapters stand while the job runs
         self.future: Future[Result] = Future()
         self.cond: Condition | None = None
@@ -78,15 +90,48 @@ class Slot:
             for j, coefficient in enumerate(step.gain):
                 self.table[k, self.num_x + (k - j) % self.num_p] = coefficient
             self.table[k, -1] = step.noise
+        self.guide = job.guider.start()
+        self._kept: dict[str, tuple[list[bool], Array]] = {}
+        self._means: dict[str, Array] = {}
         self.generator = Generator(job.request.seed + index)
         self.state = np.zeros((self.table.shape[1], math.prod(shape)), np.float32)
         self.state[0] = plan.init_noise * self.generator.normal(shape).reshape(-1)
 
     @property
+    def step(self) -> Step:
+        """The row of the plan that comes next."""
+        return self.job.plan.steps[self.k]
+
+    @property
+    def weight(self) -> float:
+        """The guidance weight of the next step: the plan's, unless the guider has found that 1 will do."""
+        return self.guide.weight(self.step)
+
+    @property
     def adapter_strength(self) -> float:
-        """Of this step's rows."""
+        """Of the next step's rows."""
         adapters = self.job.adapters
-        return 0.0 if adapters is None else adapters.strength * self.job.plan.steps[self.k].adapters
+        return 0.0 if adapters is None else adapters.strength * self.step.adapters
+
+    def remember(self, name: str, roles: list[bool], values: Array) -> None:
+        """Keep a copy of activations, [rows, ...], for later steps; roles: whether each row is the conditional one."""
+        self._kept[name] = (roles, values.copy())
+        self._means.pop(name, None)
+
+    def recall(self, name: str, roles: list[bool]) -> Array:
+        """Kept activations of the rows that a step runs.
+
+        A step that runs one row of two kept ones takes the mean of cross-attention, as T-GATE does (arXiv:2404.02747), and its
+        own row of deep features.
+        """
+        kept, values = self._kept[name]
+        if kept == roles:
+            return values
+        if name.startswith("text_"):
+            if name not in self._means:
+                self._means[name] = values.mean(axis=0, keepdims=True, dtype=np.float32)
+            return self._means[name]
+        return values[[kept.index(role) for role in roles]]
 
     @property
     def is_done(self) -> bool:

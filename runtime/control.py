@@ -1,0 +1,166 @@
+"""ControlNets of a request: what they are shown, how strongly, and when. `Controls` runs them for a batch of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepforge.runtime.backends import Arrays, Backend, Graph
+from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.errors import RequestError
+from stepforge.runtime.plan import Step
+
+Array = NDArray[np.float32]
+MAX_SCALE = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """One ControlNet of a request. Raises RequestError for values that no model can run.
+
+    It runs in evaluation i of n where start <= i/n and (i + 1)/n <= end, as in diffusers, and, if `sigma` is given, where
+    sigma[0] < sigma of the step <= sigma[1]. Elsewhere it is not run.
+    """
+
+    name: str  # of a ControlNet in the bundle
+    image: Any  # path, bytes, PIL image or array: see preprocess.read_hint
+    preprocessor: str = "none"  # see preprocess.py
+    scale: float | tuple[float, ...] = 1.0  # of its residuals; a list gives one number an evaluation
+    start: float = 0.0
+    end: float = 1.0
+    sigma: tuple[float, float] | None = None
+    guess_mode: bool = False  # conditional rows only, residuals scaled from 0.1 to 1 by depth
+
+    def __post_init__(self) -> None:
+        what = f"ControlNet {self.name!r}"
+        if not isinstance(self.name, str):
+            raise RequestError(f"the name of a ControlNet is {self.name!r}; give text")
+        if not isinstance(self.scale, int | float):
+            object.__setattr__(self, "scale", tuple(self.scale))
+        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
+        if not scales or not all(_is_number(value) and abs(value) <= MAX_SCALE for value in scales):
+            raise RequestError(
+                f"the scale of {what} is {self.scale!r}; give a number up to ±{MAX_SCALE:g}, or one a step"
+            )
+        if not (_is_number(self.start) and _is_number(self.end) and 0.0 <= self.start < self.end <= 1.0):
+            raise RequestError(f"{what} runs from {self.start!r} to {self.end!r}; give 0 <= start < end <= 1")
+        if self.sigma is not None:
+            object.__setattr__(self, "sigma", tuple(self.sigma))
+            window: Any = self.sigma
+            if len(window) != 2 or not all(_is_number(value) for value in window) or not 0 <= window[0] < window[1]:
+                raise RequestError(f"the sigmas of {what} are {window!r}; give two, the lower first")
+        if not isinstance(self.guess_mode, bool):
+            raise RequestError(f"guess_mode of {what} is {self.guess_mode!r}; give true or false")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def scales(control: Control, steps: Sequence[Step]) -> tuple[float, ...]:
+    """The scale in each evaluation; 0.0: not run. Raises RequestError if a list has another length."""
+    count = len(steps)
+    given = control.scale if isinstance(control.scale, tuple) else (control.scale,) * count
+    if len(given) != count:
+        raise RequestError(f"ControlNet {control.name!r} has {len(given)} scales for {count} network evaluations")
+    low, high = control.sigma or (-np.inf, np.inf)
+    return tuple(
+        float(scale)
+        if i / count >= control.start and (i + 1) / count <= control.end and low < step.sigma <= high
+        else 0.0
+        for i, (scale, step) in enumerate(zip(given, steps, strict=True))
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One ControlNet in one row of a batch."""
+
+    row: int
+    name: str
+    turn: int  # of those of this name in the row
+    hint: Array  # [C, h, w]
+    scale: float
+    guess_mode: bool
+
+
+class Controls:
+    """The ControlNets of a bundle; each is opened when it is first used. Only the engine's thread calls it."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self._bundle, self._backend = bundle, backend
+        self._graphs: dict[str, Graph] = {}
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raises RequestError if the bundle lacks one."""
+        known = self._bundle.controls
+        for name in names:
+            if name not in known:
+                have = f"it has {', '.join(known)}" if known else "it was exported without any (--control NAME=DIR)"
+                raise RequestError(f"the bundle has no ControlNet {name!r}; {have}")
+
+    def hint(self, name: str, image: Array) -> Array:
+        """An image [3, height, width] in 0..1 through the hint encoder: [C, h, w]. Runs once for a request."""
+        return np.array(self._open(f"control/{name}/hint")({"image": image[None]})["hint"][0])
+
+    def residuals(self, uses: Sequence[Use], inputs: Arrays, wanted: Sequence[str], variant: str) -> dict[str, Array]:
+        """Sum of the residuals of all uses for each row of `inputs`; [1, C, 1, 1] zeros if nothing is used.
+
+        inputs: what the denoiser reads, before residuals. wanted: the denoiser's residual inputs. variant: its own.
+        Each ControlNet is called once for all its rows, and again only for a second use in one row.
+        """
+        calls: dict[tuple[str, int], list[Use]] = {}
+        for use in uses:
+            calls.setdefault((use.name, use.turn), []).append(use)
+        rows = len(inputs["sample"])
+        totals: dict[str, Array] = {}
+        for (name, _), group in calls.items():
+            outputs = self._call(name, group, inputs, variant)
+            picked = [use.row for use in group]
+            for residual in wanted:
+                value = outputs[residual]
+                if len(calls) == 1 and len(picked) == rows:
+                    totals[residual] = value
+                    continue
+                if residual not in totals:
+                    totals[residual] = np.zeros((rows, *value.shape[1:]), np.float32)
+                elif totals[residual].shape[2:] != value.shape[2:]:  # one of the two is pooled
+                    shape = np.broadcast_shapes(totals[residual].shape[1:], value.shape[1:])
+                    totals[residual] = np.array(np.broadcast_to(totals[residual], (rows, *shape)))
+                totals[residual][picked] += value
+        return totals
+
+    def _call(self, name: str, group: Sequence[Use], inputs: Arrays, variant: str) -> Mapping[str, Array]:
+        component = f"control/{name}/residuals"
+        if f"{component}.{variant}" in self._bundle.components:
+            component = f"{component}.{variant}"
+        entry = self._bundle.components[component]
+        picked = [use.row for use in group]
+        every = len(picked) == len(inputs["sample"])
+        own: dict[str, NDArray[Any]] = {
+            "hint": np.stack([use.hint for use in group]),
+            "scale": np.stack([self._scale(use) for use in group]),
+        }
+        for tensor in entry.inputs:
+            if tensor.name not in own:
+                value = inputs[tensor.name]
+                own[tensor.name] = value if every else value[picked]
+        return self._open(component)({tensor.name: own[tensor.name] for tensor in entry.inputs})
+
+    def _scale(self, use: Use) -> Array:
+        """Strength of each residual; guess mode weakens the shallow ones, see diffusers' ControlNetModel.forward."""
+        (count,) = (
+            t.shape[1] for t in self._bundle.components[f"control/{use.name}/residuals"].inputs if t.name == "scale"
+        )
+        if use.guess_mode and not self._bundle.controls[use.name].global_pool:
+            return (np.logspace(-1, 0, int(count)) * use.scale).astype(np.float32)
+        return np.full(int(count), use.scale, np.float32)
+
+    def _open(self, component: str) -> Graph:
+        if component not in self._graphs:
+            self._graphs[component] = self._backend.open(component)
+        return self._graphs[component]

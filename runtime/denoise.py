@@ -1,0 +1,161 @@
+"""One tick's network calls: rows of many requests to predictions.
+
+Every row carries its own latent, timestep, prompt, LoRA slot, ControlNets and, in a variant that reuses, its image's own kept
+activations. ControlNets run first, for the rows that name them; their residuals are inputs of the denoiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepforge.runtime.adapters import Adapters, row_inputs
+from stepforge.runtime.backends import Arrays, Backend, Graph
+from stepforge.runtime.bundle import Bundle, Component
+from stepforge.runtime.conditioning import Condition
+from stepforge.runtime.control import Controls, Use
+from stepforge.runtime.planner import Size
+from stepforge.runtime.slot import Slot
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a network call. A slot's rows stand together, the conditional one first."""
+
+    slot: Slot
+    condition: Condition
+    is_cond: bool
+
+
+def rows_of_slot(slot: Slot) -> list[Row]:
+    """The rows that the slot's next evaluation needs."""
+    job, w = slot.job, slot.weight
+    wanted = ((job.cond, True, w != 0.0), (job.uncond, False, w != 1.0))
+    return [Row(slot, condition, is_cond) for condition, is_cond, use in wanted if use and condition is not None]
+
+
+class Denoisers:
+    """The denoisers of a bundle with their ControlNets. A variant is opened when it is first used."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, adapters: Adapters) -> None:
+        self._bundle, self._backend, self._adapters = bundle, backend, adapters
+        self.controls = Controls(bundle, backend)
+        self._graphs: dict[str, Graph] = {}
+        for name in bundle.components:
+            if name.startswith("denoiser/") and "." not in name:
+                self._open(name)
+        self._packed: tuple[tuple[tuple[int, Size], ...], dict[str, Array], list[Condition]] | None = None
+        self._sample: Array = np.empty(0, np.float32)
+
+    def __call__(self, rows: Sequence[Row]) -> Array:
+        """The raw predictions, [rows, C, h, w]; valid until the next call. All rows must be of one kind, see `kind`."""
+        step = rows[0].slot.step
+        network = f"denoiser/{step.denoiser}"
+        name = f"{network}.{step.reuse}" if step.reuse else network
+        entry = self._bundle.components[name]
+        inputs = self._inputs(rows)
+        if self._adapters.banks(network) is not None:
+            inputs |= row_inputs([row.slot.job.bank_slot for row in rows], [row.slot.adapter_strength for row in rows])
+        inputs |= self._residuals(rows, entry, inputs, step.reuse)
+        inputs |= _reused(rows, entry)
+        known = {tensor.name for tensor in entry.inputs}
+        graph = self._open(name)
+        outputs = graph({key: value for key, value in inputs.items() if key in known} if known else inputs)
+        _keep(rows, outputs)
+        return outputs["prediction"]
+
+    def has(self, denoiser: str, variant: str) -> bool:
+        return f"denoiser/{denoiser}.{variant}" in self._bundle.components
+
+    def _open(self, name: str) -> Graph:
+        if name not in self._graphs:
+            banks = self._adapters.banks(name.partition(".")[0])
+            if banks is not None:
+                read = {tensor.name for tensor in self._bundle.components[name].inputs}
+                banks = {key: array for key, array in banks.items() if key in read}
+            self._graphs[name] = self._backend.open(name, banks)
+        return self._graphs[name]
+
+    def _inputs(self, rows: Sequence[Row]) -> dict[str, NDArray[Any]]:
+        shape = (len(rows), *rows[0].slot.shape)
+        if self._sample.shape != shape:  # kept between ticks: a fresh array of some MB costs its page faults each time
+            self._sample = np.empty(shape, np.float32)
+        timestep = np.empty(len(rows), np.float32)
+        for r, row in enumerate(rows):
+            step = row.slot.step
+            np.multiply(row.slot.x, np.float32(step.scale_in), out=self._sample[r].reshape(-1))
+            timestep[r] = step.t
+        return {"sample": self._sample, "timestep": timestep, **self._context(rows)}
+
+    def _context(self, rows: Sequence[Row]) -> dict[str, Array]:
+        """Prompt inputs of the rows; kept while the same rows come back, as they do on most steps."""
+        key = tuple((id(row.condition), row.slot.job.size) for row in rows)
+        if self._packed is not None and self._packed[0] == key:
+            return self._packed[1]
+        conditions = [row.condition for row in rows]
+        inputs = {"encoder_hidden_states": np.stack([condition.context for condition in conditions])}
+        if conditions[0].pooled is not None:
+            inputs["text_embeds"] = np.stack([c.pooled for c in conditions if c.pooled is not None])
+            sizes = [(row.slot.job.size.height, row.slot.job.size.width) for row in rows]
+            inputs["time_ids"] = np.array([[h, w, 0, 0, h, w] for h, w in sizes], np.float32)
+        self._packed = (key, inputs, conditions)  # holds the conditions, so that ids stay theirs
+        return inputs
+
+    def _residuals(self, rows: Sequence[Row], entry: Component, inputs: Arrays, variant: str) -> dict[str, Array]:
+        wanted = {t.name: t for t in entry.inputs if t.name.startswith("residual_")}
+        if not wanted:
+            return {}
+        uses = [use for r, row in enumerate(rows) for use in _uses(r, row)]
+        found = self.controls.residuals(uses, inputs, list(wanted), variant)
+        for use in uses:
+            counted = rows[use.row].slot.job.rows
+            label = f"control/{use.name}" + (f".{variant}" if variant == "deepcache" else "")
+            counted[label] = counted.get(label, 0) + 1
+        zeros = {name: np.zeros((1, int(t.shape[1]), 1, 1), np.float32) for name, t in wanted.items()}
+        return {**zeros, **found}
+
+
+def _uses(r: int, row: Row) -> list[Use]:
+    """The ControlNets of one row in its step."""
+    uses: list[Use] = []
+    controls = row.slot.job.request.controls
+    for control, hint, scale in zip(controls, row.slot.job.hints, row.slot.step.control, strict=True):
+        if scale and (row.is_cond or not control.guess_mode):
+            turn = sum(use.name == control.name for use in uses)
+            uses.append(Use(r, control.name, turn, hint, scale, control.guess_mode))
+    return uses
+
+
+def _reused(rows: Sequence[Row], entry: Component) -> dict[str, Array]:
+    """Kept activations of the rows' images as inputs of a variant."""
+    names = [t.name for t in entry.inputs if t.name == "deep" or t.name.startswith("text_")]
+    if not names:
+        return {}
+    roles: dict[Slot, list[bool]] = {}
+    for row in rows:
+        roles.setdefault(row.slot, []).append(row.is_cond)
+    inputs = {}
+    for name in names:
+        blocks = [slot.recall(name, wanted) for slot, wanted in roles.items()]
+        inputs[name] = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    return inputs
+
+
+def _keep(rows: Sequence[Row], outputs: Arrays) -> None:
+    """Let each image keep what its later steps will reuse of this one."""
+    first = 0
+    while first < len(rows):
+        slot = rows[first].slot
+        last = first + sum(row.slot is slot for row in rows[first : first + 2])
+        for what in slot.job.recordings[slot.k]:
+            roles = [row.is_cond for row in rows[first:last]]
+            for name, value in outputs.items():
+                if name == what or (what == "text" and name.startswith("text_")):
+                    slot.remember(name, roles, value[first:last])
+        first = last
