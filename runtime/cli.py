@@ -302,7 +302,7 @@ def _open(path: Path) -> Any:
     return open_bundle(path, check=False)
 
 
-def _planned(preset: str | None, guidance: str | None, guider: str | None, reuse: str | None) -> dict[str, str]:
+def _planned(preset: str | None, guidance: str | None, guider: str | None, reuse: str | None) -> dict[str, Any]:
     """What decides a plan: a preset of the bundle, or the options; never both."""
     own = {"guidance": guidance, "guider": guider, "reuse": reuse}
     given = {name: value for name, value in own.items() if value is not None}

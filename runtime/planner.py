@@ -68,8 +68,8 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
     controls = list(zip(*by_control, strict=True)) if by_control else [()] * len(steps)
     columns = zip(steps, weights(request.guidance, steps), strengths, controls, strict=True)
     steps = tuple(replace(step, guidance=w, adapters=s, control=scale) for step, w, s, scale in columns)
-    columns = zip(steps, variants(parse_reuse(request.reuse), steps), strict=True)
-    return Plan(tuple(replace(step, reuse=variant) for step, variant in columns), init_noise)
+    reused = zip(steps, variants(parse_reuse(request.reuse), steps), strict=True)
+    return Plan(tuple(replace(step, reuse=variant) for step, variant in reused), init_noise)
 
 
 def describe(plan: Plan) -> list[dict[str, object]]:
