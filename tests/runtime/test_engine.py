@@ -8,9 +8,9 @@ import pytest
 
 from stepforge.runtime import Cancelled, Engine, GenerationError, Request, RequestError, load
 from stepforge.runtime.backends.fake import Fake, fake_bundle
-from stepforge.runtime.planner import compile_plan
+from stepforge.runtime.planner import Size, compile_plan
 from stepforge.runtime.schedules import SchedulerCard
-from stepforge.runtime.slot import Slot
+from stepforge.runtime.slot import Job, Slot
 
 SIZE = 64
 MIXED = [
@@ -104,7 +104,7 @@ def test_update_equals_the_definition():
     for sampler in ("ddim", "pndm", "unipc", "dpmpp_3m", "lms", "heun", "euler_a"):
         request = Request(prompt="", sampler=sampler, steps=8)
         plan = compile_plan(request, card)
-        job = type("Job", (), {"plan": plan, "request": request})()
+        job = Job(request, plan, Size(64, 64), None)
         slot = Slot(job, 0, (4, 8, 8))
         x, p = [slot.x.astype(np.float64)], []
         for step in plan.steps:
