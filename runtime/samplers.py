@@ -112,6 +112,7 @@ class Sampler:
     spacing: str | None = "linspace"  # default; None: it has timesteps of its own
     schedules: tuple[str, ...] = ("normal",)
     custom: tuple[str, ...] = ()  # "timesteps", "sigmas"
+    evaluations: int = 1  # of the network in a step
     fractions: bool = False  # its timesteps need not be whole
     zero_snr: bool = False
     eta: float | None = None  # default; None: it has no eta
@@ -142,8 +143,10 @@ SAMPLERS = {
         move=multistep.dpmpp_3m, levels=courses.ahead_levels, schedules=SCHEDULES, custom=TIMESTEPS, zero_snr=True
     ),
     "unipc": Sampler(move=multistep.unipc, levels=courses.ahead_levels, schedules=SCHEDULES, zero_snr=True),
-    "heun": Sampler(move=heun, levels=courses.heun_levels, schedules=SCHEDULES, custom=TIMESTEPS, fractions=True),
-    "kdpm2": Sampler(move=kdpm2, levels=courses.kdpm2_levels, predictions=NOISY, schedules=SCHEDULES),
+    "heun": Sampler(
+        move=heun, levels=courses.heun_levels, schedules=SCHEDULES, custom=TIMESTEPS, fractions=True, evaluations=2
+    ),
+    "kdpm2": Sampler(move=kdpm2, levels=courses.kdpm2_levels, predictions=NOISY, schedules=SCHEDULES, evaluations=2),
     "pndm": Sampler(
         move=multistep.pndm, levels=courses.pndm_levels, predictions=NOISY, spacing="leading", alpha_to_one=False
     ),
@@ -213,7 +216,7 @@ def sample_rows(
             f"sampler {name!r} cannot start where there is no signal on a model that predicts epsilon;"
             " choose euler, or a spacing that starts later"
         )
-    rows = tuple(row_of(course, k, kind.move(course, k)) for k in range(len(course.at)))
+    rows = tuple(row_of(course, k, kind.move(course, k), k // kind.evaluations) for k in range(len(course.at)))
     if course.at[0].scale_in == 1.0:
         return rows, 1.0
     first = max(level.sigma for level in course.at)
@@ -287,8 +290,8 @@ def settle_eta(name: str, eta: float | None) -> float:
     return float(eta)
 
 
-def row_of(course: Course, k: int, latent: Linear) -> Step:
-    """x_{k+1} as a row; its windows end at the oldest coefficient that is not 0."""
+def row_of(course: Course, k: int, latent: Linear, index: int) -> Step:
+    """x_{k+1} as a row of the sampler's step `index`; its windows end at the oldest coefficient that is not 0."""
     level, clean = course.at[k], course.x0(k)
     return Step(
         t=level.t,
@@ -298,6 +301,7 @@ def row_of(course: Course, k: int, latent: Linear) -> Step:
         gain=window(latent, "p", k),
         noise=latent["z", k],
         denoised=(clean["x", k], clean["p", k]),
+        index=index,
     )
 
 
