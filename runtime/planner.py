@@ -61,7 +61,7 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
         scales = (scales,) * len(steps)
     elif len(scales) != len(steps):
         raise RequestError(f"adapter_schedule has {len(scales)} numbers for {len(steps)} network evaluations")
-    columns = zip(steps, weights(request.guidance, len(steps)), scales, strict=True)
+    columns = zip(steps, weights(request.guidance, steps), scales, strict=True)
     return Plan(tuple(replace(step, guidance=w, adapters=scale) for step, w, scale in columns), init_noise)
 
 
