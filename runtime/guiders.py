@@ -56,13 +56,13 @@ def apg(w: float, cond: Array, uncond: Array, out: Array, *, change: Array, norm
 
 
 def rescale(guided: Array, cond: Array, phi: float) -> None:
-    """guided·(phi·std(cond)/std(guided) + 1 − phi), in place; std with n − 1, as torch's.
+    """guided·(phi·std(cond)/std(guided) + 1 − phi), in place; the ratio is the same for either kind of std.
 
     Lin et al., arXiv:2305.08891, section 3.4; diffusers, guiders/guider_utils.py. A constant prediction stays as it is.
     """
-    spread = float(np.std(guided, ddof=1, dtype=np.float64))
+    spread = float(np.std(guided, dtype=np.float64))
     if spread > 0:
-        guided *= np.float32(phi * float(np.std(cond, ddof=1, dtype=np.float64)) / spread + 1 - phi)
+        guided *= np.float32(phi * float(np.std(cond, dtype=np.float64)) / spread + 1 - phi)
 
 
 def threshold(x0: NDArray[np.float64], percentile: float, cap: float) -> NDArray[np.float64]:

@@ -350,3 +350,15 @@ def test_rows_are_plain_floats(sampler: str):
     for row in rows:
         values += [row.t, row.sigma, row.scale_in, row.noise, *row.keep, *row.gain, *row.denoised]
     assert {type(value) for value in values} == {float}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_rows_number_the_steps_of_the_sampler(sampler: str):
+    """Two evaluations share a step of heun and kdpm2, and their last step has one; all others have one a step."""
+    for count in (1, 2, 5):
+        rows, _ = sample_rows(FLOW if sampler == "flow_euler" else CARD, sampler=sampler, steps=count)
+        indices = [row.index for row in rows]
+        if sampler in ("heun", "kdpm2"):
+            assert indices == [k for k in range(count) for _ in range(2)][:-1]
+        else:
+            assert indices == list(range(len(rows)))
