@@ -58,6 +58,7 @@ def from_diffusers(
                 gain=gain,
                 noise=noise,
                 denoised=trace.denoised[k],
+                index=k,
             )
         )
     return tuple(rows), float(trace.latents[0, 0])

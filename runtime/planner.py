@@ -59,13 +59,17 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
         sigmas=request.sigmas,
         eta=request.eta,
     )
-    scales = request.adapter_schedule
-    if not isinstance(scales, tuple):
-        scales = (scales,) * len(steps)
-    elif len(scales) != len(steps):
-        raise RequestError(f"adapter_schedule has {len(scales)} numbers for {len(steps)} network evaluations")
-    columns = zip(steps, weights(request.guidance, steps), scales, strict=True)
-    return Plan(tuple(replace(step, guidance=w, adapters=scale) for step, w, scale in columns), init_noise)
+    strengths = request.adapter_schedule
+    if not isinstance(strengths, tuple):
+        strengths = (strengths,) * len(steps)
+    elif len(strengths) != len(steps):
+        raise RequestError(f"adapter_schedule has {len(strengths)} numbers for {len(steps)} network evaluations")
+    by_control = [scales(control, steps) for control in request.controls]
+    controls = list(zip(*by_control, strict=True)) if by_control else [()] * len(steps)
+    columns = zip(steps, weights(request.guidance, steps), strengths, controls, strict=True)
+    steps = tuple(replace(step, guidance=w, adapters=s, control=scale) for step, w, s, scale in columns)
+    reused = zip(steps, variants(parse_reuse(request.reuse), steps), strict=True)
+    return Plan(tuple(replace(step, reuse=variant) for step, variant in reused), init_noise)
 
 
 def describe(plan: Plan) -> list[dict[str, object]]:
