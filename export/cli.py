@@ -117,6 +117,7 @@ def verify_command(
     tokenizer: Tokenizer = None,
     prediction_type: PredictionType = None,
     lora: Loras = None,
+    control: Controls = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Compare a bundle with diffusers and store the verdict in it. Exit code 1 if it fails."""
@@ -130,6 +131,7 @@ def verify_command(
         tokenizer=tokenizer,
         prediction_type=prediction_type,
         loras=[file_and_strength(text) for text in lora or ()],
+        controls=parse_controls(control),
         backends=backend or (),
         precisions=precision or (),
         prompts=prompt or PROMPTS,

@@ -1,6 +1,6 @@
 """Proof that a bundle equals its source: the same prompts and noise through diffusers' pipeline and through the engine.
 
-    component    each network on the same inputs, relative L2 error of its outputs
+    component    each network on the same inputs, relative L2 error of its outputs (ControlNets: parity_control.py)
     step         the latents after the first step
     trajectory   the latents after every step, the worst one
     image        PSNR of the 8-bit image; finite, and not one flat colour unless the reference is
@@ -12,7 +12,7 @@ the reference against itself with one thread, which sums in another order: no en
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +24,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import CLIPTokenizer
 
+from stepforge.export import parity_control
 from stepforge.export.checkpoint import Source, load
 from stepforge.export.merge import read_all, with_adapters
 from stepforge.runtime.adapters import no_adapter
 from stepforge.runtime.backends import AUTO, Arrays, Backend, Graph, open_backend
 from stepforge.runtime.bundle import Bundle, read, write_manifest
+from stepforge.runtime.control import Control, no_residuals
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.errors import BackendError, CheckpointError
 from stepforge.runtime.request import Progress, Request
@@ -90,6 +92,7 @@ def verify(
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
     loras: Sequence[tuple[Path, float]] = (),
+    controls: Mapping[str, str | Path] | None = None,
     backends: Sequence[str] = (),
     precisions: Sequence[str] = (),
     prompts: Sequence[str] = PROMPTS,
@@ -101,7 +104,8 @@ def verify(
 ) -> dict[str, Any]:
     """Run every check and return the verdict, which is also stored in the bundle.
 
-    loras: what the bundle has merged; the reference gets them merged too. backends, precisions: all that this machine can
+    loras: what the bundle has merged; the reference gets them merged too. controls: the bundle's ControlNets, each of which
+    draws the first prompt with a drawn hint, as `parity_control` says. backends, precisions: all that this machine can
     run unless given. Raises BundleError, CheckpointError, AdapterError, BackendError.
     """
     bundle = read(bundle_path)
@@ -112,6 +116,7 @@ def verify(
     if (merged := bundle.source.get("adapters", [])) != source.provenance.get("adapters", []):
         needed = " ".join(f"--lora {one['file']}:{one['strength']:g}" for one in merged) or "no --lora"
         raise CheckpointError(f"{bundle_path} was exported with other adapters; verify it with {needed}")
+    nets = parity_control.sources(bundle, source, controls or {})
     configurations = list(_configurations(bundle, backends, precisions))
     progress("reference: loading")
     pipeline = reference_pipeline(source)
@@ -124,10 +129,30 @@ def verify(
     torch.set_num_threads(1)
     again = run_reference(pipeline, prompts[0], bundle, steps, guidance, seed)
     torch.set_num_threads(threads)
+    hint = parity_control.drawn_hint(bundle)
+    shown: dict[str, Reference] = {}
+    for net in nets:
+        progress(f"reference: ControlNet {net.name}")
+        controlled = parity_control.pipeline_with(pipeline, net)
+        shown[net.name] = run_reference(controlled, prompts[0], bundle, steps, guidance, seed, image=hint)
     checks: list[Check] = []
     for backend, precision in configurations:
         progress(f"{backend} {precision}")
-        checks += _check(bundle, pipeline, references, backend, precision, prompts, steps, guidance, seed)
+        opened = _OpenOnce(open_backend(backend, bundle, precision=precision))
+        limits = LIMITS["bf16" if precision == "bf16" else bundle.precision]
+        with Engine(bundle, opened) as engine:
+            values = list(component_errors(bundle, pipeline, opened, references[0], prompts[0], steps, engine))
+            for net in nets:
+                values += parity_control.component_errors(bundle, net, opened, references[0], steps, engine, hint)
+            for name, value in values:
+                passed = value <= limits.component
+                checks.append(Check(backend, precision, "component", name, value, limits.component, passed))
+            options: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed, "prompt_syntax": "plain"}
+            for prompt, reference in zip(prompts, references, strict=True):
+                checks += _check(engine, Request(prompt=prompt, **options), reference, prompt, limits)
+            for name, reference in shown.items():
+                request = Request(prompt=prompts[0], controls=(Control(name=name, image=hint),), **options)
+                checks += _check(engine, request, reference, f"with ControlNet {name}", limits)
     verdict = _verdict(checks, references[0], again, prompts, steps, guidance, seed)
     if store:
         write_manifest(replace(bundle, verdict=verdict))
@@ -179,7 +204,9 @@ def reference_pipeline(source: Source) -> Any:
     return pipeline
 
 
-def run_reference(pipeline: Any, prompt: str, bundle: Bundle, steps: int, guidance: float, seed: int) -> Reference:
+def run_reference(
+    pipeline: Any, prompt: str, bundle: Bundle, steps: int, guidance: float, seed: int, **more: Any
+) -> Reference:
     """One image of the reference, with the latents after every step."""
     trajectory: list[Array] = []
 
@@ -196,6 +223,7 @@ def run_reference(pipeline: Any, prompt: str, bundle: Bundle, steps: int, guidan
         generator=torch.Generator().manual_seed(seed),
         callback_on_step_end=note,
         output_type="np",
+        **more,
     )
     return Reference(trajectory, (output.images[0] * 255).round().astype(np.uint8))
 
@@ -217,42 +245,25 @@ class _OpenOnce:
         return self._graphs[component]
 
 
-def _check(
-    bundle: Bundle,
-    pipeline: Any,
-    references: Sequence[Reference],
-    backend: str,
-    precision: str,
-    prompts: Sequence[str],
-    steps: int,
-    guidance: float,
-    seed: int,
-) -> Iterator[Check]:
-    limits = LIMITS["bf16" if precision == "bf16" else bundle.precision]
-    opened = _OpenOnce(open_backend(backend, bundle, precision=precision))
+def _check(engine: Engine, request: Request, reference: Reference, name: str, limits: Limits) -> Iterator[Check]:
+    """A request's latents and image against the reference's."""
+    backend, precision = engine.backend.name, engine.backend.precision
+    ours: list[Array] = []
 
-    def error(level: str, name: str, value: float, limit: float) -> Check:
-        return Check(backend, precision, level, name, value, limit, value <= limit)
+    def note(progress: Progress) -> None:
+        ours.append(progress.latents())
 
-    with Engine(bundle, opened) as engine:
-        for name, value in component_errors(bundle, pipeline, opened, references[0], prompts[0], steps, engine):
-            yield error("component", name, value, limits.component)
-        for prompt, reference in zip(prompts, references, strict=True):
-            ours: list[Array] = []
-
-            def note(progress: Progress, latents: list[Array] = ours) -> None:
-                latents.append(progress.latents())
-
-            request = Request(prompt=prompt, steps=steps, guidance=guidance, seed=seed, prompt_syntax="plain")
-            image = np.asarray(engine.generate(request, on_step=note).images[0])
-            if len(ours) != len(reference.latents):
-                raise CheckpointError(f"the reference ran {len(reference.latents)} evaluations, the plan {len(ours)}")
-            errors = [relative_error(a, b) for a, b in zip(ours, reference.latents, strict=True)]
-            yield error("step", prompt, errors[0], limits.step)
-            yield error("trajectory", prompt, max(errors), limits.trajectory)
-            quality = psnr(image, reference.image)
-            flat = np.ptp(image) == 0 and np.ptp(reference.image) > 0
-            yield Check(backend, precision, "image", prompt, quality, limits.psnr, quality >= limits.psnr and not flat)
+    image = np.asarray(engine.generate(request, on_step=note).images[0])
+    if len(ours) != len(reference.latents):
+        raise CheckpointError(f"the reference ran {len(reference.latents)} evaluations, the plan {len(ours)}")
+    errors = [relative_error(a, b) for a, b in zip(ours, reference.latents, strict=True)]
+    yield Check(backend, precision, "step", name, errors[0], limits.step, errors[0] <= limits.step)
+    yield Check(
+        backend, precision, "trajectory", name, max(errors), limits.trajectory, max(errors) <= limits.trajectory
+    )
+    quality = psnr(image, reference.image)
+    flat = np.ptp(image) == 0 and np.ptp(reference.image) > 0
+    yield Check(backend, precision, "image", name, quality, limits.psnr, quality >= limits.psnr and not flat)
 
 
 @torch.no_grad()
@@ -287,7 +298,7 @@ def component_errors(
         timestep = torch.full((2,), step.t)
         inputs = {
             "sample": sample.numpy(), "timestep": timestep.numpy(), "encoder_hidden_states": context.numpy(),
-            **_no_adapter(bundle, "denoiser/unet"),
+            **_no_adapter(bundle, "denoiser/unet"), **no_residuals(bundle.components["denoiser/unet"]),
         }  # fmt: skip
         conditions = {}
         if pooled is not None:

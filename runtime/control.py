@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays, Backend, Graph
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import Bundle, Component
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Step
 
@@ -76,6 +76,15 @@ def scales(control: Control, steps: Sequence[Step]) -> tuple[float, ...]:
     )
 
 
+def no_residuals(denoiser: Component) -> dict[str, Array]:
+    """The residual inputs of a denoiser when no row has a ControlNet: [1, C, 1, 1] zeros, which cost next to nothing."""
+    return {
+        tensor.name: np.zeros((1, int(tensor.shape[1]), 1, 1), np.float32)
+        for tensor in denoiser.inputs
+        if tensor.name.startswith("residual_")
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Use:
     """One ControlNet in one row of a batch."""
@@ -108,7 +117,7 @@ class Controls:
         return np.array(self._open(f"control/{name}/hint")({"image": image[None]})["hint"][0])
 
     def residuals(self, uses: Sequence[Use], inputs: Arrays, wanted: Sequence[str], variant: str) -> dict[str, Array]:
-        """Sum of the residuals of all uses for each row of `inputs`; [1, C, 1, 1] zeros if nothing is used.
+        """Sum of the residuals of all uses for each row of `inputs`; nothing if nothing is used.
 
         inputs: what the denoiser reads, before residuals. wanted: the denoiser's residual inputs. variant: its own.
         Each ControlNet is called once for all its rows, and again only for a second use in one row.

@@ -17,7 +17,7 @@ from stepforge.runtime.adapters import Adapters, row_inputs
 from stepforge.runtime.backends import Arrays, Backend, Graph
 from stepforge.runtime.bundle import Bundle, Component
 from stepforge.runtime.conditioning import Condition
-from stepforge.runtime.control import Controls, Use
+from stepforge.runtime.control import Controls, Use, no_residuals
 from stepforge.runtime.planner import Size
 from stepforge.runtime.slot import Slot
 
@@ -108,16 +108,15 @@ class Denoisers:
         return inputs
 
     def _residuals(self, rows: Sequence[Row], entry: Component, inputs: Arrays, variant: str) -> dict[str, Array]:
-        wanted = {t.name: t for t in entry.inputs if t.name.startswith("residual_")}
-        if not wanted:
+        zeros = no_residuals(entry)
+        if not zeros:
             return {}
         uses = [use for r, row in enumerate(rows) for use in _uses(r, row)]
-        found = self.controls.residuals(uses, inputs, list(wanted), variant)
+        found = self.controls.residuals(uses, inputs, list(zeros), variant)
         for use in uses:
             counted = rows[use.row].slot.job.rows
             label = f"control/{use.name}" + (f".{variant}" if variant == "deepcache" else "")
             counted[label] = counted.get(label, 0) + 1
-        zeros = {name: np.zeros((1, int(t.shape[1]), 1, 1), np.float32) for name, t in wanted.items()}
         return {**zeros, **found}
 
 

@@ -54,7 +54,9 @@ class OpenVino:
             "PERFORMANCE_HINT": "LATENCY",
         }
         if self._cache is not None:
-            config["CACHE_DIR"] = str(self._cache)
+            # One folder a precision: OpenVINO takes a network compiled for f32 out of the cache for bf16 (2026.4.1,
+            # LOADED_FROM_CACHE on the first bf16 compilation), whose results are then NaN, or the process ends.
+            config["CACHE_DIR"] = str(self._cache / precision)
         try:
             network = self._bundle.file(entry.graph)
             if banks and precision == "bf16":
