@@ -249,7 +249,7 @@ def known_options(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in inspect.signature(cls).parameters if key in config and not key.startswith("_")}
 
 
-def _build(cls: type, config: Mapping[str, Any]) -> Any:
+def empty_network(cls: type, config: Mapping[str, Any]) -> Any:
     """A network without memory for its weights; its buffers are real."""
     named = config.get("_class_name", cls.__name__)
     if named != cls.__name__:
@@ -275,7 +275,7 @@ def empty_unet(config: Mapping[str, Any]) -> Any:
             f"the UNet has {config['in_channels']} input channels; only text-to-image models, whose input and output "
             "have equal channels, are supported (not inpainting)"
         )
-    return _build(UNet2DConditionModel, config)
+    return empty_network(UNet2DConditionModel, config)
 
 
 def empty_vae(config: Mapping[str, Any]) -> Any:
@@ -284,7 +284,7 @@ def empty_vae(config: Mapping[str, Any]) -> Any:
     for option in ("latents_mean", "latents_std", "shift_factor"):
         if config.get(option):
             raise CheckpointError(f"the VAE has {option}, which stepforge does not support")
-    return _build(AutoencoderKL, config)
+    return empty_network(AutoencoderKL, config)
 
 
 def empty_clip(config: Mapping[str, Any], *, projection: bool) -> Any:
