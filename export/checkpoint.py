@@ -205,8 +205,11 @@ def weight_files(folder: Path) -> list[Path]:
 def check_safetensors(path: Path) -> None:
     """Refuse pickle by its first bytes, whatever the file is called."""
     with path.open("rb") as file:
-        magic = file.read(8)
-    if magic[:2] == b"PK" or magic[:1] == b"\x80" or path.suffix in PICKLES:
+        magic = file.read(9)
+    # safetensors begins with the length of its header in eight bytes, then {: any first byte is possible, 0x80 and PK as well
+    header = magic[8:] == b"{" and int.from_bytes(magic[:8], "little") < path.stat().st_size
+    pickled = not header and (magic[:2] == b"PK" or magic[:1] == b"\x80")
+    if pickled or path.suffix in PICKLES:
         raise CheckpointError(f"{path} is a pickle file; {ONLY_SAFETENSORS}")
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file; {ONLY_SAFETENSORS}")
