@@ -62,11 +62,13 @@ class Denoisers:
         inputs = self._inputs(rows)
         if self._adapters.banks(network) is not None:
             inputs |= row_inputs([row.slot.job.bank_slot for row in rows], [row.slot.adapter_strength for row in rows])
-        inputs |= self._residuals(rows, entry, inputs, step.reuse)
+        uses = self._uses(rows, entry)
+        inputs |= self._residuals(uses, entry, inputs, step.reuse)
         inputs |= _reused(rows, entry)
         known = {tensor.name for tensor in entry.inputs}
         graph = self._open(name)
         outputs = graph({key: value for key, value in inputs.items() if key in known} if known else inputs)
+        _count(uses, rows, step.reuse)  # after the call: one that fails is repeated
         _keep(rows, outputs)
         return outputs["prediction"]
 
@@ -107,17 +109,19 @@ class Denoisers:
         self._packed = (key, inputs, conditions)  # holds the conditions, so that ids stay theirs
         return inputs
 
-    def _residuals(self, rows: Sequence[Row], entry: Component, inputs: Arrays, variant: str) -> dict[str, Array]:
+    def _uses(self, rows: Sequence[Row], entry: Component) -> list[Use]:
+        return [use for r, row in enumerate(rows) for use in _uses(r, row)] if no_residuals(entry) else []
+
+    def _residuals(self, uses: Sequence[Use], entry: Component, inputs: Arrays, variant: str) -> dict[str, Array]:
         zeros = no_residuals(entry)
-        if not zeros:
-            return {}
-        uses = [use for r, row in enumerate(rows) for use in _uses(r, row)]
-        found = self.controls.residuals(uses, inputs, list(zeros), variant)
-        for use in uses:
-            counted = rows[use.row].slot.job.rows
-            label = f"control/{use.name}" + (f".{variant}" if variant == "deepcache" else "")
-            counted[label] = counted.get(label, 0) + 1
-        return {**zeros, **found}
+        return {**zeros, **self.controls.residuals(uses, inputs, list(zeros), variant)}
+
+
+def _count(uses: Sequence[Use], rows: Sequence[Row], variant: str) -> None:
+    for use in uses:
+        counted = rows[use.row].slot.job.rows
+        label = f"control/{use.name}" + (f".{variant}" if variant == "deepcache" else "")
+        counted[label] = counted.get(label, 0) + 1
 
 
 def _uses(r: int, row: Row) -> list[Use]:
