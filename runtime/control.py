@@ -119,6 +119,10 @@ class Controls:
                 have = f"it has {', '.join(known)}" if known else "it was exported without any (--control NAME=DIR)"
                 raise RequestError(f"the bundle has no ControlNet {name!r}; {have}")
 
+    def cond_only(self, control: Control) -> bool:
+        """Whether it runs in conditional rows only: in guess mode, which diffusers' pipelines turn on for pooled residuals."""
+        return control.guess_mode or self._bundle.controls[control.name].global_pool
+
     def hint(self, name: str, image: Array) -> Array:
         """An image [3, height, width] in 0..1 through the hint encoder: [C, h, w]. Runs once for a request."""
         return np.array(self._open(f"control/{name}/hint")({"image": image[None]})["hint"][0])

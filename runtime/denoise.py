@@ -110,7 +110,17 @@ class Denoisers:
         return inputs
 
     def _uses(self, rows: Sequence[Row], entry: Component) -> list[Use]:
-        return [use for r, row in enumerate(rows) for use in _uses(r, row)] if no_residuals(entry) else []
+        return [use for r, row in enumerate(rows) for use in self._uses_of(r, row)] if no_residuals(entry) else []
+
+    def _uses_of(self, r: int, row: Row) -> list[Use]:
+        """The ControlNets of one row in its step."""
+        uses: list[Use] = []
+        job = row.slot.job
+        for control, hint, scale in zip(job.request.controls, job.hints, row.slot.step.control, strict=True):
+            if scale and (row.is_cond or not self.controls.cond_only(control)):
+                turn = sum(use.name == control.name for use in uses)
+                uses.append(Use(r, control.name, turn, hint, scale, control.guess_mode))
+        return uses
 
     def _residuals(self, uses: Sequence[Use], entry: Component, inputs: Arrays, variant: str) -> dict[str, Array]:
         zeros = no_residuals(entry)
@@ -122,17 +132,6 @@ def _count(uses: Sequence[Use], rows: Sequence[Row], variant: str) -> None:
         counted = rows[use.row].slot.job.rows
         label = f"control/{use.name}" + (f".{variant}" if variant == "deepcache" else "")
         counted[label] = counted.get(label, 0) + 1
-
-
-def _uses(r: int, row: Row) -> list[Use]:
-    """The ControlNets of one row in its step."""
-    uses: list[Use] = []
-    controls = row.slot.job.request.controls
-    for control, hint, scale in zip(controls, row.slot.job.hints, row.slot.step.control, strict=True):
-        if scale and (row.is_cond or not control.guess_mode):
-            turn = sum(use.name == control.name for use in uses)
-            uses.append(Use(r, control.name, turn, hint, scale, control.guess_mode))
-    return uses
 
 
 def _reused(rows: Sequence[Row], entry: Component) -> dict[str, Array]:
