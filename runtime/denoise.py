@@ -6,6 +6,7 @@ activations. ControlNets run first, for the rows that name them; their residuals
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from stepforge.runtime.planner import Size
 from stepforge.runtime.slot import Slot
 
 Array = NDArray[np.float32]
+KEPT = re.compile(r"deep|text_\d+")  # inputs of variants; text_embeds is SDXL's pooled prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ def _count(uses: Sequence[Use], rows: Sequence[Row], variant: str) -> None:
 
 def _reused(rows: Sequence[Row], entry: Component) -> dict[str, Array]:
     """Kept activations of the rows' images as inputs of a variant."""
-    names = [t.name for t in entry.inputs if t.name == "deep" or t.name.startswith("text_")]
+    names = [t.name for t in entry.inputs if KEPT.fullmatch(t.name)]
     if not names:
         return {}
     roles: dict[Slot, list[bool]] = {}
