@@ -340,7 +340,7 @@ ARRAY = np.zeros((64, 64, 3), np.uint8)
 BAD: dict[str, tuple[Any, str]] = {
     "unknown name": ({**A, "name": "c"}, "the bundle has no ControlNet 'c'; it has a, b"),
     "scale": ({**A, "scale": 11}, "the scale of ControlNet 'a' is 11; give a number up to"),
-    "scale is nothing": ({**A, "scale": None}, "the scale of ControlNet 'a' is None"),
+    "scale is nothing": ({**A, "scale": None}, "the scale of ControlNet 'a' is (None,); give a number"),
     "scale is text": ({**A, "scale": "much"}, "the scale of ControlNet 'a'"),
     "no scales": ({**A, "scale": []}, "the scale of ControlNet 'a'"),
     "too few scales": ({**A, "scale": [1.0, 0.5]}, f"ControlNet 'a' has 2 scales for {EVALUATIONS} network"),
