@@ -9,7 +9,6 @@ from stepforge.runtime.control import scales
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.guidance import weights
 from stepforge.runtime.guiders import parse as parse_guider
-from stepforge.runtime.guiders import parse as parse_guider
 from stepforge.runtime.plan import Plan, Step, rows_of
 from stepforge.runtime.request import Request
 from stepforge.runtime.reuse import parse as parse_reuse
@@ -75,9 +74,7 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
     ]
     columns = zip(steps, guidance, strengths, controls, strict=True)
     steps = tuple(replace(step, guidance=w, adapters=s, control=scale) for step, w, s, scale in columns)
-    guider = parse_guider(request.guider)
-    run = [replace(step, guidance=1.0) if guider.is_zeroed(step) and step.guidance else step for step in steps]
-    reused = zip(steps, variants(parse_reuse(request.reuse), run), strict=True)
+    reused = zip(steps, variants(parse_reuse(request.reuse), steps), strict=True)
     return Plan(tuple(replace(step, reuse=variant) for step, variant in reused), init_noise)
 
 

@@ -271,9 +271,7 @@ def tiny_sdxl_banks(tiny_sdxl_bundle: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def tiny_sd1_control_bundle(
-    tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], request: pytest.FixtureRequest
-) -> Path:
+def tiny_sd1_control_bundle(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], request: pytest.FixtureRequest) -> Path:
     """Two ControlNets, DeepCache of branch 0, T-GATE and LoRA banks."""
     from stepforge.export.build import BankOptions
     from stepforge.export.rewire import Reuse

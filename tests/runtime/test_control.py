@@ -350,7 +350,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "one sigma": ({**A, "sigma": 5.0}, "give two, the lower first"),
     "guess mode": ({**A, "guess_mode": "yes"}, "give true or false"),
     "name": ({**A, "name": 3}, "the name of a ControlNet is 3; give text"),
-    "unknown key": ({**A, "image": ARRAY, "strength": 1.0}, "a control has no 'strength'; give name and image, and any of preprocessor, scale"),
+    "unknown key": ({**A, "image": ARRAY, "strength": 1.0}, "a control has no 'strength'; give name and image, and"),
     "no image": ({"name": "a"}, "give name and image"),
     "no mapping": ("a", "give name and image"),
     "missing file": ({**A, "image": "nowhere.png"}, "nowhere.png"),

@@ -259,15 +259,19 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_images_are_those_of_the_eager_algorithm(engines, eager, case):
-    """The limit is parity's: the same arithmetic in another order, amplified over the steps."""
+    """The limit is parity's: the same arithmetic in another order, amplified over the steps.
+
+    A random network hardly reads its prompt, so that T-GATE moves the latents by less than that: the error must also be a
+    small part of what reuse changes.
+    """
     request = Request(**{**COMMON, **CASES[case]})
     for engine in engines.values():
         ours = engine.generate(request)
         assert {step.reuse for step in ours.plan.steps} > {""}
         theirs = eager().run(ours.plan, request, contexts(engine, request), pixels(request))
-        assert relative_error(ours.latents[0], theirs) <= LIMITS["fp32"].trajectory
-    whole = engine.generate(replace(request, reuse=""))
-    assert relative_error(whole.latents[0], theirs) > 1e-3  # reuse changes the image: the comparison can fail
+        whole = engine.generate(replace(request, reuse=""))
+        changed = relative_error(whole.latents[0], theirs)
+        assert relative_error(ours.latents[0], theirs) <= min(LIMITS["fp32"].trajectory, changed / 10)
 
 
 @pytest.mark.slow
@@ -287,7 +291,9 @@ def test_reuse_with_a_lora(engines, eager, tiny_sd1, tmp_path):
             for name, value in network.named_parameters():
                 if "lora_" in name:
                     value.normal_().mul_(0.1)
-        states.append({k.replace("base_model.model.", "unet."): v for k, v in get_peft_model_state_dict(network).items()})
+        states.append(
+            {k.replace("base_model.model.", "unet."): v for k, v in get_peft_model_state_dict(network).items()}
+        )
         network.merge_and_unload()
 
     unet = eager(merge)
@@ -345,9 +351,13 @@ def test_variants_hold_no_weights_and_only_what_they_run(tiny_sd1_control_bundle
             nodes.setdefault(name, []).append({w for node in model.graph.node for w in node.input})
             assert {value.name for value in model.graph.input} == {tensor.name for tensor in entry.inputs}
             assert {value.name for value in model.graph.output} == {tensor.name for tensor in entry.outputs}
-    for whole, deepcache, tgate in zip(*(nodes[f"denoiser/unet{v}"] for v in ("", ".deepcache", ".tgate")), strict=True):
+    for whole, deepcache, tgate in zip(
+        *(nodes[f"denoiser/unet{v}"] for v in ("", ".deepcache", ".tgate")), strict=True
+    ):
         read_by = {"": whole, D: deepcache, T: tgate}
-        cross = {v: {w for w in read if ".attn2." in w and w.endswith(("weight", "bias"))} for v, read in read_by.items()}
+        cross = {
+            v: {w for w in read if ".attn2." in w and w.endswith(("weight", "bias"))} for v, read in read_by.items()
+        }
         deep = {v: {w for w in read if w.startswith(("unet.mid_block", "mid_block"))} for v, read in read_by.items()}
         assert cross[""]
         assert not cross[T]
