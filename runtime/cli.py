@@ -220,7 +220,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Print the table of numbers that a request becomes."""
-    from stepforge.runtime.planner import compile_plan, describe
+    from stepforge.runtime.planner import check_variants, compile_plan, describe
     from stepforge.runtime.presets import resolve
     from stepforge.runtime.request import Request
     from stepforge.runtime.schedules import SchedulerCard
@@ -238,6 +238,7 @@ def plan(
     )
     opened = _open(bundle)
     compiled = compile_plan(resolve(request, opened), SchedulerCard.from_dict(opened.scheduler))
+    check_variants(compiled, opened)
     rows = describe(compiled)
     if as_json:
         print(json.dumps({"init_noise": compiled.init_noise, "rows": compiled.rows, "steps": rows}, indent=1))
