@@ -38,6 +38,7 @@ setup(
     install_requires=BASE,
     extras_require={
         "export": EXPORT,
+        "control": ["opencv-python-headless>=4.10"],  # the Canny preprocessor; Apache-2.0, needs numpy only
         "cuda": ["onnxruntime-gpu>=1.23"],
         "tensorrt": ["tensorrt>=10.0"],
         "server": ["fastapi>=0.115", "uvicorn>=0.30"],  # the HTTP front end, not written yet
@@ -52,6 +53,7 @@ setup(
             "lycoris-lora>=3.4",  # the oracle of LyCORIS files
             "triton==3.9.0",  # the kernels in its interpreter, and compiled ahead of time; golden.json is of this version
             "matplotlib>=3.8",  # plots of benchmarks
+            "opencv-python-headless>=4.10",  # as in the extra control
             "fonttools>=4.50",  # the emoji list of the demo's training recipe
             "ruff>=0.8",  # format and lint
             "mypy>=1.13",  # types

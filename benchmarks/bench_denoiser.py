@@ -75,9 +75,10 @@ def our_runner(bundle: Path, backend: str, precision: str) -> tuple[Any, Any]:
     from stepforge.runtime import Request, load
 
     engine = load(bundle, backend=backend, precision=precision)
+    denoiser = engine.backend.open("denoiser/unet")
 
     def one_pass(size: int) -> np.ndarray:
-        return np.array(engine._denoisers["unet"](inputs(size))["prediction"])
+        return np.array(denoiser(inputs(size))["prediction"])
 
     def image(size: int, steps: int) -> None:
         engine.generate(Request(prompt=PROMPT, width=size, height=size, steps=steps, guidance=7.5))

@@ -205,8 +205,11 @@ def weight_files(folder: Path) -> list[Path]:
 def check_safetensors(path: Path) -> None:
     """Refuse pickle by its first bytes, whatever the file is called."""
     with path.open("rb") as file:
-        magic = file.read(8)
-    if magic[:2] == b"PK" or magic[:1] == b"\x80" or path.suffix in PICKLES:
+        magic = file.read(9)
+    # safetensors begins with the length of its header in eight bytes, then {: any first byte is possible, 0x80 and PK as well
+    header = magic[8:] == b"{" and int.from_bytes(magic[:8], "little") < path.stat().st_size
+    pickled = not header and (magic[:2] == b"PK" or magic[:1] == b"\x80")
+    if pickled or path.suffix in PICKLES:
         raise CheckpointError(f"{path} is a pickle file; {ONLY_SAFETENSORS}")
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file; {ONLY_SAFETENSORS}")
@@ -249,7 +252,7 @@ def known_options(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in inspect.signature(cls).parameters if key in config and not key.startswith("_")}
 
 
-def _build(cls: type, config: Mapping[str, Any]) -> Any:
+def empty_network(cls: type, config: Mapping[str, Any]) -> Any:
     """A network without memory for its weights; its buffers are real."""
     named = config.get("_class_name", cls.__name__)
     if named != cls.__name__:
@@ -275,7 +278,7 @@ def empty_unet(config: Mapping[str, Any]) -> Any:
             f"the UNet has {config['in_channels']} input channels; only text-to-image models, whose input and output "
             "have equal channels, are supported (not inpainting)"
         )
-    return _build(UNet2DConditionModel, config)
+    return empty_network(UNet2DConditionModel, config)
 
 
 def empty_vae(config: Mapping[str, Any]) -> Any:
@@ -284,7 +287,7 @@ def empty_vae(config: Mapping[str, Any]) -> Any:
     for option in ("latents_mean", "latents_std", "shift_factor"):
         if config.get(option):
             raise CheckpointError(f"the VAE has {option}, which stepforge does not support")
-    return _build(AutoencoderKL, config)
+    return empty_network(AutoencoderKL, config)
 
 
 def empty_clip(config: Mapping[str, Any], *, projection: bool) -> Any:

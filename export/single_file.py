@@ -23,6 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
+CONTROL = ("control_model.", "input_hint_block.", "controlnet_cond_embedding.")
 SD1_TEXT = "cond_stage_model.transformer."
 SD2_TEXT = "cond_stage_model.model."
 XL_TEXT = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
@@ -96,10 +97,14 @@ def detect(path: Path, shapes: Shapes) -> str:
         raise CheckpointError(
             f"{path} is a LoRA adapter, not a model; export its base model and add the adapter to that"
         )
+    if any(key.startswith(CONTROL) for key in shapes):
+        raise CheckpointError(
+            f"{path} is a ControlNet; export its base model and give this file with --control NAME=FILE"
+        )
     if not any(key.startswith(UNET) for key in shapes):
         raise CheckpointError(f"{path} has no {UNET}* weights; expected an SD 1, SD 2 or SDXL checkpoint, or a folder")
-    if any(key.startswith("control_model.") for key in shapes) or "edm_mean" in shapes:
-        raise CheckpointError(f"{path} is a ControlNet or Playground checkpoint; supported: SD 1, SD 2 and SDXL models")
+    if "edm_mean" in shapes:
+        raise CheckpointError(f"{path} is a Playground checkpoint; supported: SD 1, SD 2 and SDXL models")
     for family in ("sdxl", "sd2", "sd1"):
         if all(any(key.startswith(prefix) for key in shapes) for prefix in _text_prefixes(family)):
             break

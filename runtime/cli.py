@@ -138,7 +138,10 @@ def generate(
         typer.Option(metavar="NAME=IMAGE[:SCALE]", help="Use this ControlNet of the bundle; repeatable, they add up."),
     ] = None,
     preprocessor: Annotated[
-        str, typer.Option(help="Makes hints of the images: none, canny, canny(LOW,HIGH), silhouette.")
+        str,
+        typer.Option(
+            help="Makes hints of the images: canny, canny(100,200), silhouette; +crop or +fill keeps proportions."
+        ),
     ] = "none",
     control_window: Annotated[str, typer.Option(help="Where ControlNets run, in fractions of the steps.")] = "0..1",
     guess_mode: Annotated[

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stepforge.runtime import preprocess
 from stepforge.runtime.backends import Arrays, Backend, Graph
 from stepforge.runtime.bundle import Bundle, Component
 from stepforge.runtime.errors import RequestError
@@ -39,6 +40,7 @@ class Control:
         what = f"ControlNet {self.name!r}"
         if not isinstance(self.name, str):
             raise RequestError(f"the name of a ControlNet is {self.name!r}; give text")
+        preprocess.parse(self.preprocessor)
         if not isinstance(self.scale, int | float):
             object.__setattr__(self, "scale", tuple(self.scale))
         scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)

@@ -163,7 +163,7 @@ class Engine:
                 job = self._waiting.popleft()
             if job.is_over:
                 continue
-            started = time.perf_counter()
+            started, stage = time.perf_counter(), "prompt"
             try:
                 if job.adapters is not None:
                     bank_slot = self.adapters.acquire(job.adapters, {slot.job.bank_slot for slot in self._running})
@@ -181,11 +181,12 @@ class Engine:
                     request.prompt, negative, request.prompt_syntax, job.adapters, job.bank_slot
                 )
                 job.rows["text_encoder"] = self._conditioner.rows - before
+                stage = "hint encoder"
                 self._make_hints(job)
                 shape = job.size.latents(self.bundle.card)
                 self._running += [Slot(job, index, shape) for index in range(job.request.images)]
             except Exception as error:
-                job.settle(error if isinstance(error, StepforgeError) else GenerationError(_reason("prompt", error)))
+                job.settle(error if isinstance(error, StepforgeError) else GenerationError(_reason(stage, error)))
             job.seconds["prompt"] += time.perf_counter() - started
 
     def _make_hints(self, job: Job) -> None:

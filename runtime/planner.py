@@ -8,6 +8,7 @@ from stepforge.runtime.bundle import ModelCard
 from stepforge.runtime.control import scales
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.guidance import weights
+from stepforge.runtime.guiders import parse as parse_guider
 from stepforge.runtime.plan import Plan, Step, rows_of
 from stepforge.runtime.request import Request
 from stepforge.runtime.reuse import parse as parse_reuse
@@ -66,7 +67,12 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
         raise RequestError(f"adapter_schedule has {len(strengths)} numbers for {len(steps)} network evaluations")
     by_control = [scales(control, steps) for control in request.controls]
     controls = list(zip(*by_control, strict=True)) if by_control else [()] * len(steps)
-    columns = zip(steps, weights(request.guidance, steps), strengths, controls, strict=True)
+    guider = parse_guider(request.guider)
+    guidance = [
+        1.0 if guider.is_zeroed(step) and rows_of(w) == 2 else w
+        for step, w in zip(steps, weights(request.guidance, steps), strict=True)
+    ]
+    columns = zip(steps, guidance, strengths, controls, strict=True)
     steps = tuple(replace(step, guidance=w, adapters=s, control=scale) for step, w, s, scale in columns)
     reused = zip(steps, variants(parse_reuse(request.reuse), steps), strict=True)
     return Plan(tuple(replace(step, reuse=variant) for step, variant in reused), init_noise)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepforge.export.build import check_out, export_bundle, staged
-from stepforge.export.checkpoint import load
+from stepforge.export.checkpoint import load, opened
 from stepforge.runtime.errors import BundleError, CheckpointError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -148,6 +148,19 @@ def test_pickle_under_another_name(model: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(single, "w") as archive:  # what torch.save writes
         archive.writestr("data.pkl", b"")
     refuse(single, "is a pickle file")
+
+
+@pytest.mark.parametrize("start", [b"\x80", b"PK"])
+def test_header_lengths_that_begin_like_pickle(tmp_path: Path, start: bytes) -> None:
+    """The first bytes of safetensors are a number; one file in 32 begins with 0x80."""
+    path = tmp_path / "model.safetensors"
+    for padding in range(0, 40_000, 8):
+        save_file({"a": torch.zeros(1)}, path, {"padding": " " * padding})
+        if path.read_bytes().startswith(start):
+            break
+    assert path.read_bytes().startswith(start)
+    with opened(path) as file:
+        assert list(file.keys()) == ["a"]
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.gguf"])
