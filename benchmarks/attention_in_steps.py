@@ -251,7 +251,7 @@ def plot(report: dict[str, Any], out: Path) -> None:
     axes[0].plot(range(count + 1), switch["distance to A"], label="distance to A")
     axes[0].plot(range(count + 1), switch["distance to B"], label="distance to B")
     axes[0].set(title="prompt A, from step k on prompt B", xlabel="k", ylabel="distance of the picture")
-    axes[0].legend(loc="upper right" if "taken for A" not in switch else "center right", fontsize=8)
+    axes[0].legend(loc="center left", fontsize=8)
     if "taken for A" in switch:
         share = axes[0].twinx()
         share.plot(range(count + 1), switch["taken for A"], "C0:", label="taken for A")
@@ -265,10 +265,10 @@ def plot(report: dict[str, Any], out: Path) -> None:
     if "mass" in report:
         axes[2].stackplot(range(count), *report["mass"].values(), labels=list(report["mass"]), alpha=0.8)
         axes[2].set(title="where cross-attention looks", xlabel="step", ylabel="share of the attention", ylim=(0, 1))
-        axes[2].legend(fontsize=8, loc="lower left")
+        axes[2].legend(fontsize=8, loc="upper right")
     for axis in axes:
-        axis.set_xlim(0, count)
         axis.set_xticks(range(0, count + 1, max(1, count // 5)))
+        axis.set_xlim(0, count - (axis is not axes[0]))
     figure.tight_layout()
     figure.savefig(out, dpi=110)
 

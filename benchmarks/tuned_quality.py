@@ -2,8 +2,9 @@
 
 Draws the demo model's captions with the full plan, with each ingredient of cheaper plans alone, with all of them, and with
 presets of the bundle; scores as emoji_quality.py does. Captions in `--tuned-on`, the file that `stepforge tune` was given, are
-left out. distance: mean of `runtime/tune.py`'s to the full plan's picture of the same caption and seed. lost and won: pictures
-that the full plan gets right and this one wrong, and the other way round. seconds: of denoising an image, in a full batch.
+left out. distance: mean of `runtime/tune.py`'s to the full plan's picture of the same caption and seed. cost: rows, each
+weighed by what a row of its network takes here. lost and won: pictures that the full plan gets right and this one wrong, and
+the other way round.
 """
 
 from __future__ import annotations
@@ -50,14 +51,13 @@ def row(results: list[Result], full: list[Result], wanted: np.ndarray, worth: di
         return found
 
     mine, theirs = right(results), right(full)
-    plan, count = results[0].plan, len(results)
+    plan = results[0].plan
     away = [distance(a.images[0], b.images[0]) for a, b in zip(results, full, strict=True)]
     return {
         "guidance": results[0].request.guidance,
         "reuse": results[0].request.reuse,
         "rows": plan.rows,
         "cost": round(sum(n * worth[label] for label, n in row_counts(plan, results[0].request).items()), 2),
-        "seconds": round(sum(result.stats.seconds["denoise"] for result in results) / count, 4),
         "distance": round(float(np.mean(away)), 4),
         "top1": round(100 * float(mine.mean()), 1),
         "lost": int((theirs & ~mine).sum()),
