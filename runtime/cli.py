@@ -1,4 +1,4 @@
-"""The command line: `stepforge export | verify | generate | plan | info | doctor | lora`.
+"""The command line: `stepforge export | verify | generate | tune | plan | info | doctor | lora`.
 
 Commands only read arguments, call the rooms and print. Commands of the offline room join through the entry point group
 `stepforge.commands`; `lora.convert` there is the command `convert` of the group `lora`. Exit codes: 0 done, 1 it ran and
@@ -20,6 +20,7 @@ import typer
 
 from stepforge.runtime.cli_inputs import parse_adapter, parse_controls, parse_numbers, read_requests
 from stepforge.runtime.cli_lora import lora
+from stepforge.runtime.cli_tune import tune
 from stepforge.runtime.errors import RequestError, StepforgeError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 
 app.add_typer(lora, name="lora")
+app.command()(tune)
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory, or `fake` for a test model.")]
 Steps = Annotated[int, typer.Option("--steps", "-n", help="Denoising steps.")]
