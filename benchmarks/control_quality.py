@@ -2,7 +2,7 @@
 
 A prompt and a plain shape, white on black, give a picture; 20 steps DDIM, guidance 3, ControlNet at scale 1. The emoji and
 background pairs are those that no training saw, one picture each. `unseen shapes` are of kinds that the ControlNet's
-training does not have; `trained shapes` are of its families (`examples/emoji/warps.py`).
+training does not have, though a gear is near its flowers; `trained shapes` are of its families (`examples/emoji/warps.py`).
 
 IoU: the picture's ink, pixels more than 40 of 255 in RGB from the median of its outer 3-pixel frame, against the hint.
 `without` draws the same prompts and seeds at scale 0. `ceiling` is the autoencoder's reconstruction of the emoji pulled into

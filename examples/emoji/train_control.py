@@ -127,7 +127,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, default=here / "model")
     parser.add_argument("--run", type=Path, default=Path("runs/emoji/control"), help="checkpoints; resumes from here")
     parser.add_argument("--out", type=Path, default=here / "control/silhouette")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=3300)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--pool", type=int, default=6000, help="warped pictures held at a time")
