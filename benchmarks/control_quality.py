@@ -1,4 +1,4 @@
-"""What the demo ControlNet does: `python benchmarks/control_quality.py`.
+"""What the demo ControlNet does: `python benchmarks/control_quality.py out/emoji.bundle`.
 
 A prompt and a plain shape, white on black, give a picture; 20 steps DDIM, guidance 3, ControlNet at scale 1. The emoji and
 background pairs are those that no training saw, one picture each. `unseen shapes` are of kinds that the ControlNet's
@@ -28,11 +28,12 @@ from emoji_quality import ROOT, background
 from harness import machine
 from PIL import Image
 
+from stepforge.runtime import Engine, Request, load
+
 sys.path.append(str(ROOT / "examples" / "emoji"))
 from data import BACKGROUNDS, Picture, emoji, gallery, pictures
 from warps import TRAINED_SHAPES, UNSEEN_SHAPES, Warp, composite, plain_hint, warp
 
-CONTROL = ROOT / "examples/emoji/control/silhouette"
 FAR = 40.0  # of 255, Euclidean in RGB
 COLOURS = list(BACKGROUNDS)
 SHAPES = TRAINED_SHAPES | UNSEEN_SHAPES
@@ -58,38 +59,20 @@ def hint(shape: str) -> np.ndarray:
     return plain_hint(SHAPES[shape])
 
 
-@cache
-def pipeline(control: Path):
-    import torch
-    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-
-    pipe = StableDiffusionControlNetPipeline.from_pretrained(
-        MODEL, controlnet=ControlNetModel.from_pretrained(control).float(), safety_checker=None, dtype=torch.float32
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def draw(asks: list[Ask], control: Path) -> np.ndarray:
-    """uint8 [n, 64, 64, 3]; the asks share one scale."""
-    import torch
-
-    out = []
-    for first in range(0, len(asks), 32):
-        chunk = asks[first : first + 32]
-        images = pipeline(control)(
-            [ask.picture.caption for ask in chunk],
-            image=[Image.fromarray(ask.hint) for ask in chunk],
-            generator=[torch.Generator().manual_seed(ask.seed) for ask in chunk],
-            controlnet_conditioning_scale=chunk[0].scale,
-            num_inference_steps=20,
-            guidance_scale=3.0,
-            height=64,
-            width=64,
-            output_type="np",
-        ).images
-        out.append(images)
-    return (np.concatenate(out) * 255).round().astype(np.uint8)
+def draw(asks: list[Ask], engine: Engine) -> np.ndarray:
+    """uint8 [n, 64, 64, 3]. Scale 0 runs without the ControlNet."""
+    requests = [
+        Request(
+            prompt=ask.picture.caption,
+            seed=ask.seed,
+            steps=20,
+            sampler="ddim",
+            guidance=3.0,
+            controls=({"name": "silhouette", "image": ask.hint, "scale": ask.scale},),
+        )
+        for ask in asks
+    ]
+    return np.stack([np.asarray(result.images[0]) for result in engine.generate(requests)])
 
 
 def ink_mask(images: np.ndarray) -> np.ndarray:
@@ -113,11 +96,12 @@ def pulled(shape: str) -> np.ndarray:
     return composite(ink.repeat_interleave(len(COLOURS), 0), COLOURS * len(emoji()))
 
 
-def reconstruct(images: np.ndarray, control: Path) -> np.ndarray:
+def reconstruct(images: np.ndarray) -> np.ndarray:
     """Through the autoencoder alone."""
     import torch
+    from diffusers import AutoencoderKL
 
-    vae, out = pipeline(control).vae, []
+    vae, out = AutoencoderKL.from_pretrained(MODEL / "vae", local_files_only=True).float().eval(), []
     with torch.no_grad():
         for chunk in torch.from_numpy(images).permute(0, 3, 1, 2).split(64):
             decoded = vae.decode(vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode()).sample.clamp(-1, 1)
@@ -164,20 +148,20 @@ def truth(asks: list[Ask]) -> np.ndarray:
     )
 
 
-def report(asks: list[Ask], control: Path) -> dict[str, dict]:
-    images = draw(asks, control)
+def report(asks: list[Ask], engine: Engine) -> dict[str, dict]:
+    images = draw(asks, engine)
     by_shape = {
         shape: round(float(iou(images, asks)[[ask.shape == shape for ask in asks]].mean()), 3)
         for shape in dict.fromkeys(ask.shape for ask in asks)
     }
     return {
         "with": score(images, asks) | {"IoU by shape": by_shape},
-        "without": score(draw([replace(ask, scale=0.0) for ask in asks], control), asks),
-        "ceiling": score(reconstruct(truth(asks), control), asks),
+        "without": score(draw([replace(ask, scale=0.0) for ask in asks], engine), asks),
+        "ceiling": score(reconstruct(truth(asks)), asks),
     }
 
 
-def sheet(path: Path, control: Path) -> None:
+def sheet(path: Path, engine: Engine) -> None:
     """Hints across, prompts down; the first row and column are the hints, and the prompts without one."""
     shapes = list(SHAPES)
     names = [row.name for row in emoji()]
@@ -185,8 +169,8 @@ def sheet(path: Path, control: Path) -> None:
     for k, name in enumerate(SHEET):
         picture = Picture(names.index(name), COLOURS[(3 * k + 6) % len(COLOURS)], held_out=False)
         asks.append([Ask(picture, shape, 40 + k) for shape in shapes])
-    alone = draw([replace(row[0], scale=0.0) for row in asks], control)
-    drawn = draw([ask for row in asks for ask in row], control).reshape(len(asks), len(shapes), 64, 64, 3)
+    alone = draw([replace(row[0], scale=0.0) for row in asks], engine)
+    drawn = draw([ask for row in asks for ask in row], engine).reshape(len(asks), len(shapes), 64, 64, 3)
     top = [np.zeros((64, 64, 3), np.uint8), *(ask.hint for ask in asks[0])]
     rows = [np.concatenate([first, *row], 1) for first, row in zip(alone, drawn, strict=True)]
     picture = Image.fromarray(np.concatenate([np.concatenate(top, 1), *rows]))
@@ -195,7 +179,8 @@ def sheet(path: Path, control: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--control", type=Path, default=CONTROL, help="the ControlNet's folder")
+    parser.add_argument("bundle", type=Path, help="the demo model with its ControlNet, as `make demo` exports it")
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument(
         "--count", type=int, default=257, help="held-out pairs in unseen shapes; half as many in trained ones"
     )
@@ -203,20 +188,22 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write a picture: prompts down, hints across")
     args = parser.parse_args()
 
-    if args.count:
-        figures = {
-            "steps": 20,
-            "guidance": 3,
-            "scale": 1.0,
-            "unseen shapes": report(choose(list(UNSEEN_SHAPES), args.count, 17), args.control),
-            "trained shapes": report(choose(list(TRAINED_SHAPES), args.count // 2, 18), args.control),
-            "machine": machine(),
-        }
-        print(json.dumps(figures, indent=1))
-        if args.out:
-            args.out.write_text(json.dumps(figures, indent=1) + "\n")
-    if args.sheet:
-        sheet(args.sheet, args.control)
+    with load(args.bundle, precision=args.precision) as engine:
+        if args.count:
+            figures = {
+                "backend": f"{engine.backend.name} {engine.backend.precision}",
+                "steps": 20,
+                "guidance": 3,
+                "scale": 1.0,
+                "unseen shapes": report(choose(list(UNSEEN_SHAPES), args.count, 17), engine),
+                "trained shapes": report(choose(list(TRAINED_SHAPES), args.count // 2, 18), engine),
+                "machine": machine(),
+            }
+            print(json.dumps(figures, indent=1))
+            if args.out:
+                args.out.write_text(json.dumps(figures, indent=1) + "\n")
+        if args.sheet:
+            sheet(args.sheet, engine)
 
 
 if __name__ == "__main__":
