@@ -92,7 +92,7 @@ class LoraPasses:
                 one_hot = made.get(shrink.inputs[0])
                 maps = made.get(one_hot.inputs[0]) if one_hot is not None and one_hot.op == "Conv" else None
                 shrink = made.get(maps.inputs[0]) if maps is not None and maps.op == "Reshape" else None
-                taps = program.constants[one_hot.inputs[1]].shape[1] if one_hot is not None else 1
+                taps = program.constants[_before_cast(made, one_hot.inputs[1])].shape[1] if one_hot is not None else 1
             down = _bank(made, shrink.inputs[0]) if shrink is not None and shrink.op == "MatMul" else None
             source = made.get(shrink.inputs[1]) if shrink is not None and down is not None else None
             if source is None or down is None or source.op != "Reshape" or source.inputs[0] != layer.inputs[0]:
