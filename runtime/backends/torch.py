@@ -74,6 +74,8 @@ class Torch:
         path = self._bundle.file(entry.graph)
         program = read(path)
         run_passes(program, EXACT)
+        if self._device.type == "cpu":
+            run_passes(program, (passes.copy_images,))
         lora = LoraPasses()
         if self.fast:
             run_passes(program, FAST)
@@ -122,13 +124,18 @@ def channels_last(program: Program) -> None:
             weight.data = weight.contiguous(memory_format=torch.channels_last)  # also where it is shared
 
 
+def plain(array: NDArray[Any]) -> NDArray[Any]:
+    """Contiguous and writable, as PyTorch wants what it shares, although nothing here writes to it."""
+    return np.require(array, requirements=["C", "W"])
+
+
 class _Graph:
     def __init__(self, runner: Runner, banks: DeviceBanks) -> None:
         self._runner, self._banks = runner, banks
 
     @torch.inference_mode()
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        given = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+        given = {name: torch.from_numpy(plain(array)) for name, array in inputs.items()}
         results = self._runner({**given, **self._banks.tensors})
         return {name: value.numpy() for name, value in results.items()}
 
@@ -139,11 +146,9 @@ class _CudaGraph:
 
     @torch.inference_mode()
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        plain: AbstractContextManager[Any] = nullcontext()
+        settings: AbstractContextManager[Any] = nullcontext()
         if self._exact_fp32:  # cuDNN rounds fp32 to tf32 unless told otherwise
-            plain = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with plain:
-            found: dict[str, NDArray[np.float32]] = self._runner(
-                {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-            )
+            settings = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with settings:
+            found: dict[str, NDArray[np.float32]] = self._runner({name: plain(a) for name, a in inputs.items()})
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,3 @@ def padded(values: Tensor, view: View | None) -> Tensor:
         return values.contiguous()
     behind = values.ndim - 1 - (1 if "down" in view.kind else 2)  # axes after the ranks
     return F.pad(values, (*(0, 0) * behind, 0, missing))
-
-
-def names(banks: Mapping[str, Any] | None, inputs: Iterable[str]) -> list[str]:
-    return [name for name in inputs if name in (banks or {})]

@@ -39,8 +39,8 @@ def add(x: Value, y: Value) -> Value:
     return x + y
 
 
-def mul(x: Value, y: Value) -> Value:
-    return x * y
+def mul(x: Value, y: Value, *, to: Any = None) -> Value:
+    return x * y if to is None else (x * y).to(to)
 
 
 def div(x: Value, y: Value) -> Value:
@@ -74,8 +74,8 @@ def unsqueeze(x: Value, axes: Value) -> Value:
     return x
 
 
-def transpose(x: Value, *, perm: Sequence[int]) -> Value:
-    return x.permute(tuple(perm))
+def transpose(x: Value, *, perm: Sequence[int], copy: bool = False) -> Value:
+    return x.permute(tuple(perm)).contiguous() if copy else x.permute(tuple(perm))
 
 
 def concat(*values: Value, axis: int) -> Value:

@@ -142,6 +142,20 @@ def fuse_silu(program: Program) -> bool:
     return program.rewrite(match)
 
 
+def copy_images(program: Program) -> bool:
+    """Tokens that become images again are copied, as in diffusers: PyTorch's group norm sums other layouts in another order.
+
+    For the CPU. On CUDA tensor cores want the layout that tokens have.
+    """
+
+    def match(node: Node) -> Node | None:
+        if node.op != "Transpose" or tuple(node.attributes["perm"]) != (0, 3, 1, 2) or "copy" in node.attributes:
+            return None
+        return Node(node.op, node.inputs, node.outputs, {**node.attributes, "copy": True})
+
+    return program.rewrite(match)
+
+
 def fuse_norm_silu(program: Program) -> bool:
     """GroupNorm, with the Silu that alone reads it, to the kernel."""
     made, uses = program.producers(), program.uses()

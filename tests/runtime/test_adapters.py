@@ -19,7 +19,8 @@ from stepforge.runtime.bundle import sha256
 from stepforge.runtime.cli import main
 from stepforge.runtime.engine import Engine
 
-CPU = [("openvino", "fp32"), ("onnxruntime", "fp32"), ("openvino", "bf16")]
+CPU = [("openvino", "fp32"), ("onnxruntime", "fp32"), ("openvino", "bf16"), ("torch", "fp32"), ("torch-exact", "bf16")]
+BACKENDS = ["openvino", "onnxruntime", "torch", "torch-exact"]
 UNET = r".*(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out|conv[12]?|conv_shortcut|time_emb_proj|linear_1)"
 TEXT = r".*(q_proj|v_proj|out_proj|fc1|fc2)"
 
@@ -87,7 +88,7 @@ def test_back_and_forth_gives_the_first_image_bit_for_bit(tiny_sd1_banks, files,
         assert np.array_equal(engine.generate(ask(adapters={"a": 0.0})).latents, plain)
 
 
-@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_slot_zero_is_the_model_without_banks(tiny_sd1_bundle, tiny_sd1_banks, files, backend):
     """Same arithmetic, but engines sum in another order where the bank stops a fusion: 1e-6 a network, over 4 steps."""
     with (
@@ -98,7 +99,7 @@ def test_slot_zero_is_the_model_without_banks(tiny_sd1_bundle, tiny_sd1_banks, f
         assert np.abs(plain.generate(ask()).latents - banked.generate(ask()).latents).max() < 1e-4
 
 
-@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_mixed_batch_equals_single_runs(tiny_sd1_banks, files, backend):
     requests = [
         ask(0, adapters={"a": 0.8}),
