@@ -113,8 +113,9 @@ def test_a_mixed_batch_equals_single_runs(tiny_sd1_banks, files, backend):
     ]
     with open_engine(tiny_sd1_banks, files, backend, max_rows=16) as engine:
         together = engine.generate(requests)
+        limit = 3e-5 if backend.startswith("torch") else 1e-5  # MKL sums by the number of rows; latents reach 13
         for request, result in zip(requests, together, strict=True):
-            assert np.abs(engine.generate(request).latents - result.latents).max() <= 1e-5
+            assert np.abs(engine.generate(request).latents - result.latents).max() <= limit
 
 
 @pytest.mark.parametrize("adapters", [{"a": 0.8}, {"a": 0.7, "b": -0.6}])
