@@ -42,7 +42,7 @@ class Control:
             raise RequestError(f"the name of a ControlNet is {self.name!r}; give text")
         preprocess.parse(self.preprocessor)
         if not isinstance(self.scale, int | float):
-            object.__setattr__(self, "scale", tuple(self.scale))
+            object.__setattr__(self, "scale", _listed(self.scale))
         scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
         if not scales or not all(_is_number(value) and abs(value) <= MAX_SCALE for value in scales):
             raise RequestError(
@@ -51,12 +51,17 @@ class Control:
         if not (_is_number(self.start) and _is_number(self.end) and 0.0 <= self.start < self.end <= 1.0):
             raise RequestError(f"{what} runs from {self.start!r} to {self.end!r}; give 0 <= start < end <= 1")
         if self.sigma is not None:
-            object.__setattr__(self, "sigma", tuple(self.sigma))
+            object.__setattr__(self, "sigma", _listed(self.sigma))
             window: Any = self.sigma
             if len(window) != 2 or not all(_is_number(value) for value in window) or not 0 <= window[0] < window[1]:
                 raise RequestError(f"the sigmas of {what} are {window!r}; give two, the lower first")
         if not isinstance(self.guess_mode, bool):
             raise RequestError(f"guess_mode of {what} is {self.guess_mode!r}; give true or false")
+
+
+def _listed(given: Any) -> tuple[Any, ...]:
+    """A sequence as a tuple; what is none as a tuple of one, for the checks to refuse."""
+    return tuple(given) if isinstance(given, Sequence | np.ndarray) and not isinstance(given, str) else (given,)
 
 
 def _is_number(value: Any) -> bool:
@@ -113,6 +118,10 @@ class Controls:
             if name not in known:
                 have = f"it has {', '.join(known)}" if known else "it was exported without any (--control NAME=DIR)"
                 raise RequestError(f"the bundle has no ControlNet {name!r}; {have}")
+
+    def cond_only(self, control: Control) -> bool:
+        """Whether it runs in conditional rows only: in guess mode, which diffusers' pipelines turn on for pooled residuals."""
+        return control.guess_mode or self._bundle.controls[control.name].global_pool
 
     def hint(self, name: str, image: Array) -> Array:
         """An image [3, height, width] in 0..1 through the hint encoder: [C, h, w]. Runs once for a request."""

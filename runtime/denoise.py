@@ -6,6 +6,7 @@ activations. ControlNets run first, for the rows that name them; their residuals
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from stepforge.runtime.planner import Size
 from stepforge.runtime.slot import Slot
 
 Array = NDArray[np.float32]
+KEPT = re.compile(r"deep|text_\d+")  # inputs of variants; text_embeds is SDXL's pooled prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +64,13 @@ class Denoisers:
         inputs = self._inputs(rows)
         if self._adapters.banks(network) is not None:
             inputs |= row_inputs([row.slot.job.bank_slot for row in rows], [row.slot.adapter_strength for row in rows])
-        inputs |= self._residuals(rows, entry, inputs, step.reuse)
+        uses = self._uses(rows, entry)
+        inputs |= self._residuals(uses, entry, inputs, step.reuse)
         inputs |= _reused(rows, entry)
         known = {tensor.name for tensor in entry.inputs}
         graph = self._open(name)
         outputs = graph({key: value for key, value in inputs.items() if key in known} if known else inputs)
+        _count(uses, rows, step.reuse)  # after the call: one that fails is repeated
         _keep(rows, outputs)
         return outputs["prediction"]
 
@@ -106,33 +110,34 @@ class Denoisers:
         self._packed = (key, inputs, conditions)  # holds the conditions, so that ids stay theirs
         return inputs
 
-    def _residuals(self, rows: Sequence[Row], entry: Component, inputs: Arrays, variant: str) -> dict[str, Array]:
+    def _uses(self, rows: Sequence[Row], entry: Component) -> list[Use]:
+        return [use for r, row in enumerate(rows) for use in self._uses_of(r, row)] if no_residuals(entry) else []
+
+    def _uses_of(self, r: int, row: Row) -> list[Use]:
+        """The ControlNets of one row in its step."""
+        uses: list[Use] = []
+        job = row.slot.job
+        for control, hint, scale in zip(job.request.controls, job.hints, row.slot.step.control, strict=True):
+            if scale and (row.is_cond or not self.controls.cond_only(control)):
+                turn = sum(use.name == control.name for use in uses)
+                uses.append(Use(r, control.name, turn, hint, scale, control.guess_mode))
+        return uses
+
+    def _residuals(self, uses: Sequence[Use], entry: Component, inputs: Arrays, variant: str) -> dict[str, Array]:
         zeros = no_residuals(entry)
-        if not zeros:
-            return {}
-        uses = [use for r, row in enumerate(rows) for use in _uses(r, row)]
-        found = self.controls.residuals(uses, inputs, list(zeros), variant)
-        for use in uses:
-            counted = rows[use.row].slot.job.rows
-            label = f"control/{use.name}" + (f".{variant}" if variant == "deepcache" else "")
-            counted[label] = counted.get(label, 0) + 1
-        return {**zeros, **found}
+        return {**zeros, **self.controls.residuals(uses, inputs, list(zeros), variant)}
 
 
-def _uses(r: int, row: Row) -> list[Use]:
-    """The ControlNets of one row in its step."""
-    uses: list[Use] = []
-    controls = row.slot.job.request.controls
-    for control, hint, scale in zip(controls, row.slot.job.hints, row.slot.step.control, strict=True):
-        if scale and (row.is_cond or not control.guess_mode):
-            turn = sum(use.name == control.name for use in uses)
-            uses.append(Use(r, control.name, turn, hint, scale, control.guess_mode))
-    return uses
+def _count(uses: Sequence[Use], rows: Sequence[Row], variant: str) -> None:
+    for use in uses:
+        counted = rows[use.row].slot.job.rows
+        label = f"control/{use.name}" + (f".{variant}" if variant == "deepcache" else "")
+        counted[label] = counted.get(label, 0) + 1
 
 
 def _reused(rows: Sequence[Row], entry: Component) -> dict[str, Array]:
     """Kept activations of the rows' images as inputs of a variant."""
-    names = [t.name for t in entry.inputs if t.name == "deep" or t.name.startswith("text_")]
+    names = [t.name for t in entry.inputs if KEPT.fullmatch(t.name)]
     if not names:
         return {}
     roles: dict[Slot, list[bool]] = {}

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from stepforge.runtime.bundle import NAME, Bundle, write_manifest
+from stepforge.runtime.control import Control
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.request import Request
 
@@ -25,9 +26,7 @@ def resolve(request: Request, bundle: Bundle) -> Request:
         have = f"it has {', '.join(bundle.presets)}" if bundle.presets else "it has none; `stepforge tune` makes them"
         raise RequestError(f"the bundle has no preset {request.preset!r}; {have}")
     preset = bundle.presets[request.preset]
-    window = {
-        name.removeprefix("control_"): preset[name] for name in ("control_start", "control_end") if name in preset
-    }
+    window = _window(preset)
     return replace(
         request,
         controls=tuple(replace(control, **window) for control in request.controls),
@@ -36,12 +35,17 @@ def resolve(request: Request, bundle: Bundle) -> Request:
     )
 
 
+def _window(preset: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("control_"): preset[name] for name in ("control_start", "control_end") if name in preset}
+
+
 def store(bundle: Bundle, name: str, preset: Mapping[str, Any]) -> Bundle:
     """Write a preset into a bundle's manifest; one of the same name is replaced. Raises RequestError for a bad one."""
     if not NAME.fullmatch(name):
         raise RequestError(f"preset name {name!r} is not allowed; use letters, digits, ., - and _")
     if unknown := sorted(set(preset) - set(FIELDS)):
         raise RequestError(f"a preset has no {unknown[0]!r}; it has {', '.join(FIELDS)}")
+    Control(name=name, image=None, **_window(preset))
     Request(prompt="", **{name: preset[name] for name in ("guidance", "guider", "reuse") if name in preset})
     stored = replace(bundle, presets={**bundle.presets, name: dict(preset)})
     write_manifest(stored)

@@ -98,9 +98,19 @@ def _controls(given: Any) -> tuple[Control, ...]:
         if isinstance(control, Mapping) and control.keys() <= set(known) and {"name", "image"} <= control.keys():
             control = Control(**control)
         if not isinstance(control, Control):
-            raise RequestError(f"a control is {control!r:.80}; give name and image, and any of {', '.join(known[2:])}")
+            raise RequestError(
+                f"a control {_fault(control, known)}; give name and image, and any of {', '.join(known[2:])}"
+            )
         found.append(control)
     return tuple(found)
+
+
+def _fault(control: Any, known: list[str]) -> str:
+    """In one line, which the text of an image's array would not be."""
+    if not isinstance(control, Mapping):
+        return f"is of type {type(control).__name__}"
+    unknown = [str(key) for key in control if key not in known]
+    return f"has no {unknown[0]!r}" if unknown else "has no name or no image"
 
 
 def _strengths(adapters: Any) -> dict[str, float]:

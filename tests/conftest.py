@@ -186,23 +186,57 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def _export(model: Path, request: pytest.FixtureRequest) -> Path:
+def _controls(model: Path, folder: Path, **differing: dict[str, Any]) -> dict[str, Path]:
+    """Random ControlNets of a model's UNet by name, as diffusers saves them; `differing`: further settings of each."""
+    import torch
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    found = {}
+    for seed, (name, options) in enumerate(differing.items()):
+        torch.manual_seed(seed + 5)
+        net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+        net.register_to_config(**options)
+        with torch.no_grad():  # fresh zero convolutions are 0: nothing could be told from anything
+            for parameter in net.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+        net.save_pretrained(folder / name)
+        found[name] = folder / name
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1_controls(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return _controls(tiny_sd1, tmp_path_factory.mktemp("sd1-controls"), a={}, b={})
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_controls(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The second one's residuals are means over height and width, and it reads blue first."""
+    pooled = {"global_pool_conditions": True, "controlnet_conditioning_channel_order": "bgr"}
+    return _controls(tiny_sdxl, tmp_path_factory.mktemp("sdxl-controls"), a={}, pooled=pooled)
+
+
+def _export(
+    model: Path, request: pytest.FixtureRequest, controls: dict[str, Path] | None = None, **options: Any
+) -> Path:
     """Export a model, or copy what an earlier run with the same model, exporter and libraries made of it.
 
-    Tracing takes 25 s of processor time a model. Remove .pytest_cache to export afresh.
+    Tracing takes 25 s of processor time a model. Remove .pytest_cache to export afresh. options: of `export_bundle`.
     """
     from stepforge.export.build import LIBRARIES, export_bundle
 
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr((sorted(controls or ()), sorted(options.items()))).encode())
     code = [*(ROOT / "export").glob("*.py"), ROOT / "runtime" / "bundle.py", ROOT / "runtime" / "schedules.py"]
-    for file in sorted(code) + sorted(file for file in model.rglob("*") if file.is_file()):
+    weights = [file for folder in (model, *(controls or {}).values()) for file in folder.rglob("*") if file.is_file()]
+    for file in sorted(code) + sorted(weights):
         digest.update(file.name.encode() + file.read_bytes())
     for library in LIBRARIES:
         digest.update(importlib.metadata.version(library).encode())
     cached = Path(request.config.cache.mkdir("bundles")) / digest.hexdigest()[:16] / model.name
     if not cached.exists():
         with contextlib.suppress(BundleError):  # another test process was first
-            export_bundle(model, cached)
+            export_bundle(model, cached, controls=controls, **options)
     out = request.getfixturevalue("tmp_path_factory").mktemp("bundles") / model.name
     return Path(shutil.copytree(cached, out))
 
@@ -234,3 +268,21 @@ def tiny_sdxl_banks(tiny_sdxl_bundle: Path, tmp_path_factory: pytest.TempPathFac
     from stepforge.export.build import BankOptions, with_banks
 
     return with_banks(tiny_sdxl_bundle, tmp_path_factory.mktemp("banks") / "tiny-sdxl", BankOptions(2, 8)).path
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1_control_bundle(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], request: pytest.FixtureRequest) -> Path:
+    """Two ControlNets, DeepCache of branch 0, T-GATE and LoRA banks."""
+    from stepforge.export.build import BankOptions
+    from stepforge.export.rewire import Reuse
+
+    return _export(tiny_sd1, request, tiny_sd1_controls, reuse=Reuse(0, True), bank=BankOptions(3, 8))
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_control_bundle(
+    tiny_sdxl: Path, tiny_sdxl_controls: dict[str, Path], request: pytest.FixtureRequest
+) -> Path:
+    from stepforge.export.rewire import Reuse
+
+    return _export(tiny_sdxl, request, tiny_sdxl_controls, reuse=Reuse(0, True))

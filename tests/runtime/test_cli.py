@@ -54,6 +54,47 @@ def test_plan_and_info_speak_json(capsys):
     assert json.loads(capsys.readouterr().out)["model"]["family"] == "sd1"
 
 
+def test_plan_shows_which_evaluations_reuse(capsys):
+    assert run("plan", "fake", "-n", 4, "--reuse", "deepcache(2)+tgate(0.5)", "--json") == 0
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    assert [step["denoiser"] for step in steps] == ["unet", "unet.deepcache", "unet.tgate", "unet.deepcache"]
+
+
+def test_generate_with_controls(tiny_sd1_control_bundle, tmp_path, capsys):
+    """Options for all prompts, then JSON lines with controls of their own, whose images lie beside the file."""
+    hint = Image.new("RGB", (40, 40), "white")
+    (tmp_path / "lines").mkdir()
+    hint.save(tmp_path / "hint.png")
+    hint.resize((20, 20)).save(tmp_path / "lines" / "other.png")
+    options = ["-n", 4, "--sampler", "ddim", "--backend", "onnxruntime", "--precision", "fp32", "--json"]
+    control = ["--control", f"a={tmp_path / 'hint.png'}:0.5", "--control-window", "0..0.5"]
+    code = run("generate", tiny_sd1_control_bundle, "a cat", "-o", tmp_path / "one.png", *control, *options)
+    assert code == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["stats"]["rows"]["control/a"] == 2 * 2
+    (noted,) = read_metadata(tmp_path / "one.png")["stepforge"]["controls"]
+    assert (noted["name"], noted["scale"], noted["end"]) == ("a", 0.5, 0.5)
+
+    lines = [
+        {"prompt": "a cat", "controls": [{"name": "b", "image": "other.png", "guess_mode": True}]},
+        {"prompt": "a cat"},
+        {"prompt": "a cat", "controls": [], "reuse": "deepcache(2)"},
+    ]
+    file = tmp_path / "lines" / "requests.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "out"
+    assert run("generate", tiny_sd1_control_bundle, "--requests", file, "-o", out, *control, *options) == 0
+    rows = [row["stats"]["rows"] for row in json.loads(capsys.readouterr().out)]
+    assert [(r.get("control/a", 0), r.get("control/b", 0)) for r in rows] == [(0, 4), (4, 0), (0, 0)]
+    assert rows[2]["unet.deepcache"] == 4
+
+    file.write_text(json.dumps({"prompt": "a cat", "controls": [{"name": "a", "image": "nowhere.png"}]}))
+    assert run("generate", tiny_sd1_control_bundle, "--requests", file, "-o", tmp_path / "none", *options) == 2
+    error = capsys.readouterr().err
+    assert "nowhere.png" in error
+    assert error.count("\n") == 1
+
+
 def test_doctor(capsys, tiny_sd1_bundle, tmp_path):
     assert run("doctor", tiny_sd1_bundle) == 0
     assert "loads all 3 networks" in capsys.readouterr().out
@@ -73,6 +114,11 @@ ERRORS = {
     "bad backend": (["generate", "nowhere", "x", "--backend", "magic"], 1, "is not a bundle"),
     "several images in one file": (["generate", "fake", "x", "y", "-o", "z.png"], 2, "give a folder"),
     "no model": (["export", "nowhere", "-o", "b"], 1, "does not exist"),
+    "bad reuse": (["plan", "fake", "--reuse", "deepcache"], 2, "give deepcache(INTERVAL)"),
+    "reuse without a variant": (["generate", "fake", "x", "--reuse", "tgate(0.5)"], 2, "export it with --reuse tgate"),
+    "bad control": (["generate", "fake", "x", "--control", "a"], 2, "give NAME=IMAGE or NAME=IMAGE:SCALE"),
+    "bad window": (["generate", "fake", "x", "--control-window", "half"], 2, "give two fractions of the steps"),
+    "no ControlNets": (["generate", "fake", "x", "--control", "a=b.png"], 2, "exported without any"),
     "bad size": (["generate", "fake", "x", "--width", "65"], 2, "needs a multiple of 8"),
 }
 
