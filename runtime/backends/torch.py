@@ -90,6 +90,7 @@ class Torch:
         placed = DeviceBanks(
             banks or {}, lora.views.values(), whole,
             device=self._device, dtype=dtype, shared=self._banks,
+            copied=self._device.type != "cpu",
         )  # fmt: skip
         if self._device.type == "cpu":
             return _Graph(runner, placed)

@@ -19,21 +19,33 @@ Shared = dict[tuple[int, str], tuple[Any, Tensor]]  # (array, view) -> the array
 
 def as_tensor(array: Any) -> Tensor:
     """Shares the array's memory; uint16 stands for bfloat16."""
-    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if array.dtype == np.uint16 else torch.from_numpy(array)
+    return (
+        torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        if array.dtype == np.uint16
+        else torch.from_numpy(array)
+    )
 
 
 class DeviceBanks:
     """The banks that a program reads, by input: whole ones, and the views that its fused layers take."""
 
     def __init__(
-        self, arrays: Arrays, views: Iterable[View], whole: Iterable[str], *, device: Any, dtype: Any, shared: Shared
+        self,
+        arrays: Arrays,
+        views: Iterable[View],
+        whole: Iterable[str],
+        *,
+        device: Any,
+        dtype: Any,
+        shared: Shared,
+        copied: bool,
     ) -> None:
-        self._sources = {name: (as_tensor(arrays[name]), None) for name in whole}
+        self._sources: dict[str, tuple[Tensor, View | None]] = {n: (as_tensor(arrays[n]), None) for n in whole}
         self._sources |= {view.name: (as_tensor(arrays[view.bank]), view) for view in views}
         self._versions = arrays.versions if isinstance(arrays, Banks) else None
         self._seen: Any = None
         self.tensors: dict[str, Tensor] = {}
-        self._copied = device.type != "cpu"
+        self._copied = copied
         for name, (source, view) in self._sources.items():
             seen = view.of(source) if view is not None else source
             if not self._copied:
@@ -50,7 +62,7 @@ class DeviceBanks:
         if not self._copied or not self._sources:
             return
         slots = next(iter(self.tensors.values())).shape[0]
-        changed = range(slots)
+        changed = list(range(slots))
         if self._versions is not None:
             now = np.array(self._versions)
             changed = np.flatnonzero(now != self._seen).tolist() if self._seen is not None else changed

@@ -72,6 +72,7 @@ class CudaRunner:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             results = self._run(buffers)
         outputs = {
-            name: (value, torch.empty(value.shape, dtype=value.dtype, pin_memory=True)) for name, value in results.items()
+            name: (value, torch.empty(value.shape, dtype=value.dtype, pin_memory=True))
+            for name, value in results.items()
         }
         return Recording(graph, {name: (pinned[name], buffers[name]) for name in buffers}, outputs)

@@ -104,7 +104,9 @@ def read(graph: Path) -> Program:
 
 def _node(node: onnx.NodeProto, graph: Path) -> Node:
     if node.domain not in ("", "ai.onnx"):
-        raise BackendError(f"torch cannot load {graph.name}: operator {node.domain}.{node.op_type} is not standard ONNX")
+        raise BackendError(
+            f"torch cannot load {graph.name}: operator {node.domain}.{node.op_type} is not standard ONNX"
+        )
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     attributes = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}
     attributes = {name: tuple(v) if isinstance(v, list) else v for name, v in attributes.items()}

@@ -1,8 +1,8 @@
 """Passes that turn the LoRA terms of `export/bank.py` into the grouped low-rank operators, and the banks' layout for those.
 
-    linear       Linear(x, W, b) + MatMul(MatMul(x, A[slot])·strength, B[slot]); layers of one x share A, side by side
-    convolution  Conv(x, W, b) + B[slot] Conv(A[slot] x)·strength, its taps shifted and added by a one-hot convolution
-    vector       [rows, in], such as the time embedding's, stays as it is: its products are too small to gain
+linear       Linear(x, W, b) + MatMul(MatMul(x, A[slot])·strength, B[slot]); layers of one x share A, side by side
+convolution  Conv(x, W, b) + B[slot] Conv(A[slot] x)·strength, its taps shifted and added by a one-hot convolution
+vector       [rows, in], such as the time embedding's, stays as it is: its products are too small to gain
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ class View:
     """How an operand of a fused operator lies in a bank: ranks `first` to `last`, and their axis in the result."""
 
     bank: str
-    kind: str  # "down" [slots, R, in], "up" [slots, out, R], "conv down" [slots, R, k, k, in], "conv up" [slots, out, R]
+    kind: (
+        str  # "down" [slots, R, in], "up" [slots, out, R], "conv down" [slots, R, k, k, in], "conv up" [slots, out, R]
+    )
     first: int
     last: int
     taps: int = 1

@@ -24,7 +24,7 @@ SPAN = 16  # ranks that share one scale in the kernels' layout
 
 def linear(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Tensor, strength: Tensor, *,
            rank: int) -> Tensor:  # fmt: skip
-    """x Wᵀ + bias + strength·((x·A[slot])·B[slot]) with one rounding; x [rows, tokens, in], a [slots, R, in], b [slots, out, R]."""
+    """x Wᵀ + bias + strength·((x·A[slot])·B[slot]); x [rows, tokens, in], a [slots, R, in], b [slots, out, R]."""
     rows, tokens, depth = x.shape
     a, b = a.index_select(0, adapter), b.index_select(0, adapter)
     layer = Layer("", rows * tokens, depth, w.shape[0])

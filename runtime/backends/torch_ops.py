@@ -106,8 +106,9 @@ def slice_(x: Value, starts: Value, ends: Value, axes: Value = None, steps: Valu
 def gather(x: Value, index: Value, *, axis: int = 0) -> Value:
     if host(x, index):
         return np.take(x, index, axis)
-    if host(index):
-        return x.select(axis, int(index)) if index.ndim == 0 else x.index_select(axis, together([x, index])[1])
+    if host(index) and index.ndim == 0:
+        return x.select(axis, int(index))
+    x, index = together([x, index])
     if axis == 0 and x.ndim == 2:
         return F.embedding(index, x)
     return x.index_select(axis, index.reshape(-1)).reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
@@ -161,7 +162,9 @@ def conv(x: Value, w: Value, bias: Value = None, *, group: int = 1, pads: Sequen
          strides: Sequence[int] = (1, 1), dilations: Sequence[int] = (1, 1), kernel_shape: Sequence[int] = (),
          auto_pad: str = "NOTSET") -> Value:  # fmt: skip
     if auto_pad != "NOTSET" or len(pads) != 4:
-        raise BackendError(f"operator Conv with auto_pad {auto_pad} and pads {pads} is not supported by the torch backend")
+        raise BackendError(
+            f"operator Conv with auto_pad {auto_pad} and pads {pads} is not supported by the torch backend"
+        )
     top, left, bottom, right = pads
     if (top, left) != (bottom, right):
         x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
