@@ -17,6 +17,7 @@ from stepforge.kernels import ops as kernels
 from stepforge.kernels import packing
 from stepforge.kernels.dispatch import dispatch
 from stepforge.kernels.layers import Layer
+from stepforge.kernels.tiles import padded_rank
 
 Tensor = Any  # torch.Tensor
 SPAN = 16  # ranks that share one scale in the kernels' layout
@@ -30,7 +31,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Te
     layer = Layer("", rows * tokens, depth, w.shape[0])
     block, path = _choice(layer, rank, x.device)
     if path == "addmm":  # the kernels' own addmm runs every adapter on all rows
-        down = torch.baddbmm(x.new_zeros(1, 1, 1), x, a.transpose(1, 2)).float() * strength
+        down = torch.bmm(x, a.transpose(1, 2)).float() * strength
         return torch.baddbmm(F.linear(x, w, bias), down.to(x.dtype), b.transpose(1, 2))
     block = block or tokens
     scale, ranks = _scales(strength, rows, a.shape[1], rank)
@@ -56,7 +57,7 @@ def _choice(layer: Layer, rank: int, device: Any) -> tuple[int, str]:
     """Rows of a block, and the path. On the CPU there is one path, and a block is an image."""
     if device.type == "cpu":
         return 0, "reference"
-    choice = dispatch(layer, rank, kernels.arch_of(device), grouped=True)
+    choice = dispatch(layer, padded_rank(rank), kernels.arch_of(device), grouped=True)
     return choice.block_m, choice.path
 
 

@@ -22,7 +22,7 @@ from stepforge.runtime.preprocess import hint_of
 from stepforge.runtime.reuse import Reuse, parse, recordings, variants
 from stepforge.runtime.schedules import SchedulerCard
 
-REAL = ("openvino", "onnxruntime", "torch", "torch-exact")
+REAL = ("openvino", "onnxruntime", "torch")
 D, T = "deepcache", "tgate"
 
 

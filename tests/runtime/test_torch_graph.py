@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from stepforge.runtime.backends import Banks, open_backend
+from stepforge.runtime.backends import Banks, open_backend, torch_lowrank
 from stepforge.runtime.backends import torch as backend
 from stepforge.runtime.backends import torch_passes as passes
 from stepforge.runtime.backends.torch_banks import DeviceBanks
@@ -289,6 +289,19 @@ def test_layers_that_share_a_bank_become_the_kernels_operator():
     found = Runner(program)({**rows, **placed.tensors})
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["reference", "addmm"])
+def test_both_paths_of_a_low_rank_layer(path, monkeypatch):
+    """Rows with slots and strengths of their own, against the formula in fp64; fp32 sums of 8 products are within 1e-5."""
+    monkeypatch.setattr(torch_lowrank, "_choice", lambda *args: (0, path))
+    torch.manual_seed(6)
+    x, w, bias, a, b = (torch.randn(shape) for shape in ((3, 5, 8), (6, 8), (6,), (2, 4, 8), (2, 6, 4)))
+    slots, strength = torch.tensor([1, 0, 1]), torch.tensor([0.5, 2.0, -1.0]).reshape(3, 1, 1)
+    found = torch_lowrank.linear(x, w, bias, a, b, slots, strength, rank=4)
+    x, w, bias, a, b, strength = (value.double() for value in (x, w, bias, a, b, strength))
+    expected = x @ w.T + bias + strength * (x @ a[slots].mT @ b[slots].mT)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_lora_of_another_value_or_of_a_high_rank_stays():
