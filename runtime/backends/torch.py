@@ -11,6 +11,7 @@ On the CPU the kernels are their references, which prove the logic and are not f
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from stepforge.runtime.backends import Arrays, Graph
 from stepforge.runtime.backends import torch_passes as passes
 from stepforge.runtime.backends.torch_banks import DeviceBanks, Shared
 from stepforge.runtime.backends.torch_graph import Program, read, run_passes
-from stepforge.runtime.backends.torch_lora import LoraPasses
+from stepforge.runtime.backends.torch_lora import LoraPasses, drop_lora
 from stepforge.runtime.backends.torch_precision import lower
 from stepforge.runtime.backends.torch_run import Runner
 from stepforge.runtime.bundle import Bundle
@@ -64,15 +65,22 @@ class Torch:
             torch.set_num_threads(threads)
         self._weights: dict[tuple[str, str, Any], Any] = {}
         self._banks: Shared = {}
+        self._pool: Any = None  # of memory, for all recorded networks: the engine runs one of them at a time
 
     def bank_dtype(self, component: str) -> type[np.float32] | type[np.uint16]:
         return np.uint16 if self._dtype_of(component) == torch.bfloat16 else np.float32
 
     def open(self, component: str, banks: Arrays | None = None) -> Graph:
-        entry = self._bundle.components[component]
+        """A component with banks is opened twice over the same weights: calls without an adapter run it without banks."""
+        graph = self._open(component, banks or {}, with_lora=True)
+        return WithoutLora(graph, self._open(component, banks, with_lora=False)) if banks else graph
+
+    def _open(self, component: str, banks: Arrays, *, with_lora: bool) -> Graph:
         dtype = self._dtype_of(component)
-        path = self._bundle.file(entry.graph)
+        path = self._bundle.file(self._bundle.components[component].graph)
         program = read(path)
+        if not with_lora:
+            drop_lora(program, banks)
         run_passes(program, EXACT)
         if self._device.type == "cpu":
             run_passes(program, (passes.copy_images,))
@@ -80,25 +88,25 @@ class Torch:
         if self.fast:
             run_passes(program, FAST)
             # on CUDA the kernels leave fp32 to cuBLAS: tensor cores would round it to tf32
-            if banks and (self._device.type == "cpu" or dtype != torch.float32):
+            if banks and with_lora and (self._device.type == "cpu" or dtype != torch.float32):
                 run_passes(program, (lora.fuse_linear_lora, lora.fuse_conv_lora))
-        lower(program, dtype, self._device, banks or ())
+        lower(program, dtype, self._device, banks)
         self._share(program, str(path.parent), dtype)
         runner = Runner(program)
         read_names = {name for node in program.nodes for name in node.inputs}
-        whole = [name for name in banks or () if name in read_names]
         placed = DeviceBanks(
-            banks or {}, lora.views.values(), whole,
-            device=self._device, dtype=dtype, shared=self._banks,
-            copied=self._device.type != "cpu",
+            banks, lora.views.values(), [name for name in banks if name in read_names],
+            device=self._device, dtype=dtype, shared=self._banks, copied=self._device.type != "cpu",
         )  # fmt: skip
         if self._device.type == "cpu":
-            return _Graph(runner, placed)
+            return CpuGraph(runner, placed)
         from stepforge.runtime.backends.torch_cuda import CudaRunner
 
         channels_last(program)
-        recorded = CudaRunner(runner, placed, self._device, record=component.startswith(RECORDED))
-        return _CudaGraph(recorded, exact_fp32=dtype == torch.float32)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        pool = self._pool if component.startswith(RECORDED) else None
+        return CudaGraph(CudaRunner(runner, placed, self._device, pool=pool), exact_fp32=dtype == torch.float32)
 
     def _dtype_of(self, component: str) -> Any:
         if component.startswith(ALWAYS_FP32) or (self.precision == "fp16" and component.startswith(NOT_FP16)):
@@ -130,7 +138,7 @@ def plain(array: NDArray[Any]) -> NDArray[Any]:
     return np.require(array, requirements=["C", "W"])
 
 
-class _Graph:
+class CpuGraph:
     def __init__(self, runner: Runner, banks: DeviceBanks) -> None:
         self._runner, self._banks = runner, banks
 
@@ -141,7 +149,7 @@ class _Graph:
         return {name: value.numpy() for name, value in results.items()}
 
 
-class _CudaGraph:
+class CudaGraph:
     def __init__(self, runner: Any, *, exact_fp32: bool) -> None:
         self._runner, self._exact_fp32 = runner, exact_fp32
 
@@ -153,3 +161,14 @@ class _CudaGraph:
         with settings:
             found: dict[str, NDArray[np.float32]] = self._runner({name: plain(a) for name, a in inputs.items()})
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class WithoutLora:
+    """Runs `bare`, a network without its banks, where no row has an adapter."""
+
+    graph: Graph
+    bare: Graph
+
+    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        return self.graph(inputs) if inputs["adapter"].any() else self.bare(inputs)

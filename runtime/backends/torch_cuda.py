@@ -25,16 +25,18 @@ class Recording:
 
 
 class CudaRunner:
-    """Calls as `Runner`'s, from NumPy to NumPy. All recordings share one memory pool: only one replays at a time."""
+    """Calls as `Runner`'s, from NumPy to NumPy. pool: memory for recordings, of which one replays at a time; None: run plainly.
 
-    def __init__(self, runner: Runner, banks: DeviceBanks, device: Any, *, record: bool) -> None:
-        self._runner, self._banks, self._device, self._record = runner, banks, device, record
+    Inputs that the network does not read may be given.
+    """
+
+    def __init__(self, runner: Runner, banks: DeviceBanks, device: Any, *, pool: Any = None) -> None:
+        self._runner, self._banks, self._device, self._pool = runner, banks, device, pool
         self._recordings: OrderedDict[Any, Recording] = OrderedDict()
-        self._pool: Any = None
 
     def __call__(self, inputs: Arrays) -> dict[str, Any]:
         self._banks.refresh()
-        if not self._record:
+        if self._pool is None:
             given = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
             return {name: value.cpu().numpy() for name, value in self._run(given).items()}
         key = tuple(sorted((name, array.shape, array.dtype.str) for name, array in inputs.items()))
@@ -66,8 +68,6 @@ class CudaRunner:
                 self._run(buffers)
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         # the engine decodes in another thread, whose calls must not spoil the recording
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             results = self._run(buffers)

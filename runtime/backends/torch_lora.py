@@ -7,6 +7,7 @@ vector       [rows, in], such as the time embedding's, stays as it is: its produ
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,6 +123,29 @@ class LoraPasses:
         new = tuple(name for name in self.views if name not in program.inputs)
         program.inputs = (*program.inputs, *new)
         return changed
+
+
+def drop_lora(program: Program, banks: Container[str]) -> bool:
+    """Leave out all LoRA terms: each Add of a value and of what comes from a bank."""
+    changed = False
+    terms: set[str] = set()
+    same: dict[str, str] = {}  # an Add's result -> its other operand
+    nodes = []
+    for node in program.nodes:
+        operands = tuple(same.get(name, name) for name in node.inputs)
+        if node.op == "Add" and operands[1] in terms and operands[0] not in terms:
+            changed = True
+            if node.outputs[0] in program.outputs:
+                nodes.append(Node("Identity", operands[:1], node.outputs))
+            else:
+                same[node.outputs[0]] = operands[0]
+            continue
+        if any(name in banks or name in terms for name in operands):
+            terms.update(node.outputs)
+        nodes.append(Node(node.op, operands, node.outputs, node.attributes))
+    program.nodes = nodes
+    program.sweep()
+    return changed
 
 
 def _bank(made: dict[str, Node], name: str) -> tuple[str, str] | None:

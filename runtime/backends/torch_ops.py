@@ -215,7 +215,8 @@ def group_norm_silu(x: Value, weight: Value, bias: Value, *, groups: int, epsilo
 
 OPS: Mapping[str, Callable[..., Value]] = {
     "Add": add, "ArgMax": argmax, "Cast": cast, "Concat": concat, "Conv": conv, "Cos": cos, "Div": div,
-    "Gather": gather, "GatherND": gather_nd, "Gelu": gelu, "Gemm": gemm, "InstanceNormalization": instance_norm,
+    "Gather": gather, "GatherND": gather_nd, "Gelu": gelu, "Gemm": gemm, "Identity": lambda x: x,
+    "InstanceNormalization": instance_norm,
     "LayerNormalization": layer_norm, "MatMul": lambda x, y: x @ y, "Mul": mul, "Range": range_,
     "ReduceMean": reduce_mean, "Reshape": reshape, "Resize": resize, "Shape": shape, "Sigmoid": lambda x: x.sigmoid(),
     "Sin": sin, "Slice": slice_, "Softmax": lambda x, *, axis=-1: x.softmax(axis), "Split": split, "Squeeze": squeeze,

@@ -107,7 +107,7 @@ def test_nothing_waits_for_the_device_while_a_network_runs(tiny_sd1_banks, name)
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.inference_mode():
-            graph._runner._run(given)
+            graph.graph._runner._run(given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -185,9 +185,6 @@ class PretendedCuda:
 
     current_stream = Stream
 
-    def graph_pool_handle(self):
-        return "pool"
-
     def stream(self, stream):
         return contextlib.nullcontext()
 
@@ -211,7 +208,7 @@ def pretended(monkeypatch):
 
 def test_one_recording_for_each_shape(pretended):
     banks = PretendedBanks()
-    runner = CudaRunner(Doubling(), banks, torch.device("cpu"), record=True)
+    runner = CudaRunner(Doubling(), banks, torch.device("cpu"), pool="pool")
 
     def call(value, size):
         return runner({"x": np.full(size, value, np.float32)})["y"].tolist()
@@ -234,6 +231,6 @@ def test_one_recording_for_each_shape(pretended):
 
 
 def test_without_recording_it_just_runs(pretended):
-    runner = CudaRunner(Doubling(), PretendedBanks(), torch.device("cpu"), record=False)
+    runner = CudaRunner(Doubling(), PretendedBanks(), torch.device("cpu"))
     assert runner({"x": np.ones(2, np.float32)})["y"].tolist() == [2, 2]
     assert PretendedGraph.made == 0

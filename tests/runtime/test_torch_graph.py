@@ -16,7 +16,7 @@ from stepforge.runtime.backends import torch as backend
 from stepforge.runtime.backends import torch_passes as passes
 from stepforge.runtime.backends.torch_banks import DeviceBanks
 from stepforge.runtime.backends.torch_graph import Node, Program, read, run_passes
-from stepforge.runtime.backends.torch_lora import LoraPasses, View
+from stepforge.runtime.backends.torch_lora import LoraPasses, View, drop_lora
 from stepforge.runtime.backends.torch_precision import lower
 from stepforge.runtime.backends.torch_run import Runner
 from stepforge.runtime.bundle import read as read_bundle
@@ -291,6 +291,34 @@ def test_layers_that_share_a_bank_become_the_kernels_operator():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
 
 
+def test_lora_terms_can_be_left_out():
+    program, banks = lora()
+    torch.manual_seed(2)
+    x = torch.randn(3, 5, 8)
+    assert passes.fuse_linear(program)
+    expected = {f"y{p}": x @ program.constants[f"w{p}.T"].T + program.constants[f"bias{p}"] for p in range(2)}
+    assert drop_lora(program, banks)
+    assert ops_of(program) == {"Linear": 2, "Add": 2}
+    torch.testing.assert_close(Runner(program)({"x": x}), expected)
+    assert not drop_lora(program, banks)
+    program = program_of([("Add", ["x", "B"], ["y"], {})], ["y"], inputs=["x", "B"])
+    assert not drop_lora(program, {"B"})  # a plain input
+    assert ops_of(program) == {"Add": 1}
+
+
+@pytest.mark.parametrize("name", ["torch", "torch-exact"])
+def test_without_adapters_banks_change_no_bit(tiny_sd1_bundle, tiny_sd1_banks, zero_step, name):
+    outputs = []
+    for path in (tiny_sd1_bundle, tiny_sd1_banks):
+        bundle = read_bundle(path)
+        entry = bundle.components["denoiser/unet"]
+        banks = {t.name: np.ones(t.shape, np.float32) for t in entry.inputs if t.name.endswith((".lora_A", ".lora_B"))}
+        rows = {"adapter": np.zeros(2, np.int64), "adapter_strength": np.ones((2, 1, 1), np.float32)} if banks else {}
+        graph = open_backend(name, bundle, precision="fp32", threads=1).open("denoiser/unet", banks)
+        outputs.append(np.array(graph({**zero_step, **rows})["prediction"]))
+    assert np.array_equal(*outputs)
+
+
 @pytest.mark.parametrize("path", ["reference", "addmm"])
 def test_both_paths_of_a_low_rank_layer(path, monkeypatch):
     """Rows with slots and strengths of their own, against the formula in fp64; fp32 sums of 8 products are within 1e-5."""
@@ -402,7 +430,8 @@ def test_every_pattern_of_a_whole_network_is_found(tiny_sd1_control_bundle):
     opened = open_backend("torch", bundle, precision="fp32", threads=1)
     for name, entry in bundle.components.items():
         banks = {t.name: np.zeros(t.shape, np.float32) for t in entry.inputs if t.name.endswith((".lora_A", ".lora_B"))}
-        found = ops_of(opened.open(name, banks or None)._runner.program)
+        graph = opened.open(name, banks or None)
+        found = ops_of((graph.graph if banks else graph)._runner.program)
         assert not {"Softmax", "InstanceNormalization", "GroupNorm", "Gelu", "Gemm"} & set(found), name
         assert found["MatMul"] == found["Gather"] or not banks or name == "text_encoder"
         assert name.startswith(("text", "vae", "control")) or found["LowrankLinear"] >= 8
