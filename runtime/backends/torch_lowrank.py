@@ -46,11 +46,14 @@ def conv(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Tens
     y = F.conv2d(x, w, bias, stride, pad)
     rows, _, height, width = y.shape
     scale, ranks = _scales(strength, rows, a.shape[1], rank)
-    block = 64 if x.is_cuda else height * width
+    block = _conv_block(height * width, x.device)
     table = _table(rows, height * width, block, x.device)
-    return kernels.lowrank_conv(
-        y, x, a, b, scale, ranks, table=table, stride=stride, pad=pad, block_m=block if x.is_cuda else 0
-    )
+    return kernels.lowrank_conv(y, x, a, b, scale, ranks, table=table, stride=stride, pad=pad, block_m=block)
+
+
+def _conv_block(pixels: int, device: Any) -> int:
+    """Rows of a block: 64 has a tile on every architecture; on the CPU an image."""
+    return pixels if device.type == "cpu" else 64
 
 
 def _choice(layer: Layer, rank: int, device: Any) -> tuple[int, str]:
