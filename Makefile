@@ -9,17 +9,21 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test quick test-gpu check types bench train clean
 
 ADAPTERS := examples/emoji/adapters
+CONTROL := --control silhouette=examples/emoji/control/silhouette
 
-demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw two contact sheets into out/
-	$(BIN)/stepforge export examples/emoji/model -o out/emoji.bundle --name emoji --lora-slots 6 --lora-rank 16 --overwrite
-	$(BIN)/stepforge verify out/emoji.bundle examples/emoji/model
+demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw three contact sheets into out/
+	$(BIN)/stepforge export examples/emoji/model -o out/emoji.bundle --name emoji --lora-slots 6 --lora-rank 16 \
+		$(CONTROL) --reuse tgate --reuse deepcache --overwrite
+	$(BIN)/stepforge verify out/emoji.bundle examples/emoji/model $(CONTROL)
 	$(BIN)/stepforge generate out/emoji.bundle --prompts examples/emoji/prompts.txt --guidance 3 \
 		--out out/emoji --sheet out/emoji.png --overwrite
 	$(BIN)/stepforge generate out/emoji.bundle --requests examples/emoji/adapters.jsonl --guidance 3 \
 		--adapter poster=$(ADAPTERS)/poster --adapter thermal=$(ADAPTERS)/thermal \
 		--adapter subject=$(ADAPTERS)/subject.safetensors \
 		--out out/adapters --sheet out/adapters.png --columns 3 --overwrite
-	@echo "look at out/emoji.png and out/adapters.png"
+	$(BIN)/stepforge generate out/emoji.bundle --requests examples/emoji/control.jsonl --guidance 3 \
+		--out out/control --sheet out/control.png --columns 5 --overwrite
+	@echo "look at out/emoji.png, out/adapters.png and out/control.png"
 
 test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest

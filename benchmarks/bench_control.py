@@ -26,15 +26,15 @@ from bench_lora import write_adapter
 from harness import Timing, interleaved, machine, timed
 
 RANK, SCALE = 16, 0.8
-# ours with shorter plans: what `stepforge tune` finds on the demo model, and each of its ingredients
+# shorter plans; the last one has the settings that `stepforge tune` found for the demo model (docs/attention.md)
 PLANS = {
     "same semantics": {},
-    "guidance in half the steps": {"guidance": "7.5@0-0.5,1@0.5-1"},
-    "guidance in a quarter of the steps": {"guidance": "7.5@0-0.25,1@0.25-1"},
-    "guidance and ControlNet in half the steps": {"guidance": "7.5@0-0.5,1@0.5-1", "end": 0.5},
-    "deepcache(2)": {"reuse": "deepcache(2)"},
-    "deepcache(3), both in half the steps": {"guidance": "7.5@0-0.5,1@0.5-1", "end": 0.5, "reuse": "deepcache(3)"},
-    "tgate(0.5), guidance in half the steps": {"guidance": "7.5@0-0.5,1@0.5-1", "reuse": "tgate(0.5)"},
+    "guidance in 0.5 of the steps": {"guidance": "interval(7.5, steps=0..0.5)"},
+    "guidance in 0.25 of the steps": {"guidance": "interval(7.5, steps=0..0.25)"},
+    "guidance and ControlNet in 0.5": {"guidance": "interval(7.5, steps=0..0.5)", "end": 0.5},
+    "deepcache(3)": {"reuse": "deepcache(3)"},
+    "tgate(0.5), guidance in 0.5": {"guidance": "interval(7.5, steps=0..0.5)", "reuse": "tgate(0.5)"},
+    "the demo model's preset": {"guidance": "interval(7.5, steps=0..0.4)", "reuse": "deepcache(5)+tgate(0.7)"},
 }
 
 
@@ -272,7 +272,7 @@ def show_images(reports: dict[str, dict[str, Any]], work: Path, peers: list[str]
                 saved = 1 - values["denoise"] / full["denoise"], 1 - values["rows"]["unet"] / full["rows"]["unet"]
                 rows += f"; {100 * saved[0]:.1f} % of the denoising seconds saved, {100 * saved[1]:.1f} % of the denoiser rows"
             print(
-                f"  {runner:26}{name:44}{Timing(*values['image'])!s:28}{base / values['image'][0]:5.2f}x  {same:10}{rows}"
+                f"  {runner:26}{name:34}{Timing(*values['image'])!s:28}{base / values['image'][0]:5.2f}x  {same:10}{rows}"
             )
         print(f"  {runner:26}peak {report['peak_gb']:.1f} GB")
 

@@ -47,7 +47,9 @@ class Reuse:
             match = REUSE.fullmatch(text.strip())
             if match is None:
                 raise CheckpointError(f"reuse {text!r} is unknown; choose tgate, deepcache or deepcache(BRANCH)")
-            found = replace(found, tgate=True) if text.strip() == "tgate" else replace(found, deepcache=int(match[1] or 0))
+            found = (
+                replace(found, tgate=True) if text.strip() == "tgate" else replace(found, deepcache=int(match[1] or 0))
+            )
         return found
 
     @property

@@ -1,4 +1,4 @@
-"""The command line: `stepforge export | verify | generate | plan | info | doctor | lora`.
+"""The command line: `stepforge export | verify | generate | tune | plan | info | doctor | lora`.
 
 Commands only read arguments, call the rooms and print. Commands of the offline room join through the entry point group
 `stepforge.commands`; `lora.convert` there is the command `convert` of the group `lora`. Exit codes: 0 done, 1 it ran and
@@ -20,6 +20,7 @@ import typer
 
 from stepforge.runtime.cli_inputs import parse_adapter, parse_controls, parse_numbers, read_requests
 from stepforge.runtime.cli_lora import lora
+from stepforge.runtime.cli_tune import tune
 from stepforge.runtime.errors import RequestError, StepforgeError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 
 app.add_typer(lora, name="lora")
+app.command()(tune)
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory, or `fake` for a test model.")]
 Steps = Annotated[int, typer.Option("--steps", "-n", help="Denoising steps.")]
@@ -220,7 +222,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Print the table of numbers that a request becomes."""
-    from stepforge.runtime.planner import compile_plan, describe
+    from stepforge.runtime.planner import check_variants, compile_plan, describe
     from stepforge.runtime.presets import resolve
     from stepforge.runtime.request import Request
     from stepforge.runtime.schedules import SchedulerCard
@@ -238,6 +240,7 @@ def plan(
     )
     opened = _open(bundle)
     compiled = compile_plan(resolve(request, opened), SchedulerCard.from_dict(opened.scheduler))
+    check_variants(compiled, opened)
     rows = describe(compiled)
     if as_json:
         print(json.dumps({"init_noise": compiled.init_noise, "rows": compiled.rows, "steps": rows}, indent=1))

@@ -42,6 +42,7 @@ def read_requests(
 def _found_beside(file: Path, values: dict[str, Any]) -> dict[str, Any]:
     """A line's values with the images of its ControlNets looked for beside the file."""
     controls = values.get("controls", ())
+    controls = [controls] if isinstance(controls, dict) else controls
     if not isinstance(controls, list) or not all(isinstance(control, dict) for control in controls):
         return values
     resolved = [{**c, "image": file.parent / c["image"]} if isinstance(c.get("image"), str) else c for c in controls]

@@ -74,9 +74,6 @@ class Denoisers:
         _keep(rows, outputs)
         return outputs["prediction"]
 
-    def has(self, denoiser: str, variant: str) -> bool:
-        return f"denoiser/{denoiser}.{variant}" in self._bundle.components
-
     def _open(self, name: str) -> Graph:
         if name not in self._graphs:
             banks = self._adapters.banks(name.partition(".")[0])

@@ -32,7 +32,7 @@ from stepforge.runtime.denoise import Denoisers, Row, rows_of_slot
 from stepforge.runtime.errors import Cancelled, GenerationError, RequestError, StepforgeError
 from stepforge.runtime.images import to_pil, to_uint8
 from stepforge.runtime.plan import Plan
-from stepforge.runtime.planner import Rows, compile_plan, image_size
+from stepforge.runtime.planner import Rows, check_variants, compile_plan, image_size
 from stepforge.runtime.preprocess import hint_of
 from stepforge.runtime.presets import resolve
 from stepforge.runtime.request import Progress, Request, Result, Stats
@@ -70,9 +70,7 @@ class Engine:
 
     def _plan(self, request: Request, rows: Rows | None) -> Plan:
         plan = compile_plan(request, self.scheduler, rows)
-        for denoiser, variant in sorted({(step.denoiser, step.reuse) for step in plan.steps if step.reuse}):
-            if not self._denoisers.has(denoiser, variant):
-                raise RequestError(f"the bundle has no variant {variant!r}; export it with --reuse {variant}")
+        check_variants(plan, self.bundle)
         return plan
 
     def submit(self, request: Request, *, on_step: OnStep | None = None, rows: Rows | None = None) -> Future[Result]:

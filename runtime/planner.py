@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from stepforge.runtime.bundle import ModelCard
+from stepforge.runtime.bundle import Bundle, ModelCard
 from stepforge.runtime.control import scales
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.guidance import weights
@@ -72,10 +72,20 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
         1.0 if guider.is_zeroed(step) and rows_of(w) == 2 else w
         for step, w in zip(steps, weights(request.guidance, steps), strict=True)
     ]
+    if guider.adaptive is not None and request.reuse and 0.0 in guidance:
+        # once adaptive guidance has latched, nothing of the unconditional row is kept
+        raise RequestError("adaptive guidance and reuse do not go with steps of guidance 0; leave one of the three out")
     columns = zip(steps, guidance, strengths, controls, strict=True)
     steps = tuple(replace(step, guidance=w, adapters=s, control=scale) for step, w, s, scale in columns)
     reused = zip(steps, variants(parse_reuse(request.reuse), steps), strict=True)
     return Plan(tuple(replace(step, reuse=variant) for step, variant in reused), init_noise)
+
+
+def check_variants(plan: Plan, bundle: Bundle) -> None:
+    """Raises RequestError if the plan names a reuse variant that the bundle was exported without."""
+    for denoiser, variant in sorted({(step.denoiser, step.reuse) for step in plan.steps if step.reuse}):
+        if f"denoiser/{denoiser}.{variant}" not in bundle.components:
+            raise RequestError(f"the bundle has no variant {variant!r}; export it with --reuse {variant}")
 
 
 def describe(plan: Plan) -> list[dict[str, object]]:

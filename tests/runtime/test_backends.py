@@ -116,3 +116,22 @@ def test_a_graph_that_is_no_graph_is_one_line(tiny_sd1_bundle, tmp_path, backend
     with pytest.raises(BackendError, match="cannot load") as caught:
         open_backend(backend, replace(bundle), precision="fp32").open("denoiser/unet")
     assert "\n" not in str(caught.value)
+
+
+def test_the_cache_keeps_precisions_apart(tiny_sd1_control_bundle, tmp_path, monkeypatch):
+    """OpenVINO itself takes what it compiled for f32 out of its cache for bf16; the results were NaN, or the process ended."""
+    monkeypatch.setenv("STEPFORGE_CACHE", str(tmp_path))
+    bundle = read(tiny_sd1_control_bundle)
+    random = np.random.RandomState(0)
+    inputs = {**denoiser_inputs(2, 32, 32), "hint": random.standard_normal((2, 32, 32, 32)).astype(np.float32)}
+    inputs["scale"] = np.ones((2, 5), np.float32)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        try:
+            graph = open_backend("openvino", bundle, precision=precision).open("control/a/residuals")
+        except BackendError:
+            pytest.skip("this processor has no native bf16")
+        found[precision] = {name: np.array(value) for name, value in graph(inputs).items()}
+    for name, exact in found["fp32"].items():
+        error = np.linalg.norm(found["bf16"][name] - exact) / np.linalg.norm(exact)
+        assert 0 < error <= 5e-2, name  # export.parity's limit of a component in bf16

@@ -54,10 +54,13 @@ def test_plan_and_info_speak_json(capsys):
     assert json.loads(capsys.readouterr().out)["model"]["family"] == "sd1"
 
 
-def test_plan_shows_which_evaluations_reuse(capsys):
-    assert run("plan", "fake", "-n", 4, "--reuse", "deepcache(2)+tgate(0.5)", "--json") == 0
+def test_plan_shows_which_evaluations_reuse(tiny_sd1_control_bundle, capsys):
+    options = ["-n", 4, "--sampler", "ddim", "--reuse", "deepcache(2)+tgate(0.5)"]
+    assert run("plan", tiny_sd1_control_bundle, *options, "--json") == 0
     steps = json.loads(capsys.readouterr().out)["steps"]
     assert [step["denoiser"] for step in steps] == ["unet", "unet.deepcache", "unet.tgate", "unet.deepcache"]
+    assert run("plan", "fake", *options) == 2
+    assert "no variant 'deepcache'; export it with --reuse deepcache" in capsys.readouterr().err
 
 
 def test_generate_with_controls(tiny_sd1_control_bundle, tmp_path, capsys):

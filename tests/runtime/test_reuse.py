@@ -14,6 +14,7 @@ from PIL import Image
 
 from stepforge.export.parity import LIMITS, relative_error
 from stepforge.runtime import Engine, Request, RequestError, load
+from stepforge.runtime.backends.fake import fake_bundle
 from stepforge.runtime.bundle import Bundle, read
 from stepforge.runtime.noise import Generator
 from stepforge.runtime.plan import Plan, Step
@@ -378,3 +379,10 @@ def test_a_bundle_without_variants_says_how_to_get_them(tiny_sd1_bundle):
         pytest.raises(RequestError, match="no variant 'deepcache'; export it with --reuse deepcache"),
     ):
         engine.submit(Request(prompt="", reuse="deepcache(2)"))
+
+
+def test_adaptive_guidance_with_reuse_refuses_steps_of_guidance_0():
+    card = SchedulerCard.from_dict(fake_bundle().scheduler)
+    request = Request(prompt="", steps=4, guidance=[3, 3, 3, 0], guider="adaptive", reuse="deepcache(2)")
+    with pytest.raises(RequestError, match="do not go with steps of guidance 0"):
+        compile_plan(request, card)
