@@ -32,7 +32,7 @@ quick: $(STAMP)  ## without the slow tests
 	$(BIN)/pytest -m "not slow"
 
 test-gpu: $(STAMP)  ## what needs an NVIDIA GPU; install a CUDA build of torch into the environment first
-	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu tests/kernels
+	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu tests/kernels tests/runtime
 	$(BIN)/python benchmarks/bench_kernels.py
 
 check: $(STAMP) types  ## formatting, lint, types

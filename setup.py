@@ -40,6 +40,10 @@ setup(
         "export": EXPORT,
         "control": ["opencv-python-headless>=4.10"],  # the Canny preprocessor; Apache-2.0, needs numpy only
         "cuda": ["onnxruntime-gpu>=1.23"],
+        "torch": [
+            "torch>=2.9",  # the backend on NVIDIA GPUs; its wheels for CUDA bring Triton
+            "onnx>=1.19",  # reads the bundle's graphs
+        ],
         "tensorrt": ["tensorrt>=10.0"],
         "server": ["fastapi>=0.115", "uvicorn>=0.30"],  # the HTTP front end, not written yet
         "ray": ["ray[data,serve]>=2.52"],  # batch jobs, not written yet; 2.52 is the first with token logins

@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--runs", type=int, default=5, help="counted passes")
     parser.add_argument("--images", type=int, default=2, help="counted images")
-    parser.add_argument("--runners", nargs="*", default=[*PASSES, *OURS])
+    parser.add_argument("--runners", nargs="*", default=[*PASSES, *OURS], help="also: stepforge torch fp32, and bf16")
     parser.add_argument("--work", type=Path, help="folder for the model and its bundle, kept; default: a temporary one")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()

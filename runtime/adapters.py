@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepforge.runtime.backends import Arrays, Backend
+from stepforge.runtime.backends import Backend, Banks
 from stepforge.runtime.bundle import Bank, Bundle, Module
 from stepforge.runtime.errors import AdapterError, RequestError
 from stepforge.runtime.lora.adapter import Adapter, read_adapter
@@ -145,7 +145,7 @@ class Adapters:
         self._slots.move_to_end(slot)
         return slot
 
-    def banks(self, component: str) -> Arrays | None:
+    def banks(self, component: str) -> Banks | None:
         """The buffers that a component's graph reads, by input; None if it has no bank."""
         return self._banks[component].arrays if component in self._banks else None
 
@@ -209,7 +209,7 @@ class Buffers:
     def __init__(self, bank: Bank, modules: tuple[Module, ...], dtype: BankType) -> None:
         self.bank, self._dtype, self._targets = bank, dtype, bank.targets
         self.modules = {module.path: module for module in modules if module.path in self._targets}
-        self.arrays: dict[str, Stored] = {}
+        self.arrays = Banks({}, np.zeros(bank.slots, np.int64))
         for name, paths in bank.shared.items():
             shape = self.modules[name].shape
             if self.modules[name].kind == "conv":
@@ -238,6 +238,7 @@ class Buffers:
 
     def fill(self, slot: int, parts: Sequence[tuple[Mapping[str, Block], float]]) -> None:
         """Put a set's layers side by side along the rank, and zeros where the slot held more."""
+        self.arrays.versions[slot] += 1
         for path in self._targets:
             at = 0
             for blocks, strength in parts:

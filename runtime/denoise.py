@@ -78,8 +78,7 @@ class Denoisers:
         if name not in self._graphs:
             banks = self._adapters.banks(name.partition(".")[0])
             if banks is not None:
-                read = {tensor.name for tensor in self._bundle.components[name].inputs}
-                banks = {key: array for key, array in banks.items() if key in read}
+                banks = banks.only({tensor.name for tensor in self._bundle.components[name].inputs})
             self._graphs[name] = self._backend.open(name, banks)
         return self._graphs[name]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +20,24 @@ Arrays = Mapping[str, NDArray[Any]]
 BACKENDS = {
     "openvino": "stepforge.runtime.backends.openvino:OpenVino",
     "onnxruntime": "stepforge.runtime.backends.onnxruntime:OnnxRuntime",
+    "torch": "stepforge.runtime.backends.torch:Torch",
+    "torch-exact": "stepforge.runtime.backends.torch:TorchExact",
     "fake": "stepforge.runtime.backends.fake:Fake",
 }
 AUTO = ("openvino", "onnxruntime")  # best first, on a CPU (benchmarks/bench_denoiser.py)
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+FP16 = ("torch", "torch-exact")  # backends that compute in fp16
+
+
+class Banks(dict[str, NDArray[Any]]):
+    """Inputs that stay, with a number for each slot that changes when the slot is written, so that a copy can follow."""
+
+    def __init__(self, arrays: Arrays, versions: NDArray[np.int64]) -> None:
+        super().__init__(arrays)
+        self.versions = versions
+
+    def only(self, names: Container[str]) -> Banks:
+        return Banks({name: array for name, array in self.items() if name in names}, self.versions)
 
 
 class Graph(Protocol):
@@ -38,13 +52,14 @@ class Backend(Protocol):
     """An engine library that can open a bundle's components."""
 
     name: str
-    precision: str  # "fp32" or "bf16": what the networks compute in
+    precision: str  # "fp32", "bf16" or "fp16": what the networks compute in
     versions: dict[str, str]
 
     def open(self, component: str, banks: Arrays | None = None) -> Graph:
         """Load one component. Raises BackendError if the library refuses the graph.
 
-        banks: inputs that stay, of the type of `bank_dtype`; every call reads them as they are then.
+        banks: inputs that stay, of the type of `bank_dtype`; every call reads them as they are then. As `Banks` they tell
+        which slots changed.
         """
         ...
 
@@ -66,6 +81,8 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
         name = choose()[0]
     if name not in BACKENDS:
         raise BackendError(f"backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    if precision == "fp16" and name not in FP16:
+        raise BackendError(f"backend {name!r} does not compute in fp16; use fp32 or bf16, or one of {', '.join(FP16)}")
     module, cls = BACKENDS[name].split(":")
     try:
         opened: Backend = getattr(importlib.import_module(module), cls)(

@@ -8,7 +8,7 @@ from stepforge.runtime.backends import BACKENDS, available_threads, choose, open
 from stepforge.runtime.bundle import read
 from stepforge.runtime.errors import BackendError
 
-REAL = ("openvino", "onnxruntime")
+REAL = ("openvino", "onnxruntime", "torch", "torch-exact")
 
 
 def denoiser_inputs(rows: int, height: int, width: int) -> dict[str, np.ndarray]:
@@ -64,7 +64,8 @@ def test_backends_agree(tiny_sd1_bundle):
     for backend in REAL:
         with load(tiny_sd1_bundle, backend=backend, precision="fp32") as engine:
             results.append(engine.generate(MIXED[0]).latents)
-    assert np.linalg.norm(results[0] - results[1]) <= 1e-4 * np.linalg.norm(results[0])
+    for other in results[1:]:
+        assert np.linalg.norm(results[0] - other) <= 1e-4 * np.linalg.norm(results[0])
 
 
 def test_every_family_generates(tiny_sd2v_bundle, tiny_sdxl_bundle):
@@ -83,9 +84,10 @@ def test_auto_says_what_and_why():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "magic"}, "choose one of auto, openvino, onnxruntime, fake"),
-        ({"precision": "fp64"}, "choose one of auto, fp32, bf16"),
+        ({"backend": "magic"}, "choose one of auto, openvino, onnxruntime, torch, torch-exact, fake"),
+        ({"precision": "fp64"}, "choose one of auto, fp32, bf16, fp16"),
         ({"backend": "onnxruntime", "precision": "bf16"}, "onnxruntime has no bf16 kernels"),
+        ({"backend": "openvino", "precision": "fp16"}, "'openvino' does not compute in fp16; use fp32 or bf16"),
         ({"threads": 0}, "threads is 0"),
     ],
 )

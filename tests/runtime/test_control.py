@@ -20,7 +20,7 @@ from stepforge.runtime.backends import open_backend
 from stepforge.runtime.bundle import read
 from stepforge.runtime.control import Control
 
-REAL = ("openvino", "onnxruntime")
+REAL = ("openvino", "onnxruntime", "torch")
 STEPS, GUIDANCE, SEED, PROMPT = 6, 4.0, 3, "a cat"
 EVALUATIONS = STEPS + 1  # PNDM's
 

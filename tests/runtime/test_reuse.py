@@ -23,7 +23,7 @@ from stepforge.runtime.preprocess import hint_of
 from stepforge.runtime.reuse import Reuse, parse, recordings, variants
 from stepforge.runtime.schedules import SchedulerCard
 
-REAL = ("openvino", "onnxruntime")
+REAL = ("openvino", "onnxruntime", "torch")
 D, T = "deepcache", "tgate"
 
 

@@ -1,0 +1,174 @@
+"""PyTorch: any component of a bundle, on CUDA with the kernels of `stepforge.kernels` and CUDA graphs, else on the CPU.
+
+The bundle's graph is the program; neither diffusers nor the exporter is needed. Two backends, one for each numerical tier:
+
+`torch-exact`  rounds where diffusers and PEFT round, operator by operator
+`torch`        the kernels besides: group norm with SiLU, GEGLU and low-rank layers compute in fp32 and round once
+
+On the CPU the kernels are their references, which prove the logic and are not fast: openvino is what to use there.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stepforge.runtime.backends import Arrays, Graph
+from stepforge.runtime.backends import torch_passes as passes
+from stepforge.runtime.backends.torch_banks import DeviceBanks, Shared
+from stepforge.runtime.backends.torch_graph import Program, read, run_passes
+from stepforge.runtime.backends.torch_lora import LoraPasses, drop_lora
+from stepforge.runtime.backends.torch_precision import lower
+from stepforge.runtime.backends.torch_run import Runner
+from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.errors import BackendError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EXACT = (
+    passes.fuse_attention,
+    passes.fuse_linear,
+    passes.add_bias,
+    passes.fuse_group_norm,
+    passes.fuse_silu,
+)
+FAST = (passes.fuse_norm_silu, passes.fuse_geglu)
+# Once a request, and every step depends on them.
+ALWAYS_FP32 = ("text_encoder",)
+# SDXL's decoder exceeds the range of fp16.
+NOT_FP16 = ("vae_decoder",)
+RECORDED = ("denoiser/", "control/")  # called in every step; the others are called once a request
+SHARED_FROM = 1024  # elements: larger constants of one weights file are held once
+
+
+class Torch:
+    """`precision="auto"` is bf16 on CUDA, whose range no network exceeds, and fp32 on the CPU."""
+
+    name = "torch"
+    fast = True
+
+    def __init__(self, bundle: Bundle, *, precision: str, threads: int) -> None:
+        self._bundle = bundle
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        on_cuda = self._device.type == "cuda"
+        if precision == "auto":
+            precision = "bf16" if on_cuda else "fp32"
+        if precision == "fp16" and not on_cuda:
+            raise BackendError("torch computes fp16 on CUDA only, and there is no CUDA GPU; use precision fp32 or bf16")
+        self.precision = precision
+        self.versions = {"torch": torch.__version__}
+        if not on_cuda:
+            torch.set_num_threads(threads)
+        self._weights: dict[tuple[str, str, Any], Any] = {}
+        self._banks: Shared = {}
+        self._pool: Any = None  # of memory, for all recorded networks: the engine runs one of them at a time
+
+    def bank_dtype(self, component: str) -> type[np.float32] | type[np.uint16]:
+        return np.uint16 if self._dtype_of(component) == torch.bfloat16 else np.float32
+
+    def open(self, component: str, banks: Arrays | None = None) -> Graph:
+        """A component with banks is opened twice over the same weights: calls without an adapter run it without banks."""
+        graph = self._open(component, banks or {}, with_lora=True)
+        return WithoutLora(graph, self._open(component, banks, with_lora=False)) if banks else graph
+
+    def _open(self, component: str, banks: Arrays, *, with_lora: bool) -> Graph:
+        dtype = self._dtype_of(component)
+        path = self._bundle.file(self._bundle.components[component].graph)
+        program = read(path)
+        if not with_lora:
+            drop_lora(program, banks)
+        run_passes(program, EXACT)
+        if self._device.type == "cpu":
+            run_passes(program, (passes.copy_images,))
+        lora = LoraPasses()
+        if self.fast:
+            run_passes(program, FAST)
+            # on CUDA the kernels leave fp32 to cuBLAS: tensor cores would round it to tf32
+            if banks and with_lora and (self._device.type == "cpu" or dtype != torch.float32):
+                run_passes(program, (lora.fuse_linear_lora, lora.fuse_conv_lora))
+        lower(program, dtype, self._device, banks)
+        self._share(program, str(path.parent), dtype)
+        runner = Runner(program)
+        read_names = {name for node in program.nodes for name in node.inputs}
+        placed = DeviceBanks(
+            banks, lora.views.values(), [name for name in banks if name in read_names],
+            device=self._device, dtype=dtype, shared=self._banks, copied=self._device.type != "cpu",
+        )  # fmt: skip
+        if self._device.type == "cpu":
+            return CpuGraph(runner, placed)
+        from stepforge.runtime.backends.torch_cuda import CudaRunner
+
+        channels_last(program)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        pool = self._pool if component.startswith(RECORDED) else None
+        return CudaGraph(CudaRunner(runner, placed, self._device, pool=pool), exact_fp32=dtype == torch.float32)
+
+    def _dtype_of(self, component: str) -> Any:
+        if component.startswith(ALWAYS_FP32) or (self.precision == "fp16" and component.startswith(NOT_FP16)):
+            return torch.float32
+        return DTYPES[self.precision]
+
+    def _share(self, program: Program, folder: str, dtype: Any) -> None:
+        """Variants of a network are graphs over one weights file: hold its weights once."""
+        for name, value in program.constants.items():
+            if isinstance(value, torch.Tensor) and value.numel() >= SHARED_FROM:
+                program.constants[name] = self._weights.setdefault((folder, name, dtype), value)
+
+
+class TorchExact(Torch):
+    name = "torch-exact"
+    fast = False
+
+
+def channels_last(program: Program) -> None:
+    """The memory format of tensor cores: a convolution hands its weight's format on to its result."""
+    for node in program.nodes:
+        if node.op in ("Conv", "LowrankConv") and node.inputs[1] in program.constants:
+            weight = program.constants[node.inputs[1]]
+            weight.data = weight.contiguous(memory_format=torch.channels_last)  # also where it is shared
+
+
+def plain(array: NDArray[Any]) -> NDArray[Any]:
+    """Contiguous and writable, as PyTorch wants what it shares, although nothing here writes to it."""
+    return np.require(array, requirements=["C", "W"])
+
+
+class CpuGraph:
+    def __init__(self, runner: Runner, banks: DeviceBanks) -> None:
+        self._runner, self._banks = runner, banks
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        given = {name: torch.from_numpy(plain(array)) for name, array in inputs.items()}
+        results = self._runner({**given, **self._banks.tensors})
+        return {name: value.numpy() for name, value in results.items()}
+
+
+class CudaGraph:
+    def __init__(self, runner: Any, *, exact_fp32: bool) -> None:
+        self._runner, self._exact_fp32 = runner, exact_fp32
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        settings: AbstractContextManager[Any] = nullcontext()
+        if self._exact_fp32:  # cuDNN rounds fp32 to tf32 unless told otherwise
+            settings = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with settings:
+            found: dict[str, NDArray[np.float32]] = self._runner({name: plain(a) for name, a in inputs.items()})
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class WithoutLora:
+    """Runs `bare`, a network without its banks, where no row has an adapter."""
+
+    graph: Graph
+    bare: Graph
+
+    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        return self.graph(inputs) if inputs["adapter"].any() else self.bare(inputs)

@@ -1,0 +1,81 @@
+"""LoRA layers of which each row of the batch has its own slot and strength, on the kernels' operators.
+
+A row's slot is gathered from the bank, some 100 KB a layer where the layer's values are megabytes, so every row is an
+"adapter" of the kernel: rows of one slot may then differ in strength, and the table of row blocks depends on shapes alone.
+Banks come in the kernels' layout, see `torch_banks`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from stepforge.kernels import ops as kernels
+from stepforge.kernels import packing
+from stepforge.kernels.dispatch import dispatch
+from stepforge.kernels.layers import Layer
+from stepforge.kernels.tiles import padded_rank
+
+Tensor = Any  # torch.Tensor
+SPAN = 16  # ranks that share one scale in the kernels' layout
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Tensor, strength: Tensor, *,
+           rank: int) -> Tensor:  # fmt: skip
+    """x Wᵀ + bias + strength·((x·A[slot])·B[slot]); x [rows, tokens, in], a [slots, R, in], b [slots, out, R]."""
+    rows, tokens, depth = x.shape
+    a, b = a.index_select(0, adapter), b.index_select(0, adapter)
+    layer = Layer("", rows * tokens, depth, w.shape[0])
+    block, path = _choice(layer, rank, x.device)
+    if path == "addmm":  # the kernels' own addmm runs every adapter on all rows
+        down = torch.bmm(x, a.transpose(1, 2)).float() * strength
+        return torch.baddbmm(F.linear(x, w, bias), down.to(x.dtype), b.transpose(1, 2))
+    block = block or tokens
+    scale, ranks = _scales(strength, rows, a.shape[1], rank)
+    table = _table(rows, tokens, block, x.device)
+    return kernels.lowrank_linear(x, w, a[:, None], b, scale, ranks, table=table, bias=bias, block_m=block)
+
+
+def conv(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Tensor, strength: Tensor, *, rank: int,
+         stride: int, pad: int) -> Tensor:  # fmt: skip
+    """conv(x, W) + bias + strength·conv(x, A[slot])·B[slot]; x [rows, C, h, w], a [slots, R, k, k, C], b [slots, out, R]."""
+    a, b = a.index_select(0, adapter), b.index_select(0, adapter)
+    y = F.conv2d(x, w, bias, stride, pad)
+    rows, _, height, width = y.shape
+    scale, ranks = _scales(strength, rows, a.shape[1], rank)
+    block = _conv_block(height * width, x.device)
+    table = _table(rows, height * width, block, x.device)
+    return kernels.lowrank_conv(y, x, a, b, scale, ranks, table=table, stride=stride, pad=pad, block_m=block)
+
+
+def _conv_block(pixels: int, device: Any) -> int:
+    """Rows of a block: 64 has a tile on every architecture; on the CPU an image."""
+    return pixels if device.type == "cpu" else 64
+
+
+def _choice(layer: Layer, rank: int, device: Any) -> tuple[int, str]:
+    """Rows of a block, and the path. On the CPU there is one path, and a block is an image."""
+    if device.type == "cpu":
+        return 0, "reference"
+    choice = dispatch(layer, padded_rank(rank), kernels.arch_of(device), grouped=True)
+    return choice.block_m, choice.path
+
+
+def _scales(strength: Tensor, rows: int, padded: int, rank: int) -> tuple[Tensor, Tensor]:
+    spans = -(-padded // SPAN)
+    scale = strength.float().reshape(rows, 1, 1).expand(rows, 1, spans).contiguous()
+    return scale, _ranks(rows, rank, strength.device)
+
+
+# Kept for ever, a few KB a shape: recorded CUDA graphs hold their addresses.
+@functools.cache
+def _table(rows: int, tokens: int, block: int, device: Any) -> Tensor:
+    return packing.block_table(range(rows), tokens, block).to(device)
+
+
+@functools.cache
+def _ranks(rows: int, rank: int, device: Any) -> Tensor:
+    return torch.full((rows,), rank, dtype=torch.int32, device=device)
