@@ -58,7 +58,7 @@ def load(
 ) -> Engine:
     """Check a bundle, open its networks and start the engine.
 
-    backend: "auto", "openvino", "onnxruntime" or "fake"; precision: "auto", "fp32" or "bf16"; threads: processor
+    backend: "auto" or a name from backends.BACKENDS; precision: "auto", "fp32", "bf16" or "fp16"; threads: processor
     threads, all that the process may use by default; max_rows: most denoiser rows in one network call.
     The bundle "fake" is a test model without files, for the fake backend.
     Raises BundleError or BackendError.

@@ -40,8 +40,8 @@ def tune(
     ] = None,
     preprocessor: Annotated[str, typer.Option(help="Makes hints of the images, as in `generate`.")] = "none",
     plot: Annotated[Path | None, typer.Option(help="Write the frontier as a .png picture.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, openvino, onnxruntime or fake.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, openvino, onnxruntime, torch, torch-exact or fake.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, or fp16 (torch on CUDA).")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Processor threads. [default: all that may be used]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:

@@ -46,6 +46,10 @@ def examine(bundle: Path | None = None) -> list[Finding]:
     except StepforgeError as error:
         findings.append(Finding("backend", False, str(error)))
     findings += _openvino()
+    if _version("torch") and _version("onnx"):
+        findings.append(
+            Finding("torch backend", True, "can run; never chosen by auto (CPU: slow; CUDA: not measured yet)")
+        )
     if bundle is not None:
         findings += _bundle(bundle)
     return findings
