@@ -143,6 +143,7 @@ def passes(args: argparse.Namespace) -> dict[str, Any]:
     timings = interleaved(
         {
             "denoiser of a plain bundle": lambda: bare(inputs(args.size)),
+            "the same, 1 row": lambda: bare({name: value[:1] for name, value in inputs(args.size).items()}),
             "denoiser, no ControlNet": lambda: run(full, "denoiser/unet", whole, {**values, **zeros}),
             "denoiser, residuals": lambda: run(full, "denoiser/unet", whole, {**values, **made}),
             "denoiser.tgate": lambda: run(full, "denoiser/unet.tgate", gated, {**values, **made}),
