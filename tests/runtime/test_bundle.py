@@ -80,10 +80,14 @@ def edit(path: Path, change) -> None:
 REFUSED = {
     "no manifest": (lambda p: (p / MANIFEST).unlink(), "is not a bundle: it has no bundle.json"),
     "not JSON": (lambda p: (p / MANIFEST).write_text("{"), "is damaged"),
-    "other format": (lambda p: edit(p, lambda m: m.update(format=1)), "has bundle format 1; this version reads 2"),
+    "other format": (lambda p: edit(p, lambda m: m.update(format=1)), "has bundle format 1; this version reads 3"),
     "field missing": (lambda p: edit(p, lambda m: m.pop("model")), "is damaged"),
     "field unknown": (lambda p: edit(p, lambda m: m["model"].update(extra=1)), "is damaged"),
     "other family": (lambda p: edit(p, lambda m: m["model"].update(family="sd9")), "known: sd1, sd2, sdxl"),
+    "control without networks": (
+        lambda p: edit(p, lambda m: m["controls"].update(canny={"global_pool": False})),
+        "has no component 'control/canny/hint'",
+    ),
     "file missing": (lambda p: (p / "tokenizer/tokenizer.json").unlink(), "lacks tokenizer/tokenizer.json"),
     "file unknown": (lambda p: (p / "run.py").write_text(""), "does not list: run.py"),
     "file longer": (lambda p: (p / "tokenizer/tokenizer.json").write_text("x"), "has 1 bytes"),
