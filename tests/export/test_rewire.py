@@ -85,6 +85,7 @@ def close(ours: Any, theirs: Any) -> bool:
     return float(np.abs(ours - theirs).max()) <= ROUNDING * float(np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_residuals_are_those_of_diffusers_and_zeros_may_be_small(settle, unet):
     folder, entry = settle(control=True)
     inputs, small = sample(0), no_residuals(entry)
@@ -107,6 +108,7 @@ def test_residuals_are_those_of_diffusers_and_zeros_may_be_small(settle, unet):
         assert not close(without, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branch", [0, 1, 2])
 def test_deepcache_of_every_branch(settle, unet, branch):
     """A skipping step against the UNet with the deep half of the branch's first up layer put in by a hook."""
@@ -143,6 +145,7 @@ def test_deepcache_of_every_branch(settle, unet, branch):
     assert residuals == [f"residual_{index}" for index in range(branch + 1)]
 
 
+@pytest.mark.slow
 def test_tgate_reads_no_prompt(settle, unet):
     folder, entry = settle(reuse=Reuse(0, True))
     variant = cut_variants(folder, entry, ["tgate"])["tgate"]
@@ -164,6 +167,7 @@ def test_tgate_reads_no_prompt(settle, unet):
         assert close(run(part, second | texts)["prediction"], theirs)
 
 
+@pytest.mark.slow
 def test_nothing_asked_leaves_a_plain_denoiser(settle, unet):
     folder, entry = settle()
     for graph in graphs_of(folder, entry):
@@ -172,6 +176,7 @@ def test_nothing_asked_leaves_a_plain_denoiser(settle, unet):
         assert close(outputs["prediction"], in_torch(unet, sample(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reuse", [Reuse(), Reuse(1, True)])
 def test_adapters_of_layers_whose_output_leaves_the_graph(settle, unet, reuse):
     """conv_out makes the prediction, an upsampler's convolution `deep`: readers are outputs of the graph, not nodes."""
@@ -218,6 +223,7 @@ def test_a_network_in_fp16_casts_at_its_borders(tiny_sd1, unet, tmp_path):
             assert np.abs(again - whole["prediction"]).max() <= 0.02 * np.abs(theirs).max()
 
 
+@pytest.mark.slow
 def test_a_branch_that_the_network_does_not_have_is_refused(settle):
     with pytest.raises(CheckpointError, match="deepcache's branch is 3; this network has 0 to 2"):
         settle(reuse=Reuse(3))

@@ -225,6 +225,7 @@ def test_reading_a_bundle_needs_no_torch(tiny_sd1_bundle: Path) -> None:
     subprocess.run([sys.executable, "-P", "-c", code, str(tiny_sd1_bundle)], check=True)
 
 
+@pytest.mark.slow
 def test_fp16(tiny_sd1: Path, tiny_sd1_bundle: Path, tmp_path: Path) -> None:
     """Half the bytes, float32 at the border, and the error of half precision."""
     from diffusers import UNet2DConditionModel

@@ -19,9 +19,9 @@ from stepforge.runtime.bundle import sha256
 from stepforge.runtime.cli import main
 from stepforge.runtime.engine import Engine
 
-CPU = [("openvino", "fp32"), ("onnxruntime", "fp32"), ("openvino", "bf16"), ("torch", "fp32")]
-CPU += [pytest.param("torch-exact", "bf16", marks=pytest.mark.slow)]
-BACKENDS = ["openvino", "onnxruntime", "torch"]
+CPU = [("openvino", "fp32"), ("onnxruntime", "fp32"), ("openvino", "bf16")]
+CPU += [pytest.param(*torch, marks=pytest.mark.slow) for torch in (("torch", "fp32"), ("torch-exact", "bf16"))]
+BACKENDS = ["openvino", "onnxruntime", pytest.param("torch", marks=pytest.mark.slow)]
 UNET = r".*(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out|conv[12]?|conv_shortcut|time_emb_proj|linear_1)"
 TEXT = r".*(q_proj|v_proj|out_proj|fc1|fc2)"
 
@@ -190,6 +190,7 @@ def test_text_encoder_adapters_touch_their_own_prompt_only(tiny_sd1_banks, files
         assert engine.generate(ask(adapters={"c": 1.0})).stats.rows["text_encoder"] == 0  # "c" changes the UNet only
 
 
+@pytest.mark.slow
 def test_more_sets_than_slots_wait(tiny_sd1_banks, files):
     sets = [{"a": 1.0}, {"b": 1.0}, {"c": 1.0}, {"d": 1.0}, {"a": 0.5, "d": 0.5}, {}]
     with open_engine(tiny_sd1_banks, files, "onnxruntime", max_rows=16) as engine:
@@ -199,6 +200,7 @@ def test_more_sets_than_slots_wait(tiny_sd1_banks, files):
             assert np.abs(result.latents - expected[index % len(sets)]).max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_adapters_come_and_go_while_others_run(tiny_sd1_banks, files):
     with open_engine(tiny_sd1_banks, {"a": files["a"]}, "onnxruntime") as engine:
         expected = engine.generate(ask(steps=20, adapters={"a": 1.0})).latents

@@ -49,7 +49,7 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("backend", REAL)
+@pytest.mark.parametrize("backend", [*REAL[:3], pytest.param(REAL[3], marks=pytest.mark.slow)])
 def test_batch_mates_do_not_change_an_image(tiny_sd1_bundle, backend):
     with load(tiny_sd1_bundle, backend=backend, precision="fp32") as engine:
         alone = [engine.generate(request) for request in MIXED]
