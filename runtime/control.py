@@ -84,7 +84,7 @@ def scales(control: Control, steps: Sequence[Step]) -> tuple[float, ...]:
 
 
 def no_residuals(denoiser: Component) -> dict[str, Array]:
-    """The residual inputs of a denoiser when no row has a ControlNet: [1, C, 1, 1] zeros, which cost next to nothing."""
+    """The residual inputs of a denoiser when no row has a ControlNet: [1, C, 1, 1] zeros."""
     return {
         tensor.name: np.zeros((1, int(tensor.shape[1]), 1, 1), np.float32)
         for tensor in denoiser.inputs

@@ -56,7 +56,7 @@ class Denoisers:
         self._sample: Array = np.empty(0, np.float32)
 
     def __call__(self, rows: Sequence[Row]) -> Array:
-        """The raw predictions, [rows, C, h, w]; valid until the next call. All rows must be of one kind, see `kind`."""
+        """The raw predictions, [rows, C, h, w]; valid until the next call. All rows must be of one kind, see `engine._kind`."""
         step = rows[0].slot.step
         network = f"denoiser/{step.denoiser}"
         name = f"{network}.{step.reuse}" if step.reuse else network

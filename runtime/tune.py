@@ -28,12 +28,8 @@ SIDE = 32  # pixels of the compared pictures
 WINDOW = 7  # pixels of the squares that SSIM compares
 PROBE_STEPS = 5  # of the requests that are timed
 PROBE_RUNS = 3
-TARGETS = (
-    1.0,
-    1.0,
-    0.5,
-    2.0,
-)  # which multiple of the limit a round of the search aims at: the frontier has neighbours too
+# which multiple of the limit a round of the search aims at: the frontier has neighbours too
+TARGETS = (1.0, 1.0, 0.5, 2.0)
 LEAST = 4  # combinations that a budget must reach for
 TRUST = 0.3  # how much one measurement outweighs the guess that distances add up
 
