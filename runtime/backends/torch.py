@@ -22,7 +22,8 @@ from stepforge.runtime.backends import Arrays, Graph
 from stepforge.runtime.backends import torch_passes as passes
 from stepforge.runtime.backends.torch_banks import DeviceBanks, Shared
 from stepforge.runtime.backends.torch_graph import Program, read, run_passes
-from stepforge.runtime.backends.torch_lora import LoraPasses, drop_lora
+from stepforge.runtime.backends.torch_lora import LoraPasses, drop_lora, fuse_residual
+from stepforge.runtime.backends.torch_packed import pack_attention
 from stepforge.runtime.backends.torch_precision import lower
 from stepforge.runtime.backends.torch_run import Runner
 from stepforge.runtime.bundle import Bundle
@@ -90,6 +91,8 @@ class Torch:
             # on CUDA the kernels leave fp32 to cuBLAS: tensor cores would round it to tf32
             if banks and with_lora and (self._device.type == "cpu" or dtype != torch.float32):
                 run_passes(program, (lora.fuse_linear_lora, lora.fuse_conv_lora))
+            pack_attention(program, lora)
+            fuse_residual(program)
         lower(program, dtype, self._device, banks)
         self._share(program, str(path.parent), dtype)
         runner = Runner(program)
@@ -144,6 +147,7 @@ class CpuGraph:
 
     @torch.inference_mode()
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        self._banks.refresh()
         given = {name: torch.from_numpy(plain(array)) for name, array in inputs.items()}
         results = self._runner({**given, **self._banks.tensors})
         return {name: value.numpy() for name, value in results.items()}

@@ -7,7 +7,7 @@ vector       [rows, in], such as the time embedding's, stays as it is: its produ
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,12 +43,27 @@ class View:
             return bank[:, :, self.first : self.last].transpose(1, 2)
         return bank.transpose(1, 2)
 
+    @property
+    def parts(self) -> tuple[View, ...]:
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Views one behind the other along their second axis: the A or B of layers that run as one. A copy, not a view."""
+
+    parts: tuple[View, ...]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(view.name for view in self.parts)
+
 
 @dataclass(slots=True)
 class LoraPasses:
     """The passes share the views that they make; these become inputs of the program."""
 
-    views: dict[str, View] = field(default_factory=dict)
+    views: dict[str, View | Stack] = field(default_factory=dict)
 
     def fuse_linear_lora(self, program: Program) -> bool:
         made = program.producers()
@@ -114,7 +129,14 @@ class LoraPasses:
 
         return self._run(program, match)
 
-    def _view(self, view: View) -> str:
+    def stack(self, program: Program, names: Iterable[str]) -> str:
+        """Inputs of a program that become one; returns its name."""
+        names = tuple(names)
+        name = self._view(Stack(tuple(part for old in names for part in self.views.pop(old).parts)))
+        program.inputs = (*(old for old in program.inputs if old not in names), name)
+        return name
+
+    def _view(self, view: View | Stack) -> str:
         self.views[view.name] = view
         return view.name
 
@@ -123,6 +145,20 @@ class LoraPasses:
         new = tuple(name for name in self.views if name not in program.inputs)
         program.inputs = (*program.inputs, *new)
         return changed
+
+
+def fuse_residual(program: Program) -> bool:
+    """What is added to a LowrankLinear, where nothing else reads that: its operand, for the kernel's epilogue."""
+    made, uses = program.producers(), program.uses()
+
+    def match(node: Node) -> Node | None:
+        for at, name in enumerate(node.inputs) if node.op == "Add" else ():
+            layer = made.get(name)
+            if layer is not None and layer.op == "LowrankLinear" and len(layer.inputs) == 7 and uses[name] == 1:
+                return Node(layer.op, (*layer.inputs, node.inputs[1 - at]), node.outputs, layer.attributes)
+        return None
+
+    return program.rewrite(match)
 
 
 def drop_lora(program: Program, banks: Container[str]) -> bool:
