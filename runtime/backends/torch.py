@@ -85,12 +85,13 @@ class Torch:
         run_passes(program, EXACT)
         if self._device.type == "cpu":
             run_passes(program, (passes.copy_images,))
-        lora = LoraPasses()
+        lora = LoraPasses(exact=not self.fast)
         if self.fast:
             run_passes(program, FAST)
-            # on CUDA the kernels leave fp32 to cuBLAS: tensor cores would round it to tf32
-            if banks and with_lora and (self._device.type == "cpu" or dtype != torch.float32):
-                run_passes(program, (lora.fuse_linear_lora, lora.fuse_conv_lora))
+        # on CUDA the kernels leave fp32 to cuBLAS: tensor cores would round it to tf32
+        if banks and with_lora and (lora.exact or self._device.type == "cpu" or dtype != torch.float32):
+            run_passes(program, (lora.fuse_linear_lora, lora.fuse_conv_lora))
+        if self.fast:
             pack_attention(program, lora)
             fuse_residual(program)
         lower(program, dtype, self._device, banks)
@@ -131,7 +132,7 @@ class TorchExact(Torch):
 def channels_last(program: Program) -> None:
     """The memory format of tensor cores: a convolution hands its weight's format on to its result."""
     for node in program.nodes:
-        if node.op in ("Conv", "LowrankConv") and node.inputs[1] in program.constants:
+        if node.op in ("Conv", "LowrankConv", "PeftConv") and node.inputs[1] in program.constants:
             weight = program.constants[node.inputs[1]]
             weight.data = weight.contiguous(memory_format=torch.channels_last)  # also where it is shared
 
