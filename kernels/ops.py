@@ -186,31 +186,38 @@ def _guide_update(
     state: torch.Tensor,
     z: torch.Tensor,
     sample: torch.Tensor,
+    places: torch.Tensor,
+    sources: torch.Tensor,
     num_x: int,
+    exact: bool,
 ) -> None:
     if prediction.device.type == "cpu":
-        new, seen = reference.guide_update(prediction, guidance, table, scale_in, step, state, z, num_x)
-        running = step < table.shape[1]
+        moving = places[step[places] < table.shape[1]]
+        new, seen = reference.guide_update(
+            prediction, guidance, table, scale_in, step, state, z, places, sources, num_x, exact
+        )
         state.copy_(new)
-        sample[running] = seen[running].to(sample.dtype)
+        sample[moving] = seen[moving].to(sample.dtype)
     else:
         from stepforge.kernels import elementwise
 
-        elementwise.guide_update(prediction, guidance, table, scale_in, step, state, z, sample, num_x)
-    step.add_(1)
+        elementwise.guide_update(
+            prediction, guidance, table, scale_in, step, state, z, sample, places, sources, num_x, exact=exact
+        )
+    step.index_add_(0, places, torch.ones_like(places))
 
 
 @_guide_update.register_fake
-def _(prediction, guidance, table, scale_in, step, state, z, sample, num_x):  # type: ignore[no-untyped-def]
+def _(prediction, guidance, table, scale_in, step, state, z, sample, places, sources, num_x, exact):  # type: ignore[no-untyped-def]
     return None
 
 
 def guide_update(
     prediction: Tensor, guidance: Tensor, table: Tensor, scale_in: Tensor, step: Tensor, state: Tensor, z: Tensor,
-    sample: Tensor, *, num_x: int,
+    sample: Tensor, places: Tensor, sources: Tensor, *, num_x: int, exact: bool = False,
 ) -> None:  # fmt: skip
-    """One step of every image, in place on state, sample and step; shapes as in `reference.guide_update`.
+    """One step of the images at `places`, in place on state, sample and step; shapes as in `reference.guide_update`.
 
-    All coefficients are read on the device by the device's own step counter, so a captured graph replays every step.
+    All coefficients are read on the device by the device's own step counters, so a captured graph replays every step.
     """
-    _guide_update(prediction, guidance, table, scale_in, step, state, z, sample, num_x)
+    _guide_update(prediction, guidance, table, scale_in, step, state, z, sample, places, sources, num_x, exact)

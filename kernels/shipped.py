@@ -23,7 +23,7 @@ from stepforge.kernels.tiles import (
 
 DTYPES = ("fp16", "bf16")
 FP32 = ("scale", "s", "parts", "stats", "guidance", "table", "scale_in", "state", "z")
-INT32 = ("ranks", "table", "step")
+INT32 = ("ranks", "table", "step", "places", "sources")
 RUNTIME_FLOATS = ("eps",)
 ANY_NUMBER = (
     "M",
@@ -84,7 +84,8 @@ class Program:
 
 POINTERS = {
     "x", "w", "a", "b", "scale", "ranks", "table", "bias", "residual", "out", "s", "parts", "stats", "weight", "shift",
-    "h", "prediction", "guidance", "scale_in", "step", "state", "z", "sample",
+    "h", "prediction", "guidance", "scale_in", "step", "state", "z", "sample", "places",
+    "sources",
 }  # fmt: skip
 
 
@@ -157,13 +158,21 @@ def shrink_programs(arch: int, dtype: str) -> Iterator[Program]:
 
 def other_programs(arch: int, dtype: str) -> Iterator[Program]:
     fused = {"SCALE": True, "SILU": True}
+    loop = {
+        "NUM_X": 3,
+        "NUM_P": 5,
+        "WAYS": 2,
+        "BLOCK": 1024,
+        "UPCAST": False,
+    }  # rings of runtime/backends/torch_loop.py
     bodies: dict[str, tuple[Any, dict[str, Any]]] = {
         "parts_nhwc": (norm_body.parts_nhwc, {"BLOCK_P": 64, "BLOCK_C": 64}),
         "parts_nchw": (norm_body.parts_nchw, {"BLOCK": 4096}),
         "apply_nhwc": (norm_body.apply_nhwc, {"BLOCK_P": 64, "BLOCK_C": 64, **fused}),
         "apply_nchw": (norm_body.apply_nchw, {"BLOCK": 4096, **fused}),
         "geglu": (geglu_body.geglu, {"BLOCK_M": 8, "BLOCK_N": 256}),
-        "guide_update": (guide_body.guide_update, {"NUM_X": 2, "NUM_P": 3, "WAYS": 2, "BLOCK": 1024}),
+        "guide_update": (guide_body.guide_update, {"EXACT": False, **loop}),
+        "guide_update exact": (guide_body.guide_update, {"EXACT": True, **loop}),
     }
     if dtype == DTYPES[0]:  # reads and writes fp32 alone
         bodies["merge_parts"] = (norm_body.merge_parts, {"BLOCK": 1024})

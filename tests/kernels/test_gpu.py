@@ -117,9 +117,10 @@ def test_one_graph_replays_every_step():
     """Coefficients and step live on the device: a graph captured once gives what six different calls give."""
     images, steps, size, num_x = 2, 6, 4 * 64 * 64, 2
     given = [
-        torch.randn(images, 2, size).half(), torch.randn(images, steps, 2), torch.randn(images, steps, 5) / 3,
+        torch.randn(images * 2, size).half(), torch.randn(images, steps, 2), torch.randn(images, steps, 5) / 3,
         torch.rand(images, steps + 1), torch.zeros(images, dtype=torch.int32), torch.randn(images, 4, size),
-        torch.randn(images, size), torch.zeros(images, size).half(),
+        torch.randn(images, size), torch.zeros(images, size).half(), torch.tensor([1, 0], dtype=torch.int32),
+        torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
     ]  # fmt: skip
     device = [tensor.cuda() for tensor in given]
     start = [tensor.clone() for tensor in device]
@@ -133,7 +134,7 @@ def test_one_graph_replays_every_step():
         tensor.copy_(value)
     for _ in range(steps):
         graph.replay()
-        given[5], given[7] = reference.guide_update(*given[:7], num_x)
+        given[5], given[7] = reference.guide_update(*given[:7], *given[8:], num_x)
         given[4] += 1
     assert device[4].tolist() == [steps, steps]
     assert torch.allclose(device[5].cpu(), given[5], rtol=1e-4, atol=1e-4)
