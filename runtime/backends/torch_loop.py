@@ -109,12 +109,12 @@ class TorchLoop:
         has_adapter = "adapter" in inputs and bool(inputs["adapter"].any())
         self._networks[has_adapter].refresh()
         for place, values in noise.items():
-            given = torch.from_numpy(values)
+            z = torch.from_numpy(values)
             # from other memory the copy would wait for the steps before it
-            given = given.pin_memory() if self._device.type == "cuda" else given
-            self._tensors["z"][place].copy_(given, non_blocking=True)
-        given_ = {**inputs, "places": places, "sources": sources, "owners": owners}
-        self._starters[has_adapter].start(given_, tuple(given_))
+            z = z.pin_memory() if self._device.type == "cuda" else z
+            self._tensors["z"][place].copy_(z, non_blocking=True)
+        given = {**inputs, "places": places, "sources": sources, "owners": owners}
+        self._starters[has_adapter].start(given, tuple(given))
 
     @torch.inference_mode()
     def get(self, place: int) -> NDArray[np.float32]:
@@ -125,7 +125,8 @@ class TorchLoop:
         """The step with the present tensors."""
         tensors, steps = self._tensors, self._steps
 
-        def step(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        def step(told: dict[str, Tensor]) -> dict[str, Tensor]:
+            given = dict(told)
             places, sources, owners = (given.pop(name) for name in ("places", "sources", "owners"))
             at = owners * steps + tensors["step"].index_select(0, owners)
             given["sample"] = tensors["sample"].index_select(0, owners).view(-1, *self._shape)
@@ -141,4 +142,4 @@ class TorchLoop:
             )  # fmt: skip
             return {}
 
-        return lambda given: step(dict(given))
+        return step

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stepforge.runtime import Request, load
-from stepforge.runtime.backends import open_backend, torch_cuda
+from stepforge.runtime.backends import StepTable, open_backend, torch_cuda
 from stepforge.runtime.backends import torch as backend
 from stepforge.runtime.backends.torch_cuda import Recorder
 from stepforge.runtime.bundle import read
@@ -134,6 +134,50 @@ def test_a_mixed_batch_and_back_again(tiny_sd1, tiny_sd1_banks, tmp_path, precis
         for letter in "bc":
             assert np.abs(engine.generate(Request(**ask, adapters={letter: 1.0})).latents - first).max() > 1e-2
         assert np.array_equal(engine.generate(Request(**ask, adapters={"a": 0.8})).latents, first)
+
+
+@gpu
+@TIERS
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_whole_steps_are_those_of_the_host(tiny_sd1_banks, name, precision, monkeypatch):
+    """Guidance and update on the device against NumPy's, images joining and leaving. bf16: differences of one rounding grow
+    with the network's own error, so its limit is a call's."""
+    requests = [
+        Request(prompt="a cat", steps=4, guidance=3.0, sampler="dpmpp_2m"),
+        Request(prompt="a dog", steps=3, guidance=1.0, sampler="euler_a", seed=1),
+        Request(prompt="a cat", steps=6, guidance="5@0-0.5,1@0.5-1", sampler="unipc", seed=2),
+    ]
+    found = []
+    for _ in range(2):
+        with load(tiny_sd1_banks, backend=name, precision=precision) as engine:
+            found.append([result.latents for result in engine.generate(requests)])
+        monkeypatch.setattr("stepforge.runtime.denoise.fits", lambda job, rings: False)
+    for a, b in zip(*found, strict=True):
+        assert np.linalg.norm(a - b) <= LIMITS[precision] * np.linalg.norm(b)
+
+
+@gpu
+@TIERS
+def test_a_whole_step_waits_for_nothing(tiny_sd1_banks, name):
+    bundle = read(tiny_sd1_banks)
+    opened = open_backend(name, bundle, precision="bf16")
+    loop = opened.open("denoiser/unet", filled(bundle, opened)).loop((4, 16, 16))
+    steps = StepTable(
+        np.linspace(999, 1, 9, dtype=np.float32), np.ones(10, np.float32), np.tile(np.float32([3, -2]), (9, 1)),
+        np.full((9, 9), 0.1, np.float32), np.ones(9, np.float32),
+    )  # fmt: skip
+    loop.put(0, np.ones((8, 4 * 16 * 16), np.float32), steps)
+    told = (np.int32([0]), np.int32([[0, 1]]), np.int32([0, 0]))
+    inputs = {"encoder_hidden_states": np.ones((2, 77, 32), np.float32), "adapter": np.array([1, 1])}
+    noise = {0: np.ones(4 * 16 * 16, np.float32)}
+    loop.step(*told, inputs, noise)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loop.step(*told, inputs, noise)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert np.isfinite(loop.get(0)).all()
 
 
 # the bookkeeping, on a pretended device whose graphs compute what was recorded again
