@@ -50,9 +50,9 @@ class Denoisers:
         inputs = self._inputs(rows)
         if self._adapters.banks(network) is not None:
             inputs |= row_inputs([row.slot.job.bank_slot for row in rows], [row.slot.adapter_strength for row in rows])
-        zeros = self._zeros[name]
-        uses = [use for r, row in enumerate(rows) for use in self._uses_of(r, row)] if zeros else []
-        inputs |= {**zeros, **self.controls.residuals(uses, inputs, list(zeros), step.reuse)}
+        zeros, uses = self._zeros[name], self._uses(name, rows)
+        calls = self.controls.calls(uses, step.reuse)
+        inputs |= {**zeros, **self.controls.residuals(calls, inputs, list(zeros))}
         inputs |= _reused(rows, entry)
         known = {tensor.name for tensor in entry.inputs}
         graph = self._open(name)
@@ -70,7 +70,9 @@ class Denoisers:
         """One whole step of the rows' slots in their loop."""
         slot = rows[0].slot
         name = f"denoiser/{slot.step.denoiser}"
-        self._places(slot).step(rows, {**self._context(rows), **self._zeros[name]})
+        uses = self._uses(name, rows)
+        self._places(slot).step(rows, {**self._context(rows), **self._zeros[name]}, self.controls.calls(uses))
+        _count(uses, rows, "")
 
     def read(self, slot: Slot) -> None:
         """Bring the state of a slot from its loop."""
@@ -117,6 +119,10 @@ class Denoisers:
             inputs["time_ids"] = np.array([[h, w, 0, 0, h, w] for h, w in sizes], np.float32)
         self._packed = (key, inputs, conditions)  # holds the conditions, so that ids stay theirs
         return inputs
+
+    def _uses(self, name: str, rows: Sequence[Row]) -> list[Use]:
+        """The ControlNets of all rows, if the network takes residuals."""
+        return [use for r, row in enumerate(rows) for use in self._uses_of(r, row)] if self._zeros[name] else []
 
     def _uses_of(self, r: int, row: Row) -> list[Use]:
         """The ControlNets of one row in its step."""

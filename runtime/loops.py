@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepforge.runtime.backends import Arrays, Loop, StepTable
+from stepforge.runtime.backends import Arrays, Loop, SideCall, StepTable
 from stepforge.runtime.guiders import Guider
 from stepforge.runtime.slot import Job, Row, Slot
 
@@ -16,12 +16,12 @@ Array = NDArray[np.float32]
 
 
 def fits(job: Job, rings: tuple[int, int]) -> bool:
-    """Whether a job's plan is a table and nothing else: linear guidance of one network, without ControlNets and reuse."""
+    """Whether a job's plan is a table and nothing else: linear guidance of one network, without reuse."""
     steps = job.plan.steps
     return (
         job.guider == Guider()
         and len({step.denoiser for step in steps}) == 1
-        and not any(step.reuse or any(step.control) for step in steps)
+        and not any(step.reuse for step in steps)
         and max(len(step.keep) for step in steps) <= rings[0]
         and max(len(step.gain) for step in steps) <= rings[1]
     )
@@ -53,14 +53,14 @@ class Places:
         self._last: tuple[tuple[Slot, bool], ...] = ()
         self._told: tuple[Any, ...] = ()
 
-    def step(self, rows: Sequence[Row], inputs: Arrays) -> None:
+    def step(self, rows: Sequence[Row], inputs: Arrays, sides: Sequence[SideCall]) -> None:
         """One step of the images that the rows belong to; all their rows are there."""
         key = tuple((row.slot, row.is_cond) for row in rows)
         if key != self._last:
             self._told, self._last = self._tell(rows), key
         places, sources, owners, adapter = self._told
         noise = {self._place(row.slot): z for row in rows if (z := row.slot.draw()) is not None}
-        self.loop.step(places, sources, owners, {**inputs, **adapter}, noise)
+        self.loop.step(places, sources, owners, {**inputs, **adapter}, noise, sides)
 
     def read(self, slot: Slot) -> None:
         """Bring an image's state to the host."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -60,6 +60,16 @@ class StepTable:
     adapter_strength: NDArray[np.float32]  # [K]
 
 
+@dataclass(frozen=True, slots=True)
+class SideCall:
+    """A ControlNet's part in a step: what it reads besides the denoiser's inputs, and the rows that get its residuals."""
+
+    component: str
+    graph: Graph
+    rows: NDArray[np.int32]
+    inputs: Arrays  # hint and scale
+
+
 class Loop(Protocol):
     """Whole steps of a denoiser, guidance and update included, for images that stay on the device.
 
@@ -77,6 +87,7 @@ class Loop(Protocol):
         owners: NDArray[np.int32],
         inputs: Arrays,
         noise: Mapping[int, NDArray[np.float32]],
+        sides: Sequence[SideCall] = (),
     ) -> None:
         """One step of the images at places [n]; may return before it is done.
 

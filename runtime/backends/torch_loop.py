@@ -1,6 +1,6 @@
 """Images that stay on the device: latents, coefficients and step counters live here, and a call is a whole step.
 
-    sample → denoiser → guidance → x_{k+1} = Σ keep·x + Σ gain·p + noise·z → the next step's sample
+    sample → ControlNets → denoiser → guidance → x_{k+1} = Σ keep·x + Σ gain·p + noise·z → the next step's sample
 
 On CUDA the whole line is one recorded graph for each packed shape: the images' places and their rows are data. Fresh noise is
 the one thing that crosses from the host, because it equals PyTorch's CPU generator.
@@ -9,14 +9,15 @@ the one thing that crosses from the host, because it equals PyTorch's CPU genera
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from stepforge.kernels import ops as kernels
-from stepforge.runtime.backends import Arrays, StepTable
+from stepforge.runtime.backends import Arrays, SideCall, StepTable
+from stepforge.runtime.backends.torch_graph import Program
 
 Tensor = Any  # torch.Tensor
 Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -26,6 +27,8 @@ PLACES, STEPS = 8, 64  # to begin with; they double when they do not suffice
 
 class Network(Protocol):
     """A denoiser without or with its banks, on tensors."""
+
+    program: Program
 
     def __call__(self, given: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
@@ -78,8 +81,7 @@ class TorchLoop:
         }
         for name, tensor in old.items():
             self._tensors[name][tuple(slice(length) for length in tensor.shape)] = tensor
-        changes = [self._tensors[name] for name in ("step", "state", "sample")]
-        self._starters = [self._caller(self._function(network), changes=changes) for network in self._networks]
+        self._starters: dict[tuple[Any, ...], Starter] = {}
 
     @torch.inference_mode()
     def put(self, place: int, state: NDArray[np.float32], steps: StepTable) -> None:
@@ -105,6 +107,7 @@ class TorchLoop:
         owners: NDArray[np.int32],
         inputs: Arrays,
         noise: Mapping[int, NDArray[np.float32]],
+        sides: Sequence[SideCall] = (),
     ) -> None:
         has_adapter = "adapter" in inputs and bool(inputs["adapter"].any())
         self._networks[has_adapter].refresh()
@@ -114,14 +117,27 @@ class TorchLoop:
             z = z.pin_memory() if self._device.type == "cuda" else z
             self._tensors["z"][place].copy_(z, non_blocking=True)
         given = {**inputs, "places": places, "sources": sources, "owners": owners}
-        self._starters[has_adapter].start(given, tuple(given))
+        for at, side in enumerate(sides):
+            given |= {f"{at}.{name}": array for name, array in side.inputs.items()}
+            if len(side.rows) < len(owners):
+                given[f"{at}.rows"] = side.rows
+        self._starter(has_adapter, sides).start(given, tuple(given))
+
+    def _starter(self, has_adapter: bool, sides: Sequence[SideCall]) -> Starter:
+        key = has_adapter, *(side.component for side in sides)
+        if key not in self._starters:
+            nets = [cast(Any, side.graph).networks[0] for side in sides]
+            function = self._function(self._networks[has_adapter], nets)
+            changes = [self._tensors[name] for name in ("step", "state", "sample")]
+            self._starters[key] = self._caller(function, changes=changes)
+        return self._starters[key]
 
     @torch.inference_mode()
     def get(self, place: int) -> NDArray[np.float32]:
         found: NDArray[np.float32] = self._tensors["state"][place].cpu().numpy()
         return found
 
-    def _function(self, network: Network) -> Function:
+    def _function(self, network: Network, nets: Sequence[Network]) -> Function:
         """The step with the present tensors."""
         tensors, steps = self._tensors, self._steps
 
@@ -134,7 +150,7 @@ class TorchLoop:
             if "adapter" in given:
                 strength = tensors["adapter_strength"].view(-1).index_select(0, at)
                 given["adapter_strength"] = strength.view(-1, 1, 1)
-            prediction = network(given)["prediction"]
+            prediction = network({**given, **_residuals(nets, given)})["prediction"]
             kernels.guide_update(
                 prediction.reshape(len(owners), -1).contiguous(), tensors["guidance"], tensors["table"],
                 tensors["scale_in"], tensors["step"], tensors["state"], tensors["z"], tensors["sample"], places, sources,
@@ -143,3 +159,24 @@ class TorchLoop:
             return {}
 
         return step
+
+
+def _residuals(nets: Sequence[Network], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums of the ControlNets' residuals, in fp32 as on the host: [R, C, h, w], or [R, C, 1, 1] of those that pool."""
+    totals: dict[str, Tensor] = {}
+    for at, net in enumerate(nets):
+        rows = given.get(f"{at}.rows")
+        read = {}
+        for name in net.program.inputs:
+            if name in ("hint", "scale"):
+                read[name] = given[f"{at}.{name}"]
+            else:
+                read[name] = given[name] if rows is None else given[name].index_select(0, rows)
+        for name, value in net(read).items():
+            if name not in given:  # the denoiser does not take it
+                continue
+            own = value.float()
+            if rows is not None:
+                own = own.new_zeros(len(given["sample"]), *own.shape[1:]).index_copy_(0, rows.long(), own)
+            totals[name] = totals[name] + own if name in totals else own
+    return totals
