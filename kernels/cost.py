@@ -146,7 +146,7 @@ def choose(gpu: Gpu, layer: Layer, rank: int, *, grouped: bool = False, block_m:
     if layer.gated:
         after = geglu(gpu, layer)
         without += after
-        fused = "split" in seconds and layer.n % 32 == 0  # both halves are whole vectors
+        fused = "split" in seconds and layer.n % 32 == 0  # each half a multiple of 16
         seconds = {path: time + after for path, time in seconds.items()}
         if fused:
             seconds["gated"] = split(gpu, layer, rank, gated=True)

@@ -87,7 +87,10 @@ def explain(layer: Layer, rank: int = 16, arch: int = 80, *, grouped: bool = Fal
         f"  without an adapter {1e6 * choice.base:.1f} µs",
     ]
     for path, seconds in sorted(choice.seconds.items(), key=lambda item: item[1]):
-        lines.append(f"  {path:8} {1e6 * seconds:7.1f} µs  {100 * (seconds / choice.base - 1):+6.1f} %")
+        label = f"{path} + geglu" if layer.gated and path != "gated" else path
+        lines.append(
+            f"  {label:{16 if layer.gated else 8}} {1e6 * seconds:7.1f} µs  {100 * (seconds / choice.base - 1):+6.1f} %"
+        )
     return "\n".join(lines)
 
 
