@@ -137,8 +137,7 @@ def linear_programs(arch: int, dtype: str) -> Iterator[Program]:
             yield Program(
                 f"expand_geglu r{rank} m{block} {dtype} sm_{arch}", gated_body.expand_geglu, arch, dtype, tile.warps,
                 tile.stages, {"R": rank, "SPLIT": 2, **shape},
-                dots=((block, half, up[2]), (block, half, up[2]), (block, half, base[2]), (block, half, base[2])),
-                async_loads=loads(tile),
+                dots=2 * ((block, half, up[2]), (block, half, tile.block_k)), async_loads=loads(tile),
             )  # fmt: skip
             if block == block_rows(arch)[-1]:
                 yield Program(
