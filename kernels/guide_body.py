@@ -1,42 +1,70 @@
 """Triton body of guidance and update, one launch for all images of a batch.
 
-    p = Σ_j guidance[n, k, j] · prediction[n, j]
+    p = Σ_j guidance[image, k, j] · prediction[sources[n, j]]
     x_{k+1} = Σ keep·x + Σ gain·p + noise·z
 
-`table[n, k]` holds step k's keep, gain and noise in the ring order of stepforge.runtime.slot. k is read from the device,
-so one captured graph replays every step. Coefficients of 0 read nothing: what their operand holds cannot leak.
+`table[image, k]` holds step k's keep, gain and noise in the ring order of stepforge.runtime.slot. image = places[n] and k =
+step[image] are read from the device, so one captured graph replays every step of any images. Coefficients of 0 read
+nothing: what their operand holds cannot leak.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, import-untyped"
 import triton
 import triton.language as tl
 
+from stepforge.kernels.lowrank_body import rounded
+
+
+@triton.jit
+def rounded_to(value, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """fp32 through `dtype` and back."""
+    if UPCAST:
+        return rounded(value, dtype, UPCAST)
+    else:
+        return value.to(dtype).to(tl.float32)
+
 
 @triton.jit(do_not_specialize=["steps"])
 def guide_update(
-    prediction, guidance, table, scale_in, step, state, z, sample,
+    prediction, guidance, table, scale_in, step, state, z, sample, places, sources,
     size, steps,
-    NUM_P: tl.constexpr, NUM_X: tl.constexpr, WAYS: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_P: tl.constexpr, NUM_X: tl.constexpr, WAYS: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """prediction [n, WAYS, size] any float; guidance [n, steps, WAYS], table [n, steps, NUM_X + NUM_P + 1] and
-    scale_in [n, steps + 1] fp32; step int32 [n]; state [n, NUM_X + NUM_P, size] and z [n, size] fp32; sample [n, size].
+    """prediction [R, size] any float; places [n] and sources [n, WAYS] int32; guidance [P, steps, WAYS], table
+    [P, steps, NUM_X + NUM_P + 1] and scale_in [P, steps + 1] fp32; step int32 [P]; state [P, NUM_X + NUM_P, size] and
+    z [P, size] fp32; sample [P, size]. EXACT: b + w·(a − b) with every result rounded, for two ways.
 
     Writes p and x_{k+1} over the oldest of their rings, and sample = scale_in[k + 1] · x_{k+1}, what the network sees
     next. Images whose plan is done are left alone.
     """
     n = tl.program_id(1)
-    k = tl.load(step + n)
+    image = tl.load(places + n)
+    k = tl.load(step + image)
     if k < steps:
         offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         mask = offs < size
-        row = table + (n * steps + k) * (NUM_X + NUM_P + 1)
-        ring = state + n.to(tl.int64) * (NUM_X + NUM_P) * size
+        at = image.to(tl.int64)
+        weights = guidance + (at * steps + k) * WAYS
+        row = table + (at * steps + k) * (NUM_X + NUM_P + 1)
+        ring = state + at * (NUM_X + NUM_P) * size
         guided = tl.zeros([BLOCK], dtype=tl.float32)
         for j in tl.static_range(WAYS):
-            weight = tl.load(guidance + (n * steps + k) * WAYS + j)
+            weight = tl.load(weights + j)
             reach = tl.where(weight != 0.0, size, 0)
-            part = tl.load(prediction + (n.to(tl.int64) * WAYS + j) * size + offs, mask=offs < reach, other=0.0)
-            guided += weight * part.to(tl.float32)
+            source = tl.load(sources + n * WAYS + j).to(tl.int64) * size
+            part = tl.load(prediction + source + offs, mask=offs < reach, other=0.0).to(tl.float32)
+            guided += weight * part
+        if EXACT:
+            w = tl.load(weights)
+            reach = tl.where((w != 0.0) & (tl.load(weights + 1) != 0.0), size, 0)
+            cond = tl.load(sources + n * WAYS).to(tl.int64) * size
+            uncond = tl.load(sources + n * WAYS + 1).to(tl.int64) * size
+            a = tl.load(prediction + cond + offs, mask=offs < reach, other=0.0).to(tl.float32)
+            b = tl.load(prediction + uncond + offs, mask=offs < reach, other=0.0).to(tl.float32)
+            kind: tl.constexpr = tl.bfloat16 if UPCAST else prediction.dtype.element_ty
+            scaled = rounded_to(w * rounded_to(a - b, kind, UPCAST), kind, UPCAST)
+            guided = tl.where(offs < reach, rounded_to(b + scaled, kind, UPCAST), guided)
         tl.store(ring + (NUM_X + k % NUM_P) * size + offs, guided, mask=mask)
         latent = tl.zeros([BLOCK], dtype=tl.float32)
         for i in tl.static_range(NUM_X):
@@ -50,7 +78,7 @@ def guide_update(
             latent += gain * tl.where(j == k % NUM_P, guided, old)
         noise = tl.load(row + NUM_X + NUM_P)
         reach = tl.where(noise != 0.0, size, 0)
-        latent += noise * tl.load(z + n.to(tl.int64) * size + offs, mask=offs < reach, other=0.0)
+        latent += noise * tl.load(z + at * size + offs, mask=offs < reach, other=0.0)
         tl.store(ring + ((k + 1) % NUM_X) * size + offs, latent, mask=mask)
-        seen = latent * tl.load(scale_in + n * (steps + 1) + k + 1)
-        tl.store(sample + n.to(tl.int64) * size + offs, seen.to(sample.dtype.element_ty), mask=mask)
+        seen = latent * tl.load(scale_in + at * (steps + 1) + k + 1)
+        tl.store(sample + at * size + offs, seen.to(sample.dtype.element_ty), mask=mask)

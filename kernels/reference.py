@@ -120,28 +120,48 @@ def geglu(h: Tensor) -> Tensor:
     return (value * F.gelu(gate)).to(h.dtype)
 
 
+def lowrank_geglu(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor,
+    table: Tensor | None = None, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y = v · gelu(g), [v | g] = x Wᵀ + (scale ⊙ x Aᵀ) Bᵀ + bias; Shazeer, arXiv:2002.05202, eq. 6, on Hu et al., eq. 3.
+
+    x [M, K], w [2N, K] (values first), a [L, 1, R, K], b [L, 2N, R], bias [2N]. Returns [M, N] in x's type.
+    """
+    h = wide(x) @ wide(w).T + expand(low_rank(x, a, scale, ranks, table), b, ranks, table)
+    return geglu(h if bias is None else h + wide(bias)).to(x.dtype)
+
+
 def guide_update(
     prediction: Tensor, guidance: Tensor, table: Tensor, scale_in: Tensor, step: Tensor, state: Tensor, z: Tensor,
-    num_x: int,
+    places: Tensor, sources: Tensor, num_x: int, exact: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """p = Σ_j guidance·prediction, x_{k+1} = Σ keep·x + Σ gain·p + noise·z; stepforge.runtime.plan.Step.
 
-    prediction [n, J, E], guidance [n, K, J], table [n, K, W + 1], scale_in [n, K + 1], step [n], state [n, W, E] with
-    num_x latents first, z [n, E]. Returns the new state, and sample = scale_in[k + 1] · x_{k+1} [n, E] in prediction's
-    type (0 for images whose plan is done).
+    P images have a place each, and a call moves those at `places` [n]: prediction [R, E], of which image i has the rows
+    sources[i] [J]; guidance [P, K, J], table [P, K, W + 1], scale_in [P, K + 1], step [P], state [P, W, E] with num_x latents
+    first, z [P, E]. exact: J is 2, and p = b + w·(a − b) with each result rounded to prediction's type, as diffusers'
+    pipelines have it. Returns the new state, and sample = scale_in[k + 1] · x_{k+1} [P, E] in prediction's type (0 for
+    images that did not move: those elsewhere, and those whose plan is done).
     """
     state = state.clone()
-    sample = torch.zeros_like(prediction[:, 0])
+    sample = prediction.new_zeros(state.shape[0], state.shape[2])
     num_p = state.shape[1] - num_x
-    for n, k in enumerate(step.tolist()):
+    for image, own in zip(places.tolist(), sources, strict=True):
+        k = int(step[image])
         if k >= table.shape[1]:
             continue
-        weights, row = wide(guidance[n, k]), wide(table[n, k])
+        weights, row = wide(guidance[image, k]), wide(table[image, k])
         live = weights != 0
-        state[n, num_x + k % num_p] = (weights[live, None] * wide(prediction[n, live])).sum(0)
-        operands = torch.cat([state[n], z[n, None]])
+        if exact and bool(live.all()):
+            cond, uncond = prediction[own[0]], prediction[own[1]]
+            guided = wide(uncond + weights[0].item() * (cond - uncond))
+        else:
+            guided = (weights[live, None] * wide(prediction[own[live]])).sum(0)
+        state[image, num_x + k % num_p] = guided
+        operands = torch.cat([state[image], z[image, None]])
         live = row != 0
         latent = (row[live, None] * operands[live]).sum(0)
-        state[n, (k + 1) % num_x] = latent
-        sample[n] = (latent * scale_in[n, k + 1]).to(sample.dtype)
+        state[image, (k + 1) % num_x] = latent
+        sample[image] = (latent * scale_in[image, k + 1]).to(sample.dtype)
     return state, sample

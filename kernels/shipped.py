@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepforge.kernels import conv_body, geglu_body, guide_body, lowrank_body, norm_body
+from stepforge.kernels import conv_body, gated_body, geglu_body, guide_body, lowrank_body, norm_body
 from stepforge.kernels.tiles import (
     ARCHES,
     EXPAND_RANKS,
@@ -23,7 +23,7 @@ from stepforge.kernels.tiles import (
 
 DTYPES = ("fp16", "bf16")
 FP32 = ("scale", "s", "parts", "stats", "guidance", "table", "scale_in", "state", "z")
-INT32 = ("ranks", "table", "step")
+INT32 = ("ranks", "table", "step", "places", "sources")
 RUNTIME_FLOATS = ("eps",)
 ANY_NUMBER = (
     "M",
@@ -84,7 +84,8 @@ class Program:
 
 POINTERS = {
     "x", "w", "a", "b", "scale", "ranks", "table", "bias", "residual", "out", "s", "parts", "stats", "weight", "shift",
-    "h", "prediction", "guidance", "scale_in", "step", "state", "z", "sample",
+    "h", "prediction", "guidance", "scale_in", "step", "state", "z", "sample", "places",
+    "sources",
 }  # fmt: skip
 
 
@@ -132,6 +133,13 @@ def linear_programs(arch: int, dtype: str) -> Iterator[Program]:
                     {"R": rank, "SPLIT": 2, "BASE": True, **gemm(tile), **most, "ACT": act, "HAS_RESIDUAL": not act},
                     dots=(base, up), async_loads=loads(tile),
                 )  # fmt: skip
+            shape = {**gemm(tile), **{name: most[name] for name in ("GROUPED", "HAS_BIAS", "UPCAST")}}
+            half = tile.block_n // 2
+            yield Program(
+                f"expand_geglu r{rank} m{block} {dtype} sm_{arch}", gated_body.expand_geglu, arch, dtype, tile.warps,
+                tile.stages, {"R": rank, "SPLIT": 2, **shape},
+                dots=2 * ((block, half, up[2]), (block, half, tile.block_k)), async_loads=loads(tile),
+            )  # fmt: skip
             if block == block_rows(arch)[-1]:
                 yield Program(
                     f"add_expanded r{rank} m{block} {dtype} sm_{arch}", lowrank_body.expand, arch, dtype, tile.warps,
@@ -157,13 +165,21 @@ def shrink_programs(arch: int, dtype: str) -> Iterator[Program]:
 
 def other_programs(arch: int, dtype: str) -> Iterator[Program]:
     fused = {"SCALE": True, "SILU": True}
+    loop = {
+        "NUM_X": 3,
+        "NUM_P": 5,
+        "WAYS": 2,
+        "BLOCK": 1024,
+        "UPCAST": False,
+    }  # rings of runtime/backends/torch_loop.py
     bodies: dict[str, tuple[Any, dict[str, Any]]] = {
         "parts_nhwc": (norm_body.parts_nhwc, {"BLOCK_P": 64, "BLOCK_C": 64}),
         "parts_nchw": (norm_body.parts_nchw, {"BLOCK": 4096}),
         "apply_nhwc": (norm_body.apply_nhwc, {"BLOCK_P": 64, "BLOCK_C": 64, **fused}),
         "apply_nchw": (norm_body.apply_nchw, {"BLOCK": 4096, **fused}),
         "geglu": (geglu_body.geglu, {"BLOCK_M": 8, "BLOCK_N": 256}),
-        "guide_update": (guide_body.guide_update, {"NUM_X": 2, "NUM_P": 3, "WAYS": 2, "BLOCK": 1024}),
+        "guide_update": (guide_body.guide_update, {"EXACT": False, **loop}),
+        "guide_update exact": (guide_body.guide_update, {"EXACT": True, **loop}),
     }
     if dtype == DTYPES[0]:  # reads and writes fp32 alone
         bodies["merge_parts"] = (norm_body.merge_parts, {"BLOCK": 1024})

@@ -38,16 +38,23 @@ def test_geglu_empty():
     assert elementwise.geglu(torch.empty(0, 8).half()).shape == (0, 4)
 
 
+def whole(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
 def batch(images=2, ways=2, size=37, steps=3, num_x=2, num_p=3, dtype=HALF):
+    """Image i at place i, its rows side by side."""
     window = num_x + num_p
     return {
-        "prediction": torch.randn(images, ways, size).to(dtype),
+        "prediction": torch.randn(images * ways, size).to(dtype),
         "guidance": torch.randn(images, steps, ways),
         "table": torch.randn(images, steps, window + 1),
         "scale_in": torch.rand(images, steps + 1) + 0.5,
         "step": torch.arange(images, dtype=torch.int32) % steps,
         "state": torch.randn(images, window, size),
         "z": torch.randn(images, size),
+        "places": torch.arange(images, dtype=torch.int32),
+        "sources": torch.arange(images * ways, dtype=torch.int32).view(images, ways),
     }
 
 
@@ -76,11 +83,11 @@ def test_coefficients_of_0_read_nothing():
     given = batch(images=1)
     given["step"][:] = 1
     given["guidance"][0, 1] = torch.tensor([1.0, 0.0])
-    given["prediction"][0, 1] = torch.nan
+    given["prediction"][1] = torch.nan
     given["table"][0, 1] = torch.tensor([0.0, 0.5, 0.0, 2.0, 0.0, 0.0])  # x_1 in place 1, p_1 in place 3
     given["state"][0, [0, 2, 4]] = torch.nan
     given["z"][:] = torch.nan
-    x, p = given["state"][0, 1].clone(), given["prediction"][0, 0].float()
+    x, p = given["state"][0, 1].clone(), given["prediction"][0].float()
     sample = torch.empty(1, 37).half()
     elementwise.guide_update(**given, sample=sample, num_x=2)
     assert torch.equal(given["state"][0, 3], p)
@@ -96,6 +103,57 @@ def test_finished_images_are_left_alone():
     assert torch.equal(given["state"][0], before[0])
     assert (sample[0] == 7).all()
     assert not torch.equal(given["state"][1], before[1])
+
+
+def test_images_anywhere_in_the_pool():
+    """Some places of many, one with one row and one with two: those move as alone, and the others stay."""
+    given = batch(images=4)
+    before = {name: given[name].clone() for name in ("state", "step")}
+    given["guidance"][2, 2] = torch.tensor([1.0, 0.0])
+    given["places"], given["sources"] = whole(3, 2), whole([1, 4], [0, 99])
+    sample = torch.full((4, 37), 7.0).half()
+    alone = {name: value[3:] for name, value in batch_of(given).items()} | {
+        "prediction": given["prediction"][[1, 4]], "places": whole(0), "sources": whole([0, 1])}  # fmt: skip
+    own = torch.zeros(1, 37).half()
+    elementwise.guide_update(**alone, sample=own, num_x=2)
+    elementwise.guide_update(**given, sample=sample, num_x=2)
+    assert torch.equal(given["state"][:2], before["state"][:2])
+    assert torch.equal(given["state"][3], alone["state"][0])
+    assert torch.equal(sample[3], own[0])
+    assert (sample[:2] == 7).all()
+    assert torch.equal(given["state"][2, 2 + 2], given["prediction"][0].float())
+    assert torch.equal(given["step"], before["step"])
+
+
+def batch_of(given):
+    names = ("guidance", "table", "scale_in", "step", "state", "z")
+    return {name: given[name].clone() for name in names}
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL], ids=str)
+def test_exact_guidance_has_the_bits_of_a_pipeline(dtype):
+    """diffusers' noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond), in the network's type; and the
+    rows themselves where one ran."""
+    given = batch(images=3, size=1000, dtype=dtype)
+    given["step"][:] = 0
+    given["guidance"][:, 0] = torch.tensor([[7.5, -6.5], [1.0, 0.0], [0.0, 1.0]])
+    rows = given["prediction"].view(3, 2, 1000)
+    pipeline = rows[0, 1] + 7.5 * (rows[0, 0] - rows[0, 1])
+    sample = torch.empty(3, 1000).to(dtype)
+    wide, _ = reference.guide_update(**given, num_x=2, exact=True)
+    elementwise.guide_update(**given, sample=sample, num_x=2, exact=True)
+    for state in (given["state"], wide):
+        for image, expected in enumerate((pipeline, rows[1, 0], rows[2, 1])):
+            assert torch.equal(state[image, 2], expected.float())
+    linear, _ = reference.guide_update(**batch_of(given), **{k: given[k] for k in ("prediction", "places", "sources")},
+                                       num_x=2)  # fmt: skip
+    assert not torch.equal(linear[0, 2], wide[0, 2])
+
+
+def test_exact_guidance_is_of_two_rows():
+    given = batch(ways=3)
+    with pytest.raises(ValueError, match="two predictions, not 3"):
+        elementwise.guide_update(**given, sample=torch.empty(2, 37).half(), num_x=2, exact=True)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "unipc", "euler_a"])
@@ -127,8 +185,10 @@ def test_follows_the_engine(sampler):
         x = sum(c * latents[k - i] for i, c in enumerate(row.keep))
         x = x + sum(c * predictions[k - j] for j, c in enumerate(row.gain)) + row.noise * z.double()
         latents.append(x)
-        prediction = torch.stack([cond, uncond])[None]
-        elementwise.guide_update(prediction, guidance, table, scale_in, step, state, z[None], sample, num_x)
+        prediction = torch.stack([cond, uncond])
+        elementwise.guide_update(
+            prediction, guidance, table, scale_in, step, state, z[None], sample, whole(0), whole([0, 1]), num_x
+        )
         step += 1
         own = state[0, (k + 1) % num_x].double()
         assert ((own - x).abs() <= 1e-5 * (1 + x.abs().max())).all()

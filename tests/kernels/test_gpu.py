@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 
-from stepforge.kernels import bounds, conv, elementwise, lowrank, norms, ops, reference, tiles
+from stepforge.kernels import bounds, conv, elementwise, gated, lowrank, norms, ops, reference, tiles
 from stepforge.kernels.launch import interpreted
 from stepforge.kernels.packing import block_table
 
@@ -113,13 +113,32 @@ def test_geglu(dtype):
     within(elementwise.geglu(h), *bounds.geglu(h))
 
 
+@DTYPES
+@pytest.mark.parametrize("rank", [4, 32, 64, 128])
+@pytest.mark.parametrize("shape", [(8192, 320, 2560), (2048, 1280, 10240), (130, 656, 2016)], ids=str)
+def test_geglu_in_the_epilogue(shape, rank, dtype):
+    given = layer(*shape, rank, dtype, adapters=2)
+    extra = {"bias": torch.randn(shape[2], device="cuda").to(dtype)}
+    for block in tiles.block_rows(arch()):
+        for table in (None, block_table([1, -1], shape[0] // 2, block).cuda()):
+            expected = bounds.lowrank_geglu(**given, **extra, table=table, u=CORE)
+            for parts in (1, 2):
+                tile = tiles.expand_tile(arch(), block)
+                found = gated.lowrank_geglu(**given, **extra, table=table, tile=tile, parts=parts)
+                within(found, *expected)
+    alone = gated.lowrank_geglu(**{**given, "ranks": torch.zeros_like(given["ranks"])}, **extra, tile=tile)
+    assert torch.equal(found[shape[0] // 2 :], alone[shape[0] // 2 :])  # the half on adapter −1
+    within(ops.lowrank_geglu(**given, **extra), *bounds.lowrank_geglu(**given, **extra, u=CORE))
+
+
 def test_one_graph_replays_every_step():
     """Coefficients and step live on the device: a graph captured once gives what six different calls give."""
     images, steps, size, num_x = 2, 6, 4 * 64 * 64, 2
     given = [
-        torch.randn(images, 2, size).half(), torch.randn(images, steps, 2), torch.randn(images, steps, 5) / 3,
+        torch.randn(images * 2, size).half(), torch.randn(images, steps, 2), torch.randn(images, steps, 5) / 3,
         torch.rand(images, steps + 1), torch.zeros(images, dtype=torch.int32), torch.randn(images, 4, size),
-        torch.randn(images, size), torch.zeros(images, size).half(),
+        torch.randn(images, size), torch.zeros(images, size).half(), torch.tensor([1, 0], dtype=torch.int32),
+        torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
     ]  # fmt: skip
     device = [tensor.cuda() for tensor in given]
     start = [tensor.clone() for tensor in device]
@@ -133,7 +152,7 @@ def test_one_graph_replays_every_step():
         tensor.copy_(value)
     for _ in range(steps):
         graph.replay()
-        given[5], given[7] = reference.guide_update(*given[:7], num_x)
+        given[5], given[7] = reference.guide_update(*given[:7], *given[8:], num_x)
         given[4] += 1
     assert device[4].tolist() == [steps, steps]
     assert torch.allclose(device[5].cpu(), given[5], rtol=1e-4, atol=1e-4)

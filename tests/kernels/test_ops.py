@@ -76,8 +76,9 @@ CALLS = {
     ),
     "geglu": lambda: (torch.randn(3, 10),),
     "guide_update": lambda: (
-        torch.randn(2, 2, 9), torch.randn(2, 3, 2), torch.randn(2, 3, 4), torch.rand(2, 4),
-        torch.tensor([0, 2], dtype=torch.int32), torch.randn(2, 3, 9), torch.randn(2, 9), torch.zeros(2, 9), 1,
+        torch.randn(3, 9), torch.randn(2, 3, 2), torch.randn(2, 3, 4), torch.rand(2, 4),
+        torch.tensor([0, 2], dtype=torch.int32), torch.randn(2, 3, 9), torch.randn(2, 9), torch.zeros(2, 9),
+        torch.tensor([1, 0], dtype=torch.int32), torch.tensor([[0, 1], [2, 0]], dtype=torch.int32), 1, False,
     ),
 }  # fmt: skip
 
@@ -91,9 +92,9 @@ def test_operator_is_well_formed(name):
 
 def test_update_advances_the_step():
     given = CALLS["guide_update"]()
-    *first, num_x = given
-    prediction, guidance, table, scale_in, step, state, z, sample = first
-    new, seen = reference.guide_update(prediction, guidance, table, scale_in, step, state, z, num_x)
+    *first, num_x, _ = given
+    prediction, guidance, table, scale_in, step, state, z, sample, places, sources = first
+    new, seen = reference.guide_update(prediction, guidance, table, scale_in, step, state, z, places, sources, num_x)
     ops.guide_update(*first, num_x=num_x)
     assert step.tolist() == [1, 3]
     assert torch.equal(state, new)

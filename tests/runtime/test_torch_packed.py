@@ -51,7 +51,7 @@ def test_what_runs_as_one_in_a_whole_network(tiny_sd1_banks):
     """Four transformer blocks. Left are: the prompt's k and v of each block, which read one x but meet in other attentions,
     and the projections of the time embedding, which meet in none."""
     graph, _ = opened(tiny_sd1_banks)
-    program = graph.graph._runner.program
+    program = graph.networks[True].program
     layers = [node for node in program.nodes if node.op == "LowrankLinear"]
     # q, k, v; k, v; and alone: q of the prompt's attention, both outputs, and the two of the feed-forward
     assert Counter(node.attributes.get("slices", 1) for node in layers) == {3: 4, 2: 4, 1: 4 + 8 + 4 + 4}
@@ -61,7 +61,7 @@ def test_what_runs_as_one_in_a_whole_network(tiny_sd1_banks):
     results = {name for node in layers for name in node.outputs}
     assert [node for node in program.nodes if node.op == "Add" and results.intersection(node.inputs)] == []
 
-    bare = graph.bare._runner.program
+    bare = graph.networks[False].program
     assert Counter(node.attributes["num_outputs"] for node in bare.nodes if node.op == "Split") == {3: 4, 2: 4}
     readers = Counter(node.inputs[0] for node in bare.nodes if node.op == "Linear")
     (times,) = (
@@ -79,7 +79,7 @@ def test_weights_of_layers_that_run_as_one_are_held_once(tiny_sd1_control_bundle
         entry = bundle.components[name]
         banks = {t.name: np.zeros(t.shape, np.float32) for t in entry.inputs if t.name.endswith(BANKS)}
         graph = backend.open(name, banks)
-        programs += [graph.graph._runner.program, graph.bare._runner.program]
+        programs += [graph.networks[True].program, graph.networks[False].program]
     stacks = [{n: v for n, v in program.constants.items() if " + " in n and v.numel() >= 1024} for program in programs]
     assert [len(found) for found in stacks] == [8, 8, 2, 2]
     for found in stacks[1:]:
@@ -91,7 +91,7 @@ def test_weights_of_layers_that_run_as_one_are_held_once(tiny_sd1_control_bundle
 def test_adds_that_are_left_where_a_result_is_read_twice(tiny_sd1_control_bundle):
     """T-GATE takes out the results of cross-attention: there the sum is made outside."""
     graph, _ = opened(tiny_sd1_control_bundle)
-    program = graph.graph._runner.program
+    program = graph.networks[True].program
     results = {name for node in program.nodes if node.op == "LowrankLinear" for name in node.outputs}
     left = [node for node in program.nodes if node.op == "Add" and results.intersection(node.inputs)]
     taken = {name for name in program.outputs if name.startswith("text_")}
@@ -208,7 +208,7 @@ def test_a_text_encoder_with_biases_agrees_with_the_exact_one(tiny_sd1_banks):
     inputs = {"input_ids": np.arange(154).reshape(2, 77) % 500, "adapter": np.array([2, 1])}
     inputs["adapter_strength"] = np.array([0.7, -0.5], np.float32).reshape(-1, 1, 1)
     fast, exact = (opened(tiny_sd1_banks, name, "text_encoder")[0] for name in ("torch", "torch-exact"))
-    layers = [node for node in fast.graph._runner.program.nodes if node.op == "LowrankLinear"]
+    layers = [node for node in fast.networks[True].program.nodes if node.op == "LowrankLinear"]
     assert sum(node.attributes.get("slices") == 3 and node.inputs[2] != "" for node in layers) >= 2
     for name, truth in exact(inputs).items():
         assert relative(fast(inputs)[name], truth) <= 1e-5
