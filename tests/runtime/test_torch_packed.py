@@ -138,6 +138,26 @@ def test_which_layers_run_as_one(layers, products):
     assert not pack_attention(program, LoraPasses())
 
 
+@pytest.mark.parametrize(("changed", "products"), [({}, 1), ({"strength": "s2"}, 2), ({"rank": 2}, 2)])
+def test_which_layers_with_lora_run_as_one(changed, products):
+    """Those of one strength and rank; the views that are stacked are inputs no more."""
+    program = attention([("x", 6, False)] * 3)
+    views = {}
+    for at in range(3):
+        ours = {"strength": "s1", "rank": 4, **(changed if at == 1 else {})}
+        pair = (View("A", "down", 4 * at, 4 * at + 4), View(f"B{at}", "up", 0, 4))
+        views |= {view.name: view for view in pair}
+        operands = ("x", f"w{at}", "", *(view.name for view in pair), "adapter", ours["strength"])
+        program.nodes[3 * at] = Node("LowrankLinear", operands, (f"y{at}",), {"rank": ours["rank"]})
+    program.inputs = ("x", "adapter", "s1", "s2", *views)
+    lora = LoraPasses(views=views)
+    assert pack_attention(program, lora)
+    layers = [node for node in program.nodes if node.op == "LowrankLinear"]
+    assert len(layers) == products
+    assert sorted(name for node in layers for name in node.inputs[3:5]) == sorted(lora.views)
+    assert set(program.inputs) == {"x", "adapter", "s1", "s2", *lora.views}
+
+
 def test_heads_are_views_of_the_product(monkeypatch):
     """Nothing is copied on the way to attention."""
     program = attention([("x", 6, False)] * 3)
