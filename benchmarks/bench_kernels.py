@@ -24,9 +24,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,15 @@ def cell(seconds: dict[str, float], path: str, taken: str) -> str:
 class CudaTimer:
     """Median and quartiles of a CUDA graph of a path, with L2 overwritten before each run and outside the clock."""
 
-    def __init__(self, runs: int = 50) -> None:
+    def __init__(self, runs: int = 100) -> None:
         import torch
 
         self._runs = runs
         self._flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+        square, started = torch.ones(4096, 4096, device="cuda").half(), time.perf_counter()
+        while time.perf_counter() < started + 1:  # an idle GPU runs at low clocks
+            torch.mm(square, square)
+            torch.cuda.synchronize()
 
     def __call__(self, path: Any) -> Timing:
         import torch
@@ -120,10 +124,11 @@ class CudaTimer:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a case. models: the roofline of each path; errors: in units of the bound; ratios: of each limit, over
-    what it allows; faults: why it failed."""
+    """What became of a case. taken: dispatch's path; models: the roofline of each path; errors: in units of the bound;
+    ratios: of each limit, over what it allows; faults: why it failed."""
 
     case: Any
+    taken: str = ""
     models: dict[str, Callable[[cost.Gpu], float]] = field(default_factory=dict)
     times: dict[str, Timing] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
@@ -153,6 +158,7 @@ def examine(case: Any, timer: Callable[[Any], Timing] | None, outcome: Outcome) 
         except Exception as error:
             outcome.faults.append(f"{path.name}: {reason(error)}")
     for limit in setup.limits:
+        outcome.taken = limit.path if limit.name == "dispatch" else outcome.taken
         rivals = {name: outcome.times[name].median for name in limit.rivals if name in outcome.times}
         if limit.path not in outcome.times or not rivals:
             continue
@@ -163,9 +169,9 @@ def examine(case: Any, timer: Callable[[Any], Timing] | None, outcome: Outcome) 
 
 
 def reason(error: Exception) -> str:
-    """An exception in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    """An exception in one line: its first, and its last, where Triton's compiler says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}{f' … {lines[-1][:160]}' if lines[1:] else ''}"
 
 
 def device_lost() -> bool:
@@ -180,8 +186,12 @@ def device_lost() -> bool:
     return False
 
 
+def flushed(text: str) -> None:
+    print(text, flush=True)
+
+
 def measure(
-    cases: Iterable[Any], gpu: cost.Gpu, timer: Callable[[Any], Timing] | None, show: Callable[[str], None] = print
+    cases: Iterable[Any], gpu: cost.Gpu, timer: Callable[[Any], Timing] | None, show: Callable[[str], None] = flushed
 ) -> list[Outcome]:
     """All cases, each with one line as it is done. timer None: check, do not time."""
     import torch
@@ -210,7 +220,7 @@ def measure(
 
 def line(outcome: Outcome, gpu: cost.Gpu) -> str:
     cells = [
-        f"{path} {1e6 * timing.median:.1f}|{1e6 * outcome.models[path](gpu):.1f}"
+        f"{path}{'*' if path == outcome.taken else ''} {1e6 * timing.median:.1f}|{1e6 * outcome.models[path](gpu):.1f}"
         for path, timing in outcome.times.items()
     ]
     head = f"{outcome.case.family:9} {outcome.case.name:46} {'FAIL' if outcome.faults else 'pass'}  {'  '.join(cells)}"
@@ -270,21 +280,24 @@ def record(outcomes: Sequence[Outcome], gpu: cost.Gpu) -> list[dict[str, Any]]:
 def run(args: argparse.Namespace, properties: Any, device: str, timer: Callable[[Any], Timing] | None) -> int:
     """Everything that was asked for. properties: those of torch.cuda; timer None: check, do not time."""
     import torch
+    import triton  # type: ignore[import-untyped]
     from kernel_cases import ACCEPTANCE, MODELS, TINY, cases
     from kernel_fit import points_of, report
 
     gpu = cost.GPU_OF_ARCH[nearest_arch(10 * properties.major + properties.minor)]
     about = {
         "machine": machine(), "gpu": properties.name, "capability": f"sm_{properties.major}{properties.minor}",
-        "driver": driver(), "torch": torch.__version__, "cuda": torch.version.cuda, "triton": version("triton"),
+        "driver": driver(), "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__,
         "modelled as": gpu.name,
     }  # fmt: skip
     print("\n".join(f"{name:12} {text}" for name, text in about.items()))
     shapes = TINY if args.tiny else MODELS
     if args.ranks:
         shapes = replace(shapes, ranks=tuple(args.ranks))
-    print("\nlimits:\n  " + "\n  ".join(ACCEPTANCE))
-    print("\nµs: measured|predicted by the roofline; merged is the layer without an adapter")
+    print("\nlimits:")
+    for name, figure, origin in ACCEPTANCE:
+        print(f"  {name:9} {figure:66} {origin}")
+    flushed("\nµs: measured|predicted by the roofline. merged: the layer without an adapter; * what dispatch takes")
     with torch.inference_mode():
         outcomes = measure(cases(gpu, device, shapes, tuple(args.families)), gpu, timer)
     result: dict[str, Any] = {"about": about, "cases": record(outcomes, gpu)}
@@ -333,7 +346,7 @@ def main(given: Sequence[str] | None = None) -> int:
         print_model(args.gpus, args.ranks or RANKS)
         return 0
     if lines := list(missing()):
-        print("\n".join(lines) + "\nwithout a GPU, --model prints the prediction", file=sys.stderr)
+        print(f"cannot run: {'; '.join(lines)}. Without a GPU, --model prints the prediction", file=sys.stderr)
         return 2
     import torch
 

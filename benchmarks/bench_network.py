@@ -164,7 +164,7 @@ def main() -> int:
         print(json.dumps(measure_runner(args.one, args.work, args.size, args.runs, args.device)))
         return 0
     if args.device == "cuda" and (lines := list(missing())):
-        print("\n".join(lines), file=sys.stderr)
+        print(f"cannot run: {'; '.join(lines)}", file=sys.stderr)
         return 2
     _, faults = network(args.work, args.size, args.runs, args.device)
     print("\n".join(f"FAIL {fault}" for fault in faults) or "pass")

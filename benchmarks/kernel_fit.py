@@ -45,7 +45,8 @@ class Fit:
 def fit(gpu: Gpu, points: Sequence[Point]) -> Fit:
     """Least squares on ln(model / measured), soft L1 so that a few times that no roofline explains weigh little.
 
-    A roofline is not smooth: the best of four starts is taken. ValueError with fewer than `FEWEST` times.
+    A roofline is not smooth: the best of four starts is taken. A constant that no time depends on keeps its value.
+    ValueError with fewer than `FEWEST` times.
     """
     from scipy.optimize import least_squares
 
@@ -60,17 +61,19 @@ def fit(gpu: Gpu, points: Sequence[Point]) -> Fit:
     def residuals(values: Any) -> Any:
         found = constants(values)
         at = found.gpu(gpu)
-        return np.log([model(at) + found.start for model, _ in points]) - measured
+        off = np.log([model(at) + found.start for model, _ in points]) - measured
+        return np.concatenate([off, 1e-4 * (values - in_use)])
 
     low = [*np.log([0.05, 0.05, 0.3]), 0.0, 0.0]
     high = [*np.log([1.5, 1.5, 4.0]), 20.0, 50.0]
+    in_use = np.array([*np.log([gpu.tensor_share, gpu.bandwidth_share, gpu.ours]), 1e6 * gpu.launch, 2.0])
     best = None
     for tensor, bandwidth in product((0.4, gpu.tensor_share), (0.5, gpu.bandwidth_share)):
-        at = [*np.log([tensor, bandwidth, gpu.ours]), 1e6 * gpu.launch, 2.0]
+        at = np.array([*np.log([tensor, bandwidth]), *in_use[2:]])
         found = least_squares(residuals, at, bounds=(low, high), loss="soft_l1", f_scale=0.05)
         best = found if best is None or found.cost < best.cost else best
     assert best is not None
-    return replace(constants(best.x), deviation=float(np.median(np.abs(residuals(best.x)))))
+    return replace(constants(best.x), deviation=float(np.median(np.abs(residuals(best.x)[: len(points)]))))
 
 
 def changed_choices(gpu: Gpu, fitted: Gpu) -> tuple[Counter[str], int]:
