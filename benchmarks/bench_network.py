@@ -146,7 +146,7 @@ def network(
             cells.append(f"{rows} rows {median:8.2f} ({low:.2f}..{high:.2f}){against}")
         tail = f"  error {report['error']:.1e}" if "error" in report else ""
         print(f"  {runner:26} {'   '.join(cells)}{tail}", flush=True)
-        limit = 2 * found[EAGER].get("error", np.inf)
+        limit = 2 * found.get(EAGER, {}).get("error", np.inf)
         if runner in OURS and not report.get("error", 0.0) <= limit:  # NaN fails
             faults.append(f"{runner}: error {report['error']:.1e}, limit {limit:.1e}")
     return found, faults

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -160,6 +161,52 @@ def test_the_sanitizer_decides(tmp_path, monkeypatch, capsys):
     (outcome,) = run("guide")
     assert bench.summary([outcome], [("memcheck", "")])[1]
     assert not bench.summary([outcome], [("racecheck", "exit status 1")])[1]
+
+
+class PretendedCuda:
+    """An event takes as many ms as graphs were replayed before it."""
+
+    replayed = 0
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    current_stream = Stream
+
+    class CUDAGraph:
+        def replay(self):
+            PretendedCuda.replayed += 1
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = 0.0
+
+        def record(self):
+            self.at = PretendedCuda.replayed
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * end.at
+
+        def synchronize(self):
+            pass
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def graph(self, graph):
+        return contextlib.nullcontext()
+
+
+def test_the_timer(monkeypatch):
+    """Seconds, the call warmed up before it is captured, one replay a measurement and one before the first."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "cuda", PretendedCuda())
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(8, dtype=dtype))
+    calls = []
+    timing = bench.CudaTimer(runs=7)(kernel_cases.Path("any", lambda: calls.append(1), cost.base))
+    assert len(calls) == 3 + 1
+    assert (timing.low, timing.median, timing.high) == pytest.approx((3e-3, 5e-3, 7e-3))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
