@@ -12,7 +12,7 @@ import numpy as np
 
 from stepforge.kernels.cost import Gpu, choose
 from stepforge.kernels.dispatch import RANKS
-from stepforge.kernels.layers import SD15, SDXL
+from stepforge.kernels.layers import GATED, SD15, SDXL
 
 FITTED = ("merged", "addmm", "split", "onepass")
 FEWEST = 12  # times; below, five constants fit anything
@@ -79,7 +79,7 @@ def fit(gpu: Gpu, points: Sequence[Point]) -> Fit:
 def changed_choices(gpu: Gpu, fitted: Gpu) -> tuple[Counter[str], int]:
     """Choices for the layers of SD1.5 and SDXL whose path or tiles would change, by "path -> path", and how many there are."""
     changes: Counter[str] = Counter()
-    everything = list(product((*SD15, *SDXL), RANKS, (False, True)))
+    everything = list(product((*SD15, *SDXL, *GATED), RANKS, (False, True)))
     for layer, rank, grouped in everything:
         before, after = (choose(g, layer, rank, grouped=grouped) for g in (gpu, fitted))
         if (before.path, before.block_m, before.nt, before.parts) != (after.path, after.block_m, after.nt, after.parts):

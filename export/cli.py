@@ -107,9 +107,12 @@ def verify_command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory.")],
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model that it was exported from.")],
     backend: Annotated[
-        list[str] | None, typer.Option(help="openvino or onnxruntime; repeatable. [default: all]")
+        list[str] | None,
+        typer.Option(help="openvino, onnxruntime, torch or torch-exact; repeatable. [default: the first two]"),
     ] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; repeatable. [default: all]")] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="fp32, bf16 or fp16; repeatable. [default: fp32 and bf16]")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to compare; repeatable.")] = None,
     steps: Annotated[int, typer.Option("--steps", "-n", help="Denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option("--guidance", "-g", help="Guidance weight.")] = 7.5,

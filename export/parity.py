@@ -139,7 +139,7 @@ def verify(
     for backend, precision in configurations:
         progress(f"{backend} {precision}")
         opened = _OpenOnce(open_backend(backend, bundle, precision=precision))
-        limits = LIMITS["bf16" if precision == "bf16" else bundle.precision]
+        limits = LIMITS[bundle.precision if precision == "fp32" else precision]
         with Engine(bundle, opened) as engine:
             values = list(component_errors(bundle, pipeline, opened, references[0], prompts[0], steps, engine))
             for net in nets:

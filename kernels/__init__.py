@@ -13,6 +13,7 @@ HOMES = {
     "group_norm_silu": "ops",
     "guide_update": "ops",
     "lowrank_conv": "ops",
+    "lowrank_geglu": "ops",
     "lowrank_linear": "ops",
     "block_table": "packing",
     "pack": "packing",

@@ -32,12 +32,11 @@ def rounded_to(dtype: Any, exact: Tensor, error: Tensor) -> Tensor:
     return UNIT[dtype] * (exact.abs() + error) + error + TINY[dtype]
 
 
-def lowrank_linear(
-    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
-    table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none",
-    u: float = IEEE_SUM,
+def accumulated(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor,
+    table: Tensor | None, bias: Tensor | None, residual: Tensor | None, u: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """For `reference.lowrank_linear` by kernels that round S once to the inputs' type before the second product."""
+    """The low-rank layer in fp32, before an activation: S rounded once to the inputs' type before the second product."""
     dtype = x.dtype
     x, w, a, b, scale = (tensor.double() for tensor in (x, w, a, b, scale))
     zero = x.new_zeros(())
@@ -51,10 +50,37 @@ def lowrank_linear(
     size = x.abs() @ w.abs().T + low + bias.abs() + residual.abs()
     rounding = 0.0 if dtype == torch.float32 else UNIT[dtype]
     error = gamma(k + r + 4, u) * size + (1 + gamma(r + 4, u)) * ((rounding + gamma(k + 2, u)) * low + tiny)
+    return z + residual, error
+
+
+def lowrank_linear(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
+    table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none",
+    u: float = IEEE_SUM,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """For `reference.lowrank_linear`."""
+    z, error = accumulated(x, w, a, b, scale, ranks, table, bias, residual, u)
     if act == "none":
-        return z + residual, rounded_to(dtype, z + residual, error)
+        return z, rounded_to(x.dtype, z, error)
     y = reference.activate(z, act)
-    return y, rounded_to(dtype, y, STEEPEST * error + DIRECT * u * (z.abs() + error))
+    return y, rounded_to(x.dtype, y, STEEPEST * error + DIRECT * u * (z.abs() + error))
+
+
+def lowrank_geglu(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
+    table: Tensor | None = None, bias: Tensor | None = None, u: float = IEEE_SUM,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """For `reference.lowrank_geglu` by kernels that keep both halves in fp32.
+
+    (v + δ)(c + ε) − vc = cδ + vε + δε for c = gelu(g): δ is the error of the layer, ε that of the gate through gelu's
+    largest slope and the roundings of gelu itself. Then the product is rounded in fp32.
+    """
+    h, error = accumulated(x, w, a, b, scale, ranks, table, bias, None, u)
+    (v, g), (off_v, off_g) = h.chunk(2, dim=-1), error.chunk(2, dim=-1)
+    c = reference.activate(g, "gelu")
+    off_c = STEEPEST * off_g + DIRECT * u * (g.abs() + off_g)
+    off = c.abs() * off_v + v.abs() * off_c + off_v * off_c
+    return v * c, rounded_to(x.dtype, v * c, off + u * ((v * c).abs() + off) + TINY[torch.float32])
 
 
 def lowrank_conv(

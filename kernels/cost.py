@@ -88,13 +88,20 @@ def addmm(gpu: Gpu, layer: Layer, rank: int) -> float:
     return base(gpu, layer) + shrink + roofline(gpu, 2 * m * rank * n, low + rank * n + 2 * m * n) + 2 * gpu.launch
 
 
-def split(gpu: Gpu, layer: Layer, rank: int) -> float:
-    """`shrink`, then `expand`: one launch more, x once more, S in fp32 written and read."""
+def geglu(gpu: Gpu, layer: Layer) -> float:
+    """The kernel after a layer: reads n columns, writes half."""
+    return roofline(gpu, 0, 1.5 * layer.m * layer.n) + gpu.launch
+
+
+def split(gpu: Gpu, layer: Layer, rank: int, *, gated: bool = False) -> float:
+    """`shrink`, then `expand`: one launch more, x once more, S in fp32 written and read. gated: `expand_geglu`, which
+    writes half of the columns."""
     m, k, n, r = layer.m, layer.k, layer.n, padded_rank(rank)
     low = m * r * layer.slices
     shrink = roofline(gpu, 2 * m * k * r * layer.slices, m * k * layer.slices + k * r * layer.slices + 2 * low)
     flops = 2 * m * k * n + 2 * m * r * n
-    return gpu.ours * roofline(gpu, flops, m * k + k * n + m * n + 2 * low + r * n) + shrink + gpu.launch
+    written = m * n / 2 if gated else m * n
+    return gpu.ours * roofline(gpu, flops, m * k + k * n + written + 2 * low + r * n) + shrink + gpu.launch
 
 
 def onepass(gpu: Gpu, layer: Layer, rank: int, nt: int, block_n: int) -> float:
@@ -141,5 +148,13 @@ def choose(gpu: Gpu, layer: Layer, rank: int, *, grouped: bool = False, block_m:
         )  # cuDNN's convolution, implicit-GEMM shrink, expand onto y: the same traffic
     elif not grouped or not seconds:
         seconds["addmm"] = addmm(gpu, layer, rank)
+    without = base(gpu, layer)
+    if layer.gated:
+        after = geglu(gpu, layer)
+        without += after
+        fused = "split" in seconds and layer.n % 32 == 0  # each half a multiple of 16
+        seconds = {path: time + after for path, time in seconds.items()}
+        if fused:
+            seconds["gated"] = split(gpu, layer, rank, gated=True)
     path = min(seconds, key=lambda name: seconds[name])
-    return Choice(path, block, nt, parts, base(gpu, layer), seconds)
+    return Choice(path, block, nt, parts, without, seconds)

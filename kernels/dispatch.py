@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 from stepforge.kernels.cost import GPU_OF_ARCH, Choice, choose
-from stepforge.kernels.layers import SD15, SDXL, Layer
+from stepforge.kernels.layers import GATED, SD15, SDXL, Layer
 from stepforge.kernels.tiles import ARCHES, padded_rank
 
 TABLE = Path(__file__).with_name("dispatch.json")
@@ -22,7 +22,7 @@ RANKS = (16, 32, 64, 128)
 
 def key(layer: Layer, rank: int, grouped: bool) -> str:
     """What the table is looked up by, but for the number of rows."""
-    kind = "conv" if layer.taps > 1 else "linear"
+    kind = "conv" if layer.taps > 1 else "geglu" if layer.gated else "linear"
     return f"{kind} k{layer.k} n{layer.n} p{layer.slices} r{padded_rank(rank)}{' grouped' if grouped else ''}"
 
 
@@ -31,7 +31,7 @@ def build_table() -> dict[str, dict[str, dict[str, list[object]]]]:
     table: dict[str, dict[str, dict[str, list[object]]]] = {}
     for arch in ARCHES:
         entries = table.setdefault(f"sm_{arch}", {})
-        for layer in (*SD15, *SDXL):
+        for layer in (*SD15, *SDXL, *GATED):
             for rank in RANKS:
                 for grouped in (False, True):
                     choice = choose(GPU_OF_ARCH[arch], layer, rank, grouped=grouped)
@@ -76,16 +76,21 @@ def explain(layer: Layer, rank: int = 16, arch: int = 80, *, grouped: bool = Fal
     detail = {
         "onepass": f"tiles of {choice.block_m} rows, one shrink for {choice.nt} tiles of columns",
         "split": f"tiles of {choice.block_m} rows, K in {choice.parts} part{'s' if choice.parts > 1 else ''}",
+        "gated": f"tiles of {choice.block_m} rows, values and gates in one program, no kernel after it",
         "addmm": "cuBLAS only",
         "conv": "cuDNN's convolution, implicit-GEMM shrink, expand onto its output",
     }[choice.path]
     lines = [
-        f"{layer.name or 'layer'}: y [{layer.m}, {layer.n}] = x [{layer.m}, {layer.k}] Wᵀ, rank {rank}, {gpu.name}",
+        f"{layer.name or 'layer'}: y [{layer.m}, {layer.n}] = x [{layer.m}, {layer.k}] Wᵀ"
+        f"{', then GEGLU' if layer.gated else ''}, rank {rank}, {gpu.name}",
         f"  {choice.path}: {detail}",
         f"  without an adapter {1e6 * choice.base:.1f} µs",
     ]
     for path, seconds in sorted(choice.seconds.items(), key=lambda item: item[1]):
-        lines.append(f"  {path:8} {1e6 * seconds:7.1f} µs  {100 * (seconds / choice.base - 1):+6.1f} %")
+        label = f"{path} + geglu" if layer.gated and path != "gated" else path
+        lines.append(
+            f"  {label:{16 if layer.gated else 8}} {1e6 * seconds:7.1f} µs  {100 * (seconds / choice.base - 1):+6.1f} %"
+        )
     return "\n".join(lines)
 
 

@@ -60,6 +60,12 @@ def check_packed(**tensors: Tensor) -> None:
         require(tensor is None or tensor.is_contiguous(), f"{name} must be contiguous")
 
 
+def check_halves(w: Tensor, a: Tensor) -> None:
+    """What GEGLU asks of its up-projection besides: two halves of w, and one A for both."""
+    require(w.shape[0] % 2 == 0, f"w has {w.shape[0]} rows; values and gates need an even number")
+    require(a.shape[1] == 1, f"a has {a.shape[1]} slices; values and gates share one")
+
+
 def check_rows(name: str, tensor: Tensor) -> None:
     """A matrix whose rows may lie apart but whose elements may not."""
     require(tensor.ndim == 2 and (tensor.shape[1] <= 1 or tensor.stride(1) == 1), f"rows of {name} must be contiguous")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """y [m, n] = x [m, k] Wᵀ. slices: layers of equal width stacked into one. taps 9: a 3x3 convolution, k = 9·C."""
+    """y [m, n] = x [m, k] Wᵀ. slices: layers of equal width stacked into one. taps 9: a 3x3 convolution, k = 9·C.
+    gated: GEGLU follows, which halves the columns."""
 
     name: str
     m: int
@@ -15,6 +16,7 @@ class Layer:
     n: int
     slices: int = 1
     taps: int = 1
+    gated: bool = False
 
 
 def attention_layers(name: str, m: int, c: int, text: int, context: int) -> list[Layer]:
@@ -45,6 +47,11 @@ SDXL = (
     Layer("SDXL L1 conv", 8192, 9 * 640, 640, taps=9),
     Layer("SDXL L2 conv", 2048, 9 * 1280, 1280, taps=9),
     Layer("SDXL time", 2, 1280, 1280),
+)
+GATED = tuple(
+    replace(layer, name=layer.name.removesuffix("-up"), gated=True)
+    for layer in (*SD15, *SDXL)
+    if layer.name.endswith("GEGLU-up")
 )
 
 

@@ -13,7 +13,7 @@ from torch.library import custom_op
 
 from stepforge.kernels import reference
 from stepforge.kernels.dispatch import dispatch, nearest_arch
-from stepforge.kernels.launch import FLOATS, Tensor, require
+from stepforge.kernels.launch import FLOATS, Tensor, check_halves, require
 from stepforge.kernels.layers import Layer
 from stepforge.kernels.tiles import expand_tile, onepass_tile
 
@@ -27,6 +27,11 @@ def arch_of(device: Any) -> int:
 def adjacent(matrix: Tensor) -> Tensor:
     """The matrix, or a copy whose rows have their elements side by side (a transposed view of tokens has not)."""
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def aligned(x: Tensor, w: Tensor) -> bool:
+    """Whether the kernels can load 16 bytes at a time."""
+    return bool(x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and w.data_ptr() % 16 == 0)
 
 
 def run_linear(
@@ -43,10 +48,9 @@ def run_linear(
     extra: dict[str, Any] = {"table": table, "bias": bias, "residual": residual, "act": act}
     layer = Layer("", x.shape[0], x.shape[1], w.shape[0], slices=a.shape[1])
     choice = dispatch(layer, rank, arch, grouped=table is not None, block_m=block_m or None)
-    aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and w.data_ptr() % 16 == 0
     # an erf or exp in both epilogues of the one pass spills: activations go to the path with one
     path = "split" if choice.path == "onepass" and act != "none" else choice.path
-    if path == "addmm" or x.dtype == torch.float32 or not aligned:
+    if path == "addmm" or x.dtype == torch.float32 or not aligned(x, w):
         return fallback.addmm(x, w, a, b, scale, ranks, **extra)
     if path == "onepass":
         tile = onepass_tile(arch, rank, choice.block_m)
@@ -87,6 +91,54 @@ def lowrank_linear(
     over = residual.reshape(-1, residual.shape[-1]) if residual is not None else None
     y = _lowrank_linear(flat, w, a, b, scale, ranks, table, bias, over, act, block_m)
     return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+def run_geglu(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
+    arch: int, table: Tensor | None = None, bias: Tensor | None = None, block_m: int = 0,
+) -> Tensor:  # fmt: skip
+    """GEGLU in the layer's epilogue where `dispatch` says so, else after the layer on its own path."""
+    from stepforge.kernels import elementwise, gated
+
+    x = adjacent(x)
+    rank = gated.check_geglu(x, w, a, b, scale, ranks, table, bias)
+    require(table is None or block_m > 0, "a table of row blocks comes with its block_m")
+    layer = Layer("", x.shape[0], x.shape[1], w.shape[0], gated=True)
+    choice = dispatch(layer, rank, arch, grouped=table is not None, block_m=block_m or None)
+    if choice.path != "gated" or x.dtype == torch.float32 or not aligned(x, w):
+        h = run_linear(x, w, a, b, scale, ranks, arch=arch, table=table, bias=bias, block_m=block_m)
+        return elementwise.geglu(h)
+    tile = expand_tile(arch, choice.block_m)
+    return gated.lowrank_geglu(x, w, a, b, scale, ranks, tile=tile, parts=choice.parts, table=table, bias=bias)
+
+
+@custom_op("stepforge::lowrank_geglu", mutates_args=())
+def _lowrank_geglu(
+    x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, ranks: torch.Tensor,
+    table: torch.Tensor | None, bias: torch.Tensor | None, block_m: int,
+) -> torch.Tensor:  # fmt: skip
+    if x.device.type == "cpu":
+        return reference.lowrank_geglu(x, w, a, b, scale, ranks, table, bias)
+    return run_geglu(x, w, a, b, scale, ranks, arch=arch_of(x.device), table=table, bias=bias, block_m=block_m)
+
+
+@_lowrank_geglu.register_fake
+def _(x, w, a, b, scale, ranks, table, bias, block_m):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], w.shape[0] // 2)
+
+
+def lowrank_geglu(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
+    table: Tensor | None = None, bias: Tensor | None = None, block_m: int = 0,
+) -> Tensor:  # fmt: skip
+    """y = v · gelu(g), [v | g] = x Wᵀ + (scale ⊙ x Aᵀ) Bᵀ + bias: the feed-forward's up-projection with its GEGLU.
+
+    x [..., K]; the others as in `reference.lowrank_geglu`, table and block_m as in `lowrank_linear`. Returns [..., N].
+    ValueError for shapes that do not fit.
+    """
+    check_halves(w, a)
+    y = _lowrank_geglu(x.reshape(-1, x.shape[-1]), w, a, b, scale, ranks, table, bias, block_m)
+    return y.reshape(*x.shape[:-1], w.shape[0] // 2)
 
 
 @custom_op("stepforge::lowrank_conv", mutates_args=())

@@ -120,6 +120,18 @@ def geglu(h: Tensor) -> Tensor:
     return (value * F.gelu(gate)).to(h.dtype)
 
 
+def lowrank_geglu(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor,
+    table: Tensor | None = None, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y = v · gelu(g), [v | g] = x Wᵀ + (scale ⊙ x Aᵀ) Bᵀ + bias; Shazeer, arXiv:2002.05202, eq. 6, on Hu et al., eq. 3.
+
+    x [M, K], w [2N, K] (values first), a [L, 1, R, K], b [L, 2N, R], bias [2N]. Returns [M, N] in x's type.
+    """
+    h = wide(x) @ wide(w).T + expand(low_rank(x, a, scale, ranks, table), b, ranks, table)
+    return geglu(h if bias is None else h + wide(bias)).to(x.dtype)
+
+
 def guide_update(
     prediction: Tensor, guidance: Tensor, table: Tensor, scale_in: Tensor, step: Tensor, state: Tensor, z: Tensor,
     places: Tensor, sources: Tensor, num_x: int, exact: bool = False,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepforge.kernels import conv_body, geglu_body, guide_body, lowrank_body, norm_body
+from stepforge.kernels import conv_body, gated_body, geglu_body, guide_body, lowrank_body, norm_body
 from stepforge.kernels.tiles import (
     ARCHES,
     EXPAND_RANKS,
@@ -133,6 +133,13 @@ def linear_programs(arch: int, dtype: str) -> Iterator[Program]:
                     {"R": rank, "SPLIT": 2, "BASE": True, **gemm(tile), **most, "ACT": act, "HAS_RESIDUAL": not act},
                     dots=(base, up), async_loads=loads(tile),
                 )  # fmt: skip
+            shape = {**gemm(tile), **{name: most[name] for name in ("GROUPED", "HAS_BIAS", "UPCAST")}}
+            half = tile.block_n // 2
+            yield Program(
+                f"expand_geglu r{rank} m{block} {dtype} sm_{arch}", gated_body.expand_geglu, arch, dtype, tile.warps,
+                tile.stages, {"R": rank, "SPLIT": 2, **shape},
+                dots=2 * ((block, half, up[2]), (block, half, tile.block_k)), async_loads=loads(tile),
+            )  # fmt: skip
             if block == block_rows(arch)[-1]:
                 yield Program(
                     f"add_expanded r{rank} m{block} {dtype} sm_{arch}", lowrank_body.expand, arch, dtype, tile.warps,

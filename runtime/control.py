@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime import preprocess
-from stepforge.runtime.backends import Arrays, Backend, Graph
+from stepforge.runtime.backends import Arrays, Backend, Graph, SideCall
 from stepforge.runtime.bundle import Bundle, Component
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Step
@@ -110,6 +110,7 @@ class Controls:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self._bundle, self._backend = bundle, backend
         self._graphs: dict[str, Graph] = {}
+        self._hints: dict[tuple[str, int], tuple[list[Array], Array]] = {}
 
     def check(self, names: Sequence[str]) -> None:
         """Raises RequestError if the bundle lacks one."""
@@ -127,20 +128,32 @@ class Controls:
         """An image [3, height, width] in 0..1 through the hint encoder: [C, h, w]. Runs once for a request."""
         return np.array(self._open(f"control/{name}/hint")({"image": image[None]})["hint"][0])
 
-    def residuals(self, uses: Sequence[Use], inputs: Arrays, wanted: Sequence[str], variant: str) -> dict[str, Array]:
-        """Sum of the residuals of all uses for each row of `inputs`; nothing if nothing is used.
-
-        inputs: what the denoiser reads, before residuals. wanted: the denoiser's residual inputs. variant: its own.
-        Each ControlNet is called once for all its rows, and again only for a second use in one row.
-        """
-        calls: dict[tuple[str, int], list[Use]] = {}
+    def calls(self, uses: Sequence[Use], variant: str = "") -> list[SideCall]:
+        """What runs for these uses. Each ControlNet is called once for all its rows, and again only for a second use in one
+        row. variant: the denoiser's."""
+        groups: dict[tuple[str, int], list[Use]] = {}
         for use in uses:
-            calls.setdefault((use.name, use.turn), []).append(use)
+            groups.setdefault((use.name, use.turn), []).append(use)
+        calls = []
+        for (name, turn), group in groups.items():
+            component = f"control/{name}/residuals"
+            if f"{component}.{variant}" in self._bundle.components:
+                component = f"{component}.{variant}"
+            inputs = {"hint": self._stacked(name, turn, group), "scale": np.stack([self._scale(use) for use in group])}
+            rows = np.array([use.row for use in group], np.int32)
+            calls.append(SideCall(component, self._open(component), rows, inputs))
+        return calls
+
+    def residuals(self, calls: Sequence[SideCall], inputs: Arrays, wanted: Sequence[str]) -> dict[str, Array]:
+        """Sum of the residuals of all calls for each row of `inputs`; nothing if there is none.
+
+        inputs: what the denoiser reads, before residuals. wanted: the denoiser's residual inputs.
+        """
         rows = len(inputs["sample"])
         totals: dict[str, Array] = {}
-        for (name, _), group in calls.items():
-            outputs = self._call(name, group, inputs, variant)
-            picked = [use.row for use in group]
+        for call in calls:
+            outputs = self._run(call, inputs)
+            picked = call.rows
             for residual in wanted:
                 value = outputs[residual]
                 if len(calls) == 1 and len(picked) == rows:
@@ -154,22 +167,23 @@ class Controls:
                 totals[residual][picked] += value
         return totals
 
-    def _call(self, name: str, group: Sequence[Use], inputs: Arrays, variant: str) -> Mapping[str, Array]:
-        component = f"control/{name}/residuals"
-        if f"{component}.{variant}" in self._bundle.components:
-            component = f"{component}.{variant}"
-        entry = self._bundle.components[component]
-        picked = [use.row for use in group]
-        every = len(picked) == len(inputs["sample"])
-        own: dict[str, NDArray[Any]] = {
-            "hint": np.stack([use.hint for use in group]),
-            "scale": np.stack([self._scale(use) for use in group]),
-        }
-        for tensor in entry.inputs:
-            if tensor.name not in own:
-                value = inputs[tensor.name]
-                own[tensor.name] = value if every else value[picked]
-        return self._open(component)({tensor.name: own[tensor.name] for tensor in entry.inputs})
+    def _run(self, call: SideCall, inputs: Arrays) -> Mapping[str, Array]:
+        every = len(call.rows) == len(inputs["sample"])
+        own: dict[str, NDArray[Any]] = dict(call.inputs)
+        names = [tensor.name for tensor in self._bundle.components[call.component].inputs]
+        for name in names:
+            if name not in own:
+                own[name] = inputs[name] if every else inputs[name][call.rows]
+        return call.graph({name: own[name] for name in names})
+
+    def _stacked(self, name: str, turn: int, group: Sequence[Use]) -> Array:
+        """The hints of a call, [rows, C, h, w], some MB a row; the same array while the same hints come back."""
+        hints = [use.hint for use in group]
+        before, stacked = self._hints.get((name, turn), ([], np.empty(0, np.float32)))
+        if len(before) != len(hints) or any(a is not b for a, b in zip(before, hints, strict=True)):
+            stacked = np.stack(hints)
+            self._hints[name, turn] = hints, stacked
+        return stacked
 
     def _scale(self, use: Use) -> Array:
         """Strength of each residual; guess mode weakens the shallow ones, see diffusers' ControlNetModel.forward."""

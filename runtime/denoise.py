@@ -8,38 +8,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime.adapters import Adapters, row_inputs
-from stepforge.runtime.backends import Arrays, Backend, Graph
+from stepforge.runtime.backends import Arrays, Backend, Graph, LoopingGraph
 from stepforge.runtime.bundle import Bundle, Component
 from stepforge.runtime.conditioning import Condition
 from stepforge.runtime.control import Controls, Use, no_residuals
+from stepforge.runtime.loops import Places, fits
 from stepforge.runtime.planner import Size
-from stepforge.runtime.slot import Slot
+from stepforge.runtime.slot import Job, Row, Slot
 
 Array = NDArray[np.float32]
 KEPT = re.compile(r"deep|text_\d+")  # inputs of variants; text_embeds is SDXL's pooled prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a network call. A slot's rows stand together, the conditional one first."""
-
-    slot: Slot
-    condition: Condition
-    is_cond: bool
-
-
-def rows_of_slot(slot: Slot) -> list[Row]:
-    """The rows that the slot's next evaluation needs."""
-    job, w = slot.job, slot.weight
-    wanted = ((job.cond, True, w != 0.0), (job.uncond, False, w != 1.0))
-    return [Row(slot, condition, is_cond) for condition, is_cond, use in wanted if use and condition is not None]
 
 
 class Denoisers:
@@ -54,6 +38,8 @@ class Denoisers:
                 self._open(name)
         self._packed: tuple[tuple[tuple[int, Size], ...], dict[str, Array], list[Condition]] | None = None
         self._sample: Array = np.empty(0, np.float32)
+        self._loops: dict[tuple[str, tuple[int, int, int]], Places] = {}
+        self._zeros = {name: no_residuals(entry) for name, entry in bundle.components.items()}
 
     def __call__(self, rows: Sequence[Row]) -> Array:
         """The raw predictions, [rows, C, h, w]; valid until the next call. All rows must be of one kind, see `engine._kind`."""
@@ -64,8 +50,9 @@ class Denoisers:
         inputs = self._inputs(rows)
         if self._adapters.banks(network) is not None:
             inputs |= row_inputs([row.slot.job.bank_slot for row in rows], [row.slot.adapter_strength for row in rows])
-        uses = self._uses(rows, entry)
-        inputs |= self._residuals(uses, entry, inputs, step.reuse)
+        zeros, uses = self._zeros[name], self._uses(name, rows)
+        calls = self.controls.calls(uses, step.reuse)
+        inputs |= {**zeros, **self.controls.residuals(calls, inputs, list(zeros))}
         inputs |= _reused(rows, entry)
         known = {tensor.name for tensor in entry.inputs}
         graph = self._open(name)
@@ -73,6 +60,32 @@ class Denoisers:
         _count(uses, rows, step.reuse)  # after the call: one that fails is repeated
         _keep(rows, outputs)
         return outputs["prediction"]
+
+    def rings(self, job: Job) -> tuple[int, int] | None:
+        """Latents and predictions of the loop that the job's steps can run in; None if they run here."""
+        graph = self._open(f"denoiser/{job.plan.steps[0].denoiser}")
+        return graph.rings if isinstance(graph, LoopingGraph) and fits(job, graph.rings) else None
+
+    def step(self, rows: Sequence[Row]) -> None:
+        """One whole step of the rows' slots in their loop."""
+        slot = rows[0].slot
+        name = f"denoiser/{slot.step.denoiser}"
+        uses = self._uses(name, rows)
+        self._places(slot).step(rows, {**self._context(rows), **self._zeros[name]}, self.controls.calls(uses))
+        _count(uses, rows, "")
+
+    def read(self, slot: Slot) -> None:
+        """Bring the state of a slot from its loop."""
+        self._places(slot).read(slot)
+
+    def _places(self, slot: Slot) -> Places:
+        name = f"denoiser/{slot.step.denoiser}"
+        key = name, slot.shape
+        if key not in self._loops:
+            graph = self._open(name)
+            assert isinstance(graph, LoopingGraph)
+            self._loops[key] = Places(graph.loop(slot.shape), has_bank=self._adapters.banks(name) is not None)
+        return self._loops[key]
 
     def _open(self, name: str) -> Graph:
         if name not in self._graphs:
@@ -107,8 +120,9 @@ class Denoisers:
         self._packed = (key, inputs, conditions)  # holds the conditions, so that ids stay theirs
         return inputs
 
-    def _uses(self, rows: Sequence[Row], entry: Component) -> list[Use]:
-        return [use for r, row in enumerate(rows) for use in self._uses_of(r, row)] if no_residuals(entry) else []
+    def _uses(self, name: str, rows: Sequence[Row]) -> list[Use]:
+        """The ControlNets of all rows, if the network takes residuals."""
+        return [use for r, row in enumerate(rows) for use in self._uses_of(r, row)] if self._zeros[name] else []
 
     def _uses_of(self, r: int, row: Row) -> list[Use]:
         """The ControlNets of one row in its step."""
@@ -119,10 +133,6 @@ class Denoisers:
                 turn = sum(use.name == control.name for use in uses)
                 uses.append(Use(r, control.name, turn, hint, scale, control.guess_mode))
         return uses
-
-    def _residuals(self, uses: Sequence[Use], entry: Component, inputs: Arrays, variant: str) -> dict[str, Array]:
-        zeros = no_residuals(entry)
-        return {**zeros, **self.controls.residuals(uses, inputs, list(zeros), variant)}
 
 
 def _count(uses: Sequence[Use], rows: Sequence[Row], variant: str) -> None:

@@ -28,7 +28,7 @@ from stepforge.runtime.adapters import Adapters
 from stepforge.runtime.backends import Backend
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.conditioning import Conditioner
-from stepforge.runtime.denoise import Denoisers, Row, rows_of_slot
+from stepforge.runtime.denoise import Denoisers
 from stepforge.runtime.errors import Cancelled, GenerationError, RequestError, StepforgeError
 from stepforge.runtime.images import to_pil, to_uint8
 from stepforge.runtime.plan import Plan
@@ -37,7 +37,7 @@ from stepforge.runtime.preprocess import hint_of
 from stepforge.runtime.presets import resolve
 from stepforge.runtime.request import Progress, Request, Result, Stats
 from stepforge.runtime.schedules import SchedulerCard
-from stepforge.runtime.slot import Job, OnStep, Slot
+from stepforge.runtime.slot import Job, OnStep, Row, Slot, rows_of_slot
 
 log = logging.getLogger(__name__)
 Array = NDArray[np.float32]
@@ -182,7 +182,8 @@ class Engine:
                 stage = "hint encoder"
                 self._make_hints(job)
                 shape = job.size.latents(self.bundle.card)
-                self._running += [Slot(job, index, shape) for index in range(job.request.images)]
+                rings = self._denoisers.rings(job)
+                self._running += [Slot(job, index, shape, rings) for index in range(job.request.images)]
             except Exception as error:
                 job.settle(error if isinstance(error, StepforgeError) else GenerationError(_reason(stage, error)))
             job.seconds["prompt"] += time.perf_counter() - started
@@ -210,13 +211,20 @@ class Engine:
         return chosen
 
     def _denoise(self, slots: list[Slot]) -> None:
-        """One call of the networks, then guidance and update of every slot. A failing call is retried slot by slot."""
+        """One call of the networks, then guidance and update of every slot. A failing call is retried slot by slot.
+
+        The backend's loop guides and updates by itself, and may still be at it when the call returns.
+        """
         if not slots:
             return
         started = time.perf_counter()
         rows = [row for slot in slots for row in rows_of_slot(slot)]
+        prediction: Array | None = None
         try:
-            prediction = self._denoisers(rows)
+            if slots[0].in_loop:
+                self._denoisers.step(rows)
+            else:
+                prediction = self._denoisers(rows)
         except Exception as error:
             if len(slots) == 1:
                 reason = error if isinstance(error, StepforgeError) else GenerationError(_reason("denoiser", error))
@@ -229,15 +237,11 @@ class Engine:
         row = 0
         for slot in slots:
             own = rows[row : row + 2] if row + 1 < len(rows) and rows[row + 1].slot is slot else rows[row : row + 1]
-            self._guide(slot, own, prediction[row : row + len(own)].reshape(len(own), -1))
+            if prediction is not None:
+                self._guide(slot, own, prediction[row : row + len(own)].reshape(len(own), -1))
+            self._advance(slot)
             row += len(own)
             owners[slot] = len(own)
-            denoised = self._denoised(slot) if slot.job.on_step else None
-            slot.advance()
-            if not math.isfinite(float(slot.x.sum())):
-                slot.job.settle(GenerationError(f"image {slot.index}: the latents are not finite after step {slot.k}"))
-            elif denoised is not None:
-                self._report(slot, denoised)
         share = (time.perf_counter() - started) / row
         for slot, need in owners.items():
             job, step = slot.job, slot.job.plan.steps[slot.k - 1]
@@ -245,6 +249,21 @@ class Engine:
             job.rows[name] = job.rows.get(name, 0) + need
             job.seconds["denoise"] += share * need
             job.calls += 1
+
+    def _advance(self, slot: Slot) -> None:
+        """Move a guided slot, or follow one that its loop has moved; read it from there if somebody looks at it."""
+        seen = not slot.in_loop or slot.job.on_step is not None or slot.k + 1 == len(slot.table)
+        if slot.in_loop and seen:
+            self._denoisers.read(slot)
+        denoised = self._denoised(slot) if slot.job.on_step else None
+        if slot.in_loop:
+            slot.k += 1
+        else:
+            slot.advance()
+        if seen and not math.isfinite(float(slot.x.sum())):
+            slot.job.settle(GenerationError(f"image {slot.index}: the latents are not finite after step {slot.k}"))
+        elif denoised is not None:
+            self._report(slot, denoised)
 
     def _guide(self, slot: Slot, rows: list[Row], prediction: Array) -> None:
         """The guided prediction of a slot's rows, [rows, C·h·w], into the slot."""
@@ -314,10 +333,10 @@ class Engine:
         )
 
 
-def _kind(slot: Slot) -> tuple[str, str, tuple[int, ...], int]:
+def _kind(slot: Slot) -> tuple[str, str, bool, tuple[int, ...], int]:
     """Slots of one kind can share a network call."""
     assert slot.job.cond is not None
-    return slot.step.denoiser, slot.step.reuse, slot.shape, len(slot.job.cond.context)
+    return slot.step.denoiser, slot.step.reuse, slot.in_loop, slot.shape, len(slot.job.cond.context)
 
 
 def _reason(stage: str, error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What the engine keeps of a request while it runs: a `Job`, and a `Slot` for each of its images."""
+"""What the engine keeps of a request while it runs: a `Job`, a `Slot` for each of its images, and a slot's `Row`s."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,14 +76,20 @@ class Slot:
 
     `state` holds the latents and predictions of the plan's window as rows of one matrix, in ring order, and fresh noise
     in its last row; `table[k]` is step k's keep, gain and noise in that order. So each update is one product.
+
+    rings: the latents and predictions of a backend's loop, in which the image's steps then run whole; `state` is behind
+    until it is read from there.
     """
 
-    def __init__(self, job: Job, index: int, shape: tuple[int, int, int]) -> None:
+    def __init__(self, job: Job, index: int, shape: tuple[int, int, int], rings: tuple[int, int] | None = None) -> None:
         self.job, self.index, self.shape = job, index, shape
         self.k = 0
+        self.in_loop = rings is not None
         plan = job.plan
-        self.num_x = max(len(step.keep) for step in plan.steps)
-        self.num_p = max(len(step.gain) for step in plan.steps)
+        self.num_x, self.num_p = rings or (
+            max(len(step.keep) for step in plan.steps),
+            max(len(step.gain) for step in plan.steps),
+        )
         self.table = np.zeros((len(plan.steps), self.num_x + self.num_p + 1), np.float32)
         for k, step in enumerate(plan.steps):
             for i, coefficient in enumerate(step.keep):
@@ -94,6 +101,7 @@ class Slot:
         self._kept: dict[str, tuple[list[bool], Array]] = {}
         self._means: dict[str, Array] = {}
         self.generator = Generator(job.request.seed + index)
+        self._drawn = -1  # the evaluation that the noise in `state` is for
         self.state = np.zeros((self.table.shape[1], math.prod(shape)), np.float32)
         self.state[0] = plan.init_noise * self.generator.normal(shape).reshape(-1)
 
@@ -138,6 +146,10 @@ class Slot:
         return self.k == len(self.table)
 
     @property
+    def has_ended(self) -> bool:
+        return self.is_done or self.job.is_over
+
+    @property
     def x(self) -> Array:
         """The current latent, flat."""
         latent: Array = self.state[self.k % self.num_x]
@@ -149,11 +161,34 @@ class Slot:
         prediction: Array = self.state[self.num_x + self.k % self.num_p]
         return prediction
 
+    def draw(self) -> Array | None:
+        """The next step's fresh noise, flat, if it wants any; the same if asked again."""
+        if not self.table[self.k, -1]:
+            return None
+        if self._drawn != self.k:
+            self.state[-1], self._drawn = self.generator.normal(self.shape).reshape(-1), self.k
+        noise: Array = self.state[-1]
+        return noise
+
     def advance(self) -> None:
         """x_{k+1} = Σ keep·x + Σ gain·p + noise·z."""
-        row = self.table[self.k]
-        if row[-1]:
-            self.state[-1] = self.generator.normal(self.shape).reshape(-1)
-        latent = row @ self.state
+        self.draw()
+        latent = self.table[self.k] @ self.state
         self.k += 1
         self.x[:] = latent
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a network call. A slot's rows stand together, the conditional one first."""
+
+    slot: Slot
+    condition: Condition
+    is_cond: bool
+
+
+def rows_of_slot(slot: Slot) -> list[Row]:
+    """The rows that the slot's next evaluation needs."""
+    job, w = slot.job, slot.weight
+    wanted = ((job.cond, True, w != 0.0), (job.uncond, False, w != 1.0))
+    return [Row(slot, condition, is_cond) for condition, is_cond, use in wanted if use and condition is not None]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,70 @@ class Graph(Protocol):
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         """Named arrays in, named arrays out; the outputs are the caller's to keep until the next call."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepTable:
+    """What K evaluations of one image need, as arrays; the rings of `keep` and `gain` as in `slot.Slot`."""
+
+    t: NDArray[np.float32]  # [K]
+    scale_in: NDArray[np.float32]  # [K + 1]; the last is not used
+    guidance: NDArray[np.float32]  # [K, 2]: weights of the conditional and the unconditional prediction; 0: no such row
+    table: NDArray[np.float32]  # [K, latents + predictions + 1]: keep, gain and noise
+    adapter_strength: NDArray[np.float32]  # [K]
+
+
+@dataclass(frozen=True, slots=True)
+class SideCall:
+    """A ControlNet's part in a step: what it reads besides the denoiser's inputs, and the rows that get its residuals."""
+
+    component: str
+    graph: Graph
+    rows: NDArray[np.int32]
+    inputs: Arrays  # hint and scale
+
+
+class Loop(Protocol):
+    """Whole steps of a denoiser, guidance and update included, for images that stay on the device.
+
+    Each image has a place, which the caller gives and takes. Coefficients are read by the image's own step counter.
+    """
+
+    def put(self, place: int, state: NDArray[np.float32], steps: StepTable) -> None:
+        """A new image: state [latents + predictions, C·h·w], before its first step."""
+        ...
+
+    def step(
+        self,
+        places: NDArray[np.int32],
+        sources: NDArray[np.int32],
+        owners: NDArray[np.int32],
+        inputs: Arrays,
+        noise: Mapping[int, NDArray[np.float32]],
+        sides: Sequence[SideCall] = (),
+    ) -> None:
+        """One step of the images at places [n]; may return before it is done.
+
+        sources: rows of the network's call, [n, 2], as in `StepTable.guidance`. owners: the place of each row, [R].
+        inputs: what else the network reads; arrays that come again are taken as unchanged. noise: fresh noise by place,
+        where the step wants some. If it raises, no image has moved.
+        """
+        ...
+
+    def get(self, place: int) -> NDArray[np.float32]:
+        """The state of an image after its steps so far."""
+        ...
+
+
+@runtime_checkable
+class LoopingGraph(Graph, Protocol):
+    """A denoiser whose backend can run whole steps."""
+
+    rings: tuple[int, int]  # latents and predictions that an image's state holds in its loops
+
+    def loop(self, shape: tuple[int, int, int]) -> Loop:
+        """An empty loop for latents [C, h, w]."""
         ...
 
 

@@ -10,8 +10,9 @@ On the CPU the kernels are their references, which prove the logic and are not f
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,14 @@ from stepforge.runtime.backends import Arrays, Graph
 from stepforge.runtime.backends import torch_passes as passes
 from stepforge.runtime.backends.torch_banks import DeviceBanks, Shared
 from stepforge.runtime.backends.torch_graph import Program, read, run_passes
+from stepforge.runtime.backends.torch_loop import RINGS, Function, TorchLoop
 from stepforge.runtime.backends.torch_lora import LoraPasses, drop_lora
 from stepforge.runtime.backends.torch_precision import lower
 from stepforge.runtime.backends.torch_run import Runner
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.errors import BackendError
 
+Tensor = Any  # torch.Tensor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXACT = (
     passes.fuse_attention,
@@ -72,10 +75,19 @@ class Torch:
 
     def open(self, component: str, banks: Arrays | None = None) -> Graph:
         """A component with banks is opened twice over the same weights: calls without an adapter run it without banks."""
-        graph = self._open(component, banks or {}, with_lora=True)
-        return WithoutLora(graph, self._open(component, banks, with_lora=False)) if banks else graph
+        full = self._open(component, banks or {}, with_lora=True)
+        bare = self._open(component, banks, with_lora=False) if banks else full
+        if self._device.type == "cpu":
+            return TorchGraph((bare, full), self._device, exact=not self.fast, caller=OnCpu)
+        from stepforge.runtime.backends.torch_cuda import Recorder
 
-    def _open(self, component: str, banks: Arrays, *, with_lora: bool) -> Graph:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        pool = self._pool if component.startswith(RECORDED) else None
+        caller = functools.partial(Recorder, device=self._device, pool=pool)
+        return TorchGraph((bare, full), self._device, exact=not self.fast, caller=caller)
+
+    def _open(self, component: str, banks: Arrays, *, with_lora: bool) -> Network:
         dtype = self._dtype_of(component)
         path = self._bundle.file(self._bundle.components[component].graph)
         program = read(path)
@@ -98,15 +110,9 @@ class Torch:
             banks, lora.views.values(), [name for name in banks if name in read_names],
             device=self._device, dtype=dtype, shared=self._banks, copied=self._device.type != "cpu",
         )  # fmt: skip
-        if self._device.type == "cpu":
-            return CpuGraph(runner, placed)
-        from stepforge.runtime.backends.torch_cuda import CudaRunner
-
-        channels_last(program)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        pool = self._pool if component.startswith(RECORDED) else None
-        return CudaGraph(CudaRunner(runner, placed, self._device, pool=pool), exact_fp32=dtype == torch.float32)
+        if self._device.type == "cuda":
+            channels_last(program)
+        return Network(runner, placed, exact_fp32=self._device.type == "cuda" and dtype == torch.float32)
 
     def _dtype_of(self, component: str) -> Any:
         if component.startswith(ALWAYS_FP32) or (self.precision == "fp16" and component.startswith(NOT_FP16)):
@@ -138,37 +144,57 @@ def plain(array: NDArray[Any]) -> NDArray[Any]:
     return np.require(array, requirements=["C", "W"])
 
 
-class CpuGraph:
-    def __init__(self, runner: Runner, banks: DeviceBanks) -> None:
-        self._runner, self._banks = runner, banks
+class Network:
+    """A program with its banks. exact_fp32: cuDNN rounds fp32 to tf32 unless told otherwise."""
 
-    @torch.inference_mode()
-    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        given = {name: torch.from_numpy(plain(array)) for name, array in inputs.items()}
-        results = self._runner({**given, **self._banks.tensors})
-        return {name: value.numpy() for name, value in results.items()}
+    def __init__(self, runner: Runner, banks: DeviceBanks, *, exact_fp32: bool) -> None:
+        self.program = runner.program
+        self._runner, self._banks, self._exact_fp32 = runner, banks, exact_fp32
 
+    def refresh(self) -> None:
+        self._banks.refresh()
 
-class CudaGraph:
-    def __init__(self, runner: Any, *, exact_fp32: bool) -> None:
-        self._runner, self._exact_fp32 = runner, exact_fp32
-
-    @torch.inference_mode()
-    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+    def __call__(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         settings: AbstractContextManager[Any] = nullcontext()
-        if self._exact_fp32:  # cuDNN rounds fp32 to tf32 unless told otherwise
+        if self._exact_fp32:
             settings = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with settings:
-            found: dict[str, NDArray[np.float32]] = self._runner({name: plain(a) for name, a in inputs.items()})
-        return found
+            return self._runner({**given, **self._banks.tensors})
 
 
-@dataclass(frozen=True, slots=True)
-class WithoutLora:
-    """Runs `bare`, a network without its banks, where no row has an adapter."""
+class OnCpu:
+    """Calls a function of tensors as `torch_cuda.Recorder` does."""
 
-    graph: Graph
-    bare: Graph
+    def __init__(self, function: Function, *, changes: Sequence[Tensor] = ()) -> None:
+        self._function = function
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        return self.graph(inputs) if inputs["adapter"].any() else self.bare(inputs)
+        return {name: value.float().numpy() for name, value in self._run(inputs).items()}
+
+    def start(self, inputs: Arrays, steady: Sequence[str]) -> None:
+        self._run(inputs)
+
+    def _run(self, inputs: Arrays) -> dict[str, Tensor]:
+        return self._function({name: torch.from_numpy(plain(array)) for name, array in inputs.items()})
+
+
+class TorchGraph:
+    """networks: without banks, for calls in which no row has an adapter, and with them."""
+
+    rings = RINGS
+
+    def __init__(
+        self, networks: tuple[Network, Network], device: Any, *, exact: bool, caller: Callable[..., Any]
+    ) -> None:
+        self.networks, self._device, self._exact, self._caller = networks, device, exact, caller
+        self._callers = [caller(network) for network in networks]
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        has_adapter = "adapter" in inputs and bool(inputs["adapter"].any())
+        self.networks[has_adapter].refresh()
+        found: dict[str, NDArray[np.float32]] = self._callers[has_adapter]({n: plain(a) for n, a in inputs.items()})
+        return found
+
+    def loop(self, shape: tuple[int, int, int]) -> TorchLoop:
+        return TorchLoop(self.networks, shape, device=self._device, exact=self._exact, caller=self._caller)

@@ -1,44 +1,61 @@
-"""A program on CUDA: one recorded CUDA graph for each set of input shapes, over buffers that stay where they are."""
+"""Functions of tensors on CUDA: one recorded CUDA graph for each set of input shapes, over buffers that stay where they are."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from stepforge.runtime.backends import Arrays
-from stepforge.runtime.backends.torch_banks import DeviceBanks
-from stepforge.runtime.backends.torch_run import Runner
 
 Tensor = Any  # torch.Tensor
+Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 MOST_SHAPES = 16  # recorded at a time; the one that was used least recently goes
 WARM_UPS = 2  # compile kernels, and let cuDNN and cuBLAS make their workspaces, before anything is recorded
+AHEAD = 2  # calls that the host may be ahead of the device
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Recording:
     graph: Any  # torch.cuda.CUDAGraph
-    inputs: dict[str, tuple[Tensor, Tensor]]  # pinned memory of the host, and the device's buffer
-    outputs: dict[str, tuple[Tensor, Tensor]]  # the device's buffer, and pinned memory of the host
+    buffers: dict[str, Tensor]
+    results: dict[str, Tensor]
+    pinned: dict[str, Tensor]  # host memory for the results
+    held: dict[str, Any] = field(default_factory=dict)  # arrays that the buffers hold
 
 
-class CudaRunner:
-    """Calls as `Runner`'s, from NumPy to NumPy. pool: memory for recordings, of which one replays at a time; None: run plainly.
+class Recorder:
+    """function: tensors on `device` to tensors there, without waiting for the device. pool: memory that recordings share, of
+    which one replays at a time; None: call it plainly. changes: tensors that the function changes."""
 
-    Inputs that the network does not read may be given.
-    """
-
-    def __init__(self, runner: Runner, banks: DeviceBanks, device: Any, *, pool: Any = None) -> None:
-        self._runner, self._banks, self._device, self._pool = runner, banks, device, pool
+    def __init__(self, function: Function, *, device: Any, pool: Any, changes: Sequence[Tensor] = ()) -> None:
+        self._function, self._device, self._pool, self._changes = function, device, pool, changes
         self._recordings: OrderedDict[Any, Recording] = OrderedDict()
+        self._running: deque[Any] = deque()
 
     def __call__(self, inputs: Arrays) -> dict[str, Any]:
-        self._banks.refresh()
+        """From NumPy to NumPy, with the results in fp32."""
         if self._pool is None:
             given = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
-            return {name: value.cpu().numpy() for name, value in self._run(given).items()}
+            return {name: value.float().cpu().numpy() for name, value in self._function(given).items()}
+        recording = self._replay(inputs, ())
+        for name, pinned in recording.pinned.items():
+            pinned.copy_(recording.results[name], non_blocking=True)
+        torch.cuda.current_stream(self._device).synchronize()
+        return {name: pinned.numpy() for name, pinned in recording.pinned.items()}
+
+    def start(self, inputs: Arrays, steady: Collection[str]) -> None:
+        """The call without its results, which may still be running afterwards. steady: inputs that are never written to, so
+        that the same array again is not copied again."""
+        if len(self._running) == AHEAD:
+            self._running.popleft().synchronize()
+        self._replay(inputs, steady)
+        self._running.append(torch.cuda.current_stream(self._device).record_event())
+
+    def _replay(self, inputs: Arrays, steady: Collection[str]) -> Recording:
         key = tuple(sorted((name, array.shape, array.dtype.str) for name, array in inputs.items()))
         if key not in self._recordings:
             if len(self._recordings) == MOST_SHAPES:
@@ -46,33 +63,29 @@ class CudaRunner:
             self._recordings[key] = self._make(inputs)
         self._recordings.move_to_end(key)
         recording = self._recordings[key]
-        for name, (pinned, buffer) in recording.inputs.items():
-            pinned.copy_(torch.from_numpy(inputs[name]))
-            buffer.copy_(pinned, non_blocking=True)
+        for name, array in inputs.items():
+            if name in steady and recording.held.get(name) is array:
+                continue
+            # PyTorch keeps pinned memory until the copy is done
+            recording.buffers[name].copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
+            recording.held[name] = array
         recording.graph.replay()
-        for buffer, pinned in recording.outputs.values():
-            pinned.copy_(buffer, non_blocking=True)
-        torch.cuda.current_stream(self._device).synchronize()
-        return {name: pinned.numpy() for name, (_, pinned) in recording.outputs.items()}
-
-    def _run(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self._runner({**given, **self._banks.tensors})
+        return recording
 
     def _make(self, inputs: Arrays) -> Recording:
-        pinned = {name: torch.from_numpy(array).pin_memory() for name, array in inputs.items()}
-        buffers = {name: tensor.to(self._device) for name, tensor in pinned.items()}
+        buffers = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
+        before = [tensor.clone() for tensor in self._changes]
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
-                self._run(buffers)
+                self._function(buffers)
         torch.cuda.current_stream(self._device).wait_stream(side)
+        for tensor, value in zip(self._changes, before, strict=True):
+            tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
         # the engine decodes in another thread, whose calls must not spoil the recording
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            results = self._run(buffers)
-        outputs = {
-            name: (value, torch.empty(value.shape, dtype=value.dtype, pin_memory=True))
-            for name, value in results.items()
-        }
-        return Recording(graph, {name: (pinned[name], buffers[name]) for name in buffers}, outputs)
+            results = {name: value.float() for name, value in self._function(buffers).items()}
+        pinned = {n: torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for n, value in results.items()}
+        return Recording(graph, buffers, results, pinned)

@@ -26,7 +26,7 @@ class Runner:
             self._steps.append((node, function(node), tuple(done)))
 
     def __call__(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
-        """Named tensors in, named tensors out, in fp32."""
+        """Named tensors in, named tensors out."""
         values: dict[str, Value] = {"": None, **self.program.constants, **inputs}
         for node, compute, done in self._steps:
             result = compute(*[values[name] for name in node.inputs])
@@ -36,4 +36,4 @@ class Runner:
                 values.update(zip(node.outputs, result, strict=True))
             for name in done:
                 del values[name]
-        return {name: values[name].float() for name in self.program.outputs}
+        return {name: values[name] for name in self.program.outputs}

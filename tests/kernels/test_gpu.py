@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 
-from stepforge.kernels import bounds, conv, elementwise, lowrank, norms, ops, reference, tiles
+from stepforge.kernels import bounds, conv, elementwise, gated, lowrank, norms, ops, reference, tiles
 from stepforge.kernels.launch import interpreted
 from stepforge.kernels.packing import block_table
 
@@ -111,6 +111,24 @@ def test_norm(layout, dtype):
 def test_geglu(dtype):
     h = torch.randn(4096, 2560, device="cuda").to(dtype) * 3
     within(elementwise.geglu(h), *bounds.geglu(h))
+
+
+@DTYPES
+@pytest.mark.parametrize("rank", [4, 32, 64, 128])
+@pytest.mark.parametrize("shape", [(8192, 320, 2560), (2048, 1280, 10240), (130, 656, 2016)], ids=str)
+def test_geglu_in_the_epilogue(shape, rank, dtype):
+    given = layer(*shape, rank, dtype, adapters=2)
+    extra = {"bias": torch.randn(shape[2], device="cuda").to(dtype)}
+    for block in tiles.block_rows(arch()):
+        for table in (None, block_table([1, -1], shape[0] // 2, block).cuda()):
+            expected = bounds.lowrank_geglu(**given, **extra, table=table, u=CORE)
+            for parts in (1, 2):
+                tile = tiles.expand_tile(arch(), block)
+                found = gated.lowrank_geglu(**given, **extra, table=table, tile=tile, parts=parts)
+                within(found, *expected)
+    alone = gated.lowrank_geglu(**{**given, "ranks": torch.zeros_like(given["ranks"])}, **extra, tile=tile)
+    assert torch.equal(found[shape[0] // 2 :], alone[shape[0] // 2 :])  # the half on adapter −1
+    within(ops.lowrank_geglu(**given, **extra), *bounds.lowrank_geglu(**given, **extra, u=CORE))
 
 
 def test_one_graph_replays_every_step():

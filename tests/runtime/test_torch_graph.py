@@ -431,16 +431,16 @@ def test_every_pattern_of_a_whole_network_is_found(tiny_sd1_control_bundle):
     for name, entry in bundle.components.items():
         banks = {t.name: np.zeros(t.shape, np.float32) for t in entry.inputs if t.name.endswith((".lora_A", ".lora_B"))}
         graph = opened.open(name, banks or None)
-        found = ops_of((graph.graph if banks else graph)._runner.program)
+        found = ops_of(graph.networks[True].program)
         assert not {"Softmax", "InstanceNormalization", "GroupNorm", "Gelu", "Gemm"} & set(found), name
         assert found["MatMul"] == found["Gather"] or not banks or name == "text_encoder"
         assert name.startswith(("text", "vae", "control")) or found["LowrankLinear"] >= 8
-    assert ops_of(opened.open("denoiser/unet", None)._runner.program)["LowrankLinear"] == 0
+    assert ops_of(opened.open("denoiser/unet", None).networks[True].program)["LowrankLinear"] == 0
 
 
 def test_variants_hold_their_weights_once(tiny_sd1_control_bundle):
     opened = open_backend("torch", read_bundle(tiny_sd1_control_bundle), precision="fp32", threads=1)
-    whole, variant = (opened.open(f"denoiser/unet{end}")._runner.program.constants for end in ("", ".deepcache"))
+    whole, variant = (opened.open(f"denoiser/unet{end}").networks[True].program.constants for end in ("", ".deepcache"))
     large = [name for name, value in variant.items() if isinstance(value, torch.Tensor) and value.numel() >= 1024]
     assert large
     assert all(variant[name] is whole[name] for name in large)
