@@ -7,7 +7,18 @@ import functools
 import pytest
 import torch
 
-from stepforge.kernels import bounds, lowrank, lowrank_body, norm_body, norms
+from stepforge.kernels import (
+    bounds,
+    conv,
+    conv_body,
+    elementwise,
+    guide_body,
+    lowrank,
+    lowrank_body,
+    norm_body,
+    norms,
+    reference,
+)
 from stepforge.kernels.packing import block_table
 from stepforge.kernels.tiles import Tile
 
@@ -192,3 +203,91 @@ def test_norm_mistake_caught(case, mutant, monkeypatch):
     assert norm_passes(layout)
     monkeypatch.setattr(norms, "norm_body", mutant(norm_body, old, new))
     assert not norm_passes(layout)
+
+
+def conv_passes():
+    """A tail in each direction, a border, two adapters, none in the middle image."""
+    torch.manual_seed(3)
+    a, b = torch.randn(2, 16, 3, 3, 20).half() / 13, torch.randn(2, 24, 16).half()
+    a[:, 12:], b[..., 12:] = torch.nan, torch.nan
+    given = {
+        "y": torch.randn(3, 5, 7, 24).half(),
+        "x": guarded(torch.randn(3, 5, 7, 20).half()),
+        "a": a,
+        "b": b,
+        "scale": torch.tensor([[[0.7]], [[-1.3]]]),
+        "ranks": torch.tensor([12, 12], dtype=torch.int32),
+        "table": block_table([0, -1, 1], 35, 16),
+    }
+    exact, bound = bounds.lowrank_conv(**given)
+    return bounds.excess(conv.lowrank_conv(**given, tile=TILE), exact, bound) <= 1.0
+
+
+CONV_MUTATIONS = {
+    "left of the image not masked": (" & (z >= 0)", ""),
+    "below the image not masked": (" & (y < height)", ""),
+    "taps transposed": ("y = top + tap // SIDE", "y = top + tap % SIDE"),
+    "last channels skipped": ("c_blocks = tl.cdiv(C, BLOCK_K)", "c_blocks = C // BLOCK_K + 0 * BLOCK_K"),
+    "the first adapter for all": ("a + adapter.to(tl.int64) * R", "a + 0 * adapter.to(tl.int64) * R"),
+}
+
+
+@pytest.mark.parametrize("case", CONV_MUTATIONS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_convolution_mistake_caught(case, mutant, monkeypatch):
+    assert conv_passes()
+    monkeypatch.setattr(conv, "conv_body", mutant(conv_body, *CONV_MUTATIONS[case]))
+    assert not conv_passes()
+
+
+def update_passes(*, exact):
+    """Two of four images at steps that wrap both rings, one of them on a single row; what they must not read is NaN."""
+    torch.manual_seed(4)
+    size, places = 37, torch.tensor([3, 1], dtype=torch.int32)
+    given = {
+        "prediction": guarded(torch.randn(5, size).half()),
+        "guidance": torch.randn(4, 6, 2) + 3.0,
+        "table": torch.randn(4, 6, 6),
+        "scale_in": torch.rand(4, 7) + 0.5,
+        "step": torch.tensor([0, 4, 0, 5], dtype=torch.int32),
+        "state": guarded(torch.randn(4, 5, size)),
+        "z": torch.randn(4, size),
+        "places": places,
+        "sources": torch.tensor([[4, 2], [1, 3]], dtype=torch.int32),
+    }
+    given["guidance"][1, 4] = torch.tensor([1.0, 0.0])
+    given["prediction"][[0, 3]] = torch.nan
+    given["z"][1], given["table"][1, 4, -1] = torch.nan, 0.0
+    sample = guarded(torch.full((4, size), 7.0).half())
+    expected, seen = reference.guide_update(**given, num_x=2, exact=exact)
+    elementwise.guide_update(**given, sample=sample, num_x=2, exact=exact, block=16)
+    right = torch.allclose(given["state"], expected, rtol=1e-5, atol=1e-5)
+    if exact:  # the guided predictions to the bit
+        right = right and all(torch.equal(given["state"][p, 2:], expected[p, 2:]) for p in places)
+    seen[[0, 2]] = 7.0
+    return right and torch.allclose(sample, seen, rtol=2e-3, atol=2e-3)
+
+
+UPDATE_MUTATIONS = {
+    "places ignored": (False, "image = tl.load(places + n)", "image = n"),
+    "rows in order": (False, "tl.load(sources + n * WAYS + j).to(tl.int64) * size", "(n * WAYS + j) * size"),
+    "the other row's weight": (False, "weight = tl.load(weights + j)", "weight = tl.load(weights + WAYS - 1 - j)"),
+    "step of another image": (False, "k = tl.load(step + image)", "k = tl.load(step + n)"),
+    "over another prediction": (False, "(NUM_X + k % NUM_P) * size", "(NUM_X + (k + 1) % NUM_P) * size"),
+    "the latent before": (False, "(k + 1) % NUM_X) * size", "k % NUM_X) * size"),
+    "next scale": (False, "(steps + 1) + k + 1)", "(steps + 1) + k)"),
+    "rows of weight 0 read": (False, "mask=offs < reach, other=0.0).to(tl.float32)\n            guided", "mask=mask, "
+                              "other=0.0).to(tl.float32)\n            guided"),
+    "one rounding of three": (True, "scaled = rounded_to(w * rounded_to(a - b, kind, UPCAST), kind, UPCAST)",
+                              "scaled = w * (a - b)"),
+    "guidance the wrong way": (True, "rounded_to(a - b, kind", "rounded_to(b - a, kind"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UPDATE_MUTATIONS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_update_mistake_caught(case, mutant, monkeypatch):
+    exact, old, new = UPDATE_MUTATIONS[case]
+    assert update_passes(exact=exact)
+    monkeypatch.setattr(elementwise, "guide_body", mutant(guide_body, old, new))
+    assert not update_passes(exact=exact)
