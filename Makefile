@@ -59,12 +59,10 @@ train: $(STAMP)  ## the demo model from nothing: needs Debian's fonts-noto-color
 	$(BIN)/python examples/emoji/train_vae.py --resume --domain 0.7 --steps 700 --lr 6e-4
 	$(BIN)/python examples/emoji/train_unet.py
 
-# torch's wheel for CUDA pins triton 3.7.1; the kernels are compiled and checked with that of requirements.txt, put over it.
 $(STAMP): setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	grep -v '^triton==' requirements.txt | $(BIN)/pip install --quiet -r /dev/stdin
-	$(BIN)/pip install --quiet --no-deps $$(grep '^triton==' requirements.txt)
+	$(BIN)/pip install --quiet -r requirements.txt
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $(STAMP)
 

@@ -16,8 +16,7 @@ from pathlib import Path
 
 PINNED = (Path(__file__).resolve().parents[1] / "requirements.txt").read_text("utf-8").split()
 TORCH, TRITON = (next(pin for pin in PINNED if pin.startswith(f"{name}==")) for name in ("torch", "triton"))
-# torch's wheel for CUDA depends on an older triton than the kernels are compiled and checked with
-INSTALL = f".venv/bin/pip install --force-reinstall {TORCH} && .venv/bin/pip install --no-deps {TRITON}"
+INSTALL = f".venv/bin/pip install --force-reinstall {TORCH} {TRITON}"
 
 
 def missing() -> Iterator[str]:
@@ -25,7 +24,7 @@ def missing() -> Iterator[str]:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         yield "TRITON_INTERPRET=1 runs the kernels in Python: unset it"
     if importlib.util.find_spec("triton") is None:
-        yield f"triton is not installed: .venv/bin/pip install --no-deps {TRITON}"
+        yield f"triton is not installed: .venv/bin/pip install {TRITON}"
     # Triton compiles a small launcher in C for each kernel's signature
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         yield "no C compiler for Triton's launchers: apt-get install gcc, or set CC"
