@@ -40,7 +40,7 @@ from stepforge.kernels.layers import SD15, SDXL, Layer
 MODELED = ("A100", "H100", "4090", "B200")
 RANKS = (4, 8, 16, 32, 64, 128)
 PATHS = ("PEFT", "addmm", "split", "onepass")
-FAMILY_NAMES = ("linear", "grouped", "conv", "norm NCHW", "norm NHWC", "GEGLU", "guide")
+FAMILY_NAMES = ("linear", "grouped", "conv", "norm NCHW", "norm NHWC", "GEGLU", "gated", "guide")
 SANITIZERS = ("memcheck", "racecheck")
 
 

@@ -8,14 +8,14 @@ after the first), and the exact result with its bound (stepforge.kernels.bounds)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from stepforge.kernels import bounds, conv, cost, elementwise, fallback, lowrank, norms, reference
+from stepforge.kernels import bounds, conv, cost, elementwise, fallback, gated, lowrank, norms, ops, reference
 from stepforge.kernels.cost import Gpu
 from stepforge.kernels.dispatch import RANKS, dispatch
 from stepforge.kernels.layers import NORMS, SD15, SDXL, Layer, Norm
@@ -270,6 +270,41 @@ def geglus(gpu: Gpu, device: str, shapes: Shapes) -> Iterator[Case]:
             yield Case("GEGLU", f"{layer.name} ({layer.m}, {layer.n})", partial(geglu_setup, device, layer.m, layer.n))
 
 
+def gated_setup(gpu: Gpu, device: str, layer: Layer, rank: int) -> Setup:
+    """GEGLU in the epilogue of its up-projection with an adapter, beside the projection on its own path and GEGLU after it."""
+    given = lowrank_inputs(layer, rank, device)
+    choice = dispatch(layer, rank, gpu.arch)
+    tile = expand_tile(gpu.arch, choice.block_m)
+
+    def ours() -> Tensor:
+        return gated.lowrank_geglu(**given, tile=tile, parts=choice.parts)
+
+    def after() -> Tensor:
+        return elementwise.geglu(ops.run_linear(**given, arch=gpu.arch))
+
+    def choice_of(g: Gpu) -> cost.Choice:
+        return cost.choose(g, layer, rank)
+
+    paths = [
+        Path("merged", lambda: elementwise.geglu(F.linear(given["x"], given["w"])), lambda g: choice_of(g).base),
+        Path("after", after, lambda g: min(t for name, t in choice_of(g).seconds.items() if name != "gated")),
+        Path("gated", ours, lambda g: cost.split(g, layer, rank, gated=True), ours),
+    ]
+
+    taken, other = ("gated", "after") if choice.path == "gated" else ("after", "gated")
+    exact, bound = bounds.lowrank_geglu(**given, u=bounds.TENSOR_CORE_SUM)
+    return Setup(paths, exact, bound, [Limit("dispatch", taken, (other,), NOISE)])
+
+
+def gated_layers(gpu: Gpu, device: str, shapes: Shapes) -> Iterator[Case]:
+    for layer in shapes.layers:
+        if layer.name.endswith("GEGLU-up"):
+            for rank in shapes.ranks:
+                name = f"{layer.name} ({layer.m}, {layer.k}, {layer.n}) r {rank}"
+                own = replace(layer, gated=True)
+                yield Case("gated", name, partial(gated_setup, gpu, device, own, rank))
+
+
 def guide_update(given: dict[str, Tensor]) -> None:
     """One step of every image, in place, and the step counter's."""
     elementwise.guide_update(**given, num_x=1)
@@ -342,6 +377,7 @@ FAMILIES: dict[str, Callable[[Gpu, str, Shapes], Iterator[Case]]] = {
     "norm NCHW": partial(normalisations, family="norm NCHW", layout=torch.contiguous_format),
     "norm NHWC": partial(normalisations, family="norm NHWC", layout=torch.channels_last),
     "GEGLU": geglus,
+    "gated": gated_layers,
     "guide": guidance,
 }
 

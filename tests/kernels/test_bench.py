@@ -48,22 +48,21 @@ def test_every_family_is_checked_and_timed(capsys):
     table, good = bench.summary(outcomes)
     assert good, table
     rows = {line[:10].strip(): line[10:].split()[:3] for line in table.splitlines()[1:-1]}
-    counts = {"linear": 3, "grouped": 3, "conv": 1, "norm NCHW": 1, "norm NHWC": 1, "GEGLU": 1, "guide": 1}
+    counts = {"linear": 3, "grouped": 3, "conv": 1, "norm NCHW": 1, "norm NHWC": 1, "GEGLU": 1, "gated": 1, "guide": 1}
     assert rows == {family: [str(count), str(count), "0"] for family, count in counts.items()}
     assert bench.FAMILY_NAMES == tuple(kernel_cases.FAMILIES) == tuple(counts)
     for outcome in outcomes:
-        ours = {"linear": {"addmm", "split", "onepass"}, "conv": {"conv"}}
+        ours = {"linear": {"addmm", "split", "onepass"}, "conv": {"conv"}, "gated": {"gated"}}
         own = ours.get("linear" if outcome.case.family == "grouped" else outcome.case.family, {"fused"})
         assert set(outcome.errors) == own
         assert all(0 < error <= 1 for error in outcome.errors.values())
-        assert (
-            set(outcome.times) == set(outcome.models) == own | ({"eager"} if own == {"fused"} else {"merged", "PEFT"})
-        )
+        peers = {"fused": {"eager"}, "gated": {"merged", "after"}}.get(min(own), {"merged", "PEFT"})
+        assert set(outcome.times) == set(outcome.models) == own | peers
         assert outcome.ratios
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(outcomes)
     assert all(" pass " in line and "|" in line for line in printed)
-    assert all(line.count("* ") == (line.split()[0] in ("linear", "grouped", "conv")) for line in printed)
+    assert all(line.count("* ") == (line.split()[0] in ("linear", "grouped", "conv", "gated")) for line in printed)
 
 
 def test_limits_of_the_one_pass():
