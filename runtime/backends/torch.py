@@ -24,7 +24,8 @@ from stepforge.runtime.backends import torch_passes as passes
 from stepforge.runtime.backends.torch_banks import DeviceBanks, Shared
 from stepforge.runtime.backends.torch_graph import Program, read, run_passes
 from stepforge.runtime.backends.torch_loop import RINGS, Function, TorchLoop
-from stepforge.runtime.backends.torch_lora import LoraPasses, drop_lora
+from stepforge.runtime.backends.torch_lora import LoraPasses, drop_lora, fuse_lowrank_geglu, fuse_residual
+from stepforge.runtime.backends.torch_packed import pack_attention
 from stepforge.runtime.backends.torch_precision import lower
 from stepforge.runtime.backends.torch_run import Runner
 from stepforge.runtime.bundle import Bundle
@@ -96,12 +97,15 @@ class Torch:
         run_passes(program, EXACT)
         if self._device.type == "cpu":
             run_passes(program, (passes.copy_images,))
-        lora = LoraPasses()
+        lora = LoraPasses(exact=not self.fast)
         if self.fast:
             run_passes(program, FAST)
-            # on CUDA the kernels leave fp32 to cuBLAS: tensor cores would round it to tf32
-            if banks and with_lora and (self._device.type == "cpu" or dtype != torch.float32):
-                run_passes(program, (lora.fuse_linear_lora, lora.fuse_conv_lora))
+        # on CUDA the kernels leave fp32 to cuBLAS: tensor cores would round it to tf32
+        if banks and with_lora and (lora.exact or self._device.type == "cpu" or dtype != torch.float32):
+            run_passes(program, (lora.fuse_linear_lora, lora.fuse_conv_lora))
+        if self.fast:
+            pack_attention(program, lora)
+            run_passes(program, (fuse_residual, fuse_lowrank_geglu))
         lower(program, dtype, self._device, banks)
         self._share(program, str(path.parent), dtype)
         runner = Runner(program)
@@ -134,7 +138,7 @@ class TorchExact(Torch):
 def channels_last(program: Program) -> None:
     """The memory format of tensor cores: a convolution hands its weight's format on to its result."""
     for node in program.nodes:
-        if node.op in ("Conv", "LowrankConv") and node.inputs[1] in program.constants:
+        if node.op in ("Conv", "LowrankConv", "PeftConv") and node.inputs[1] in program.constants:
             weight = program.constants[node.inputs[1]]
             weight.data = weight.contiguous(memory_format=torch.channels_last)  # also where it is shared
 

@@ -1,4 +1,5 @@
-"""LoRA banks as tensors: the engine's own memory on the CPU; on CUDA a copy, of which only changed slots are copied again."""
+"""LoRA banks as tensors: the engine's own memory on the CPU, and copies, of which only changed slots are copied again: on
+CUDA all, on the CPU the stacks of layers that run as one."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 
 from stepforge.kernels.tiles import padded_rank
 from stepforge.runtime.backends import Arrays, Banks
-from stepforge.runtime.backends.torch_lora import View
+from stepforge.runtime.backends.torch_lora import Stack, View
 
 Tensor = Any  # torch.Tensor
+Parts = tuple[tuple[Tensor, View | None], ...]  # banks, and the view of each that is meant; None: all of it
 Shared = dict[tuple[int, str], tuple[Any, Tensor]]  # (array, view) -> the array, which keeps its id, and its copy
 
 
@@ -27,12 +29,12 @@ def as_tensor(array: Any) -> Tensor:
 
 
 class DeviceBanks:
-    """The banks that a program reads, by input: whole ones, and the views that its fused layers take."""
+    """The banks that a program reads, by input: whole ones, and the views and stacks that its fused layers take."""
 
     def __init__(
         self,
         arrays: Arrays,
-        views: Iterable[View],
+        views: Iterable[View | Stack],
         whole: Iterable[str],
         *,
         device: Any,
@@ -40,46 +42,54 @@ class DeviceBanks:
         shared: Shared,
         copied: bool,
     ) -> None:
-        self._sources: dict[str, tuple[Tensor, View | None]] = {n: (as_tensor(arrays[n]), None) for n in whole}
-        self._sources |= {view.name: (as_tensor(arrays[view.bank]), view) for view in views}
+        views = list(views)
+        sources: dict[str, Parts] = {name: ((as_tensor(arrays[name]), None),) for name in whole}
+        sources |= {view.name: tuple((as_tensor(arrays[part.bank]), part) for part in view.parts) for view in views}
+        banks = {view.name: view.parts[0].bank for view in views}
         self._versions = arrays.versions if isinstance(arrays, Banks) else None
         self._seen: Any = None
+        self._pads = copied  # the kernels want ranks of their own; on the CPU they are references
+        self._copied: dict[str, Parts] = {}
         self.tensors: dict[str, Tensor] = {}
-        self._copied = copied
-        for name, (source, view) in self._sources.items():
-            seen = view.of(source) if view is not None else source
-            if not self._copied:
-                self.tensors[name] = seen
+        for name, parts in sources.items():
+            if not copied and len(parts) == 1:
+                ((source, view),) = parts
+                self.tensors[name] = view.of(source) if view is not None else source
                 continue
-            array = arrays[name if view is None else view.bank]
+            array = arrays[banks.get(name, name)]
             key = id(array), name
             if key not in shared:
-                shared[key] = array, padded(seen, view).to(device=device, dtype=dtype)
+                shared[key] = array, self._placed(parts, slice(None)).to(device=device, dtype=dtype)
+            self._copied[name] = parts
             self.tensors[name] = shared[key][1]
 
     def refresh(self) -> None:
         """Copy the slots that were filled since the last call; all of them if the banks do not say."""
-        if not self._copied or not self._sources:
+        if not self._copied:
             return
-        slots = next(iter(self.tensors.values())).shape[0]
-        changed = list(range(slots))
+        changed = list(range(self.tensors[next(iter(self._copied))].shape[0]))
         if self._versions is not None:
             now = np.array(self._versions)
             changed = np.flatnonzero(now != self._seen).tolist() if self._seen is not None else changed
             self._seen = now
         for slot in changed:
-            for name, (source, view) in self._sources.items():
-                one = source[slot : slot + 1]
-                self.tensors[name][slot : slot + 1].copy_(padded(view.of(one) if view is not None else one, view))
+            for name, parts in self._copied.items():
+                one = slice(slot, slot + 1)
+                self.tensors[name][one].copy_(self._placed(parts, one))
+
+    def _placed(self, parts: Parts, slots: slice) -> Tensor:
+        """Some slots of a view or stack, contiguous."""
+        seen = [view.of(source[slots]) if view is not None else source[slots] for source, view in parts]
+        if self._pads:
+            seen = [padded(values, view) for values, (_, view) in zip(seen, parts, strict=True)]
+        return seen[0].contiguous() if len(seen) == 1 else torch.cat(seen, 1)
 
 
 def padded(values: Tensor, view: View | None) -> Tensor:
-    """Contiguous, with ranks of zeros up to what the kernels take."""
-    if view is None:
-        return values.contiguous()
-    rank = view.last - view.first
+    """With ranks of zeros up to what the kernels take."""
+    rank = view.last - view.first if view is not None else 0
     missing = padded_rank(rank) - rank
-    if not missing:
-        return values.contiguous()
+    if view is None or not missing:
+        return values
     behind = values.ndim - 1 - (1 if "down" in view.kind else 2)  # axes after the ranks
     return F.pad(values, (*(0, 0) * behind, 0, missing))

@@ -1,13 +1,15 @@
-"""Passes that turn the LoRA terms of `export/bank.py` into the grouped low-rank operators, and the banks' layout for those.
+"""Passes that turn the LoRA terms of `export/bank.py` into operators of whole layers, and the banks' layout for those.
 
 linear       Linear(x, W, b) + MatMul(MatMul(x, A[slot])·strength, B[slot]); layers of one x share A, side by side
 convolution  Conv(x, W, b) + B[slot] Conv(A[slot] x)·strength, its taps shifted and added by a one-hot convolution
-vector       [rows, in], such as the time embedding's, stays as it is: its products are too small to gain
+vector       [rows, in], such as the time embedding's: in the fast tier it stays as it is, too small to gain
+
+The fast tier has the kernels' operators, LowrankLinear and LowrankConv; the exact one PEFT's, PeftLinear and PeftConv.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,18 +45,37 @@ class View:
             return bank[:, :, self.first : self.last].transpose(1, 2)
         return bank.transpose(1, 2)
 
+    @property
+    def parts(self) -> tuple[View, ...]:
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Views one behind the other along their second axis: the A or B of layers that run as one. A copy, not a view."""
+
+    parts: tuple[View, ...]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(view.name for view in self.parts)
+
 
 @dataclass(slots=True)
 class LoraPasses:
-    """The passes share the views that they make; these become inputs of the program."""
+    """The passes share the views that they make; these become inputs of the program. exact: for the exact tier."""
 
-    views: dict[str, View] = field(default_factory=dict)
+    exact: bool = False
+    views: dict[str, View | Stack] = field(default_factory=dict)
 
     def fuse_linear_lora(self, program: Program) -> bool:
         made = program.producers()
 
         def match(node: Node) -> Node | None:
             layer, term = (made.get(name) for name in node.inputs) if node.op == "Add" else (None, None)
+            is_vector = self.exact and term is not None and term.op == "Squeeze"
+            if term is not None and is_vector:
+                term = made.get(term.inputs[0])
             if layer is None or term is None or layer.op != "Linear" or term.op != "MatMul":
                 return None
             place, parts, scaled = 0, 1, made.get(term.inputs[0])
@@ -62,19 +83,25 @@ class LoraPasses:
                 place, parts = scaled.outputs.index(term.inputs[0]), len(scaled.outputs)
                 scaled = made.get(scaled.inputs[0])
             shrink = made.get(scaled.inputs[0]) if scaled is not None and scaled.op == "Mul" else None
-            if scaled is None or shrink is None or shrink.op != "MatMul" or shrink.inputs[0] != layer.inputs[0]:
+            if scaled is None or shrink is None or shrink.op != "MatMul":
+                return None
+            source = shrink.inputs[0]
+            if is_vector and source in made and made[source].op == "Unsqueeze":
+                source = made[source].inputs[0]
+            if source != layer.inputs[0]:
                 return None
             down, up = _bank(made, shrink.inputs[1]), _bank(made, term.inputs[1])
             if down is None or up is None:
                 return None
             rank = program.shapes[down[0]][2] // parts
-            if rank > HIGHEST_RANK:
+            if rank > HIGHEST_RANK and not self.exact:
                 return None
             a = self._view(View(down[0], "down", place * rank, (place + 1) * rank))
             b = self._view(View(up[0], "up", 0, rank))
             operands = (*layer.inputs, "")[:3]
             strength = _before_cast(made, scaled.inputs[1])
-            return Node("LowrankLinear", (*operands, a, b, down[1], strength), node.outputs, {"rank": rank})
+            op = "PeftLinear" if self.exact else "LowrankLinear"
+            return Node(op, (*operands, a, b, down[1], strength), node.outputs, {"rank": rank})
 
         return self._run(program, match)
 
@@ -103,18 +130,26 @@ class LoraPasses:
             rank = program.shapes[up[0]][2]
             stride, pads = layer.attributes.get("strides", (1, 1)), layer.attributes.get("pads", (0, 0, 0, 0))
             square = len(set(stride)) == 1 and len(set(pads)) == 1 and set(layer.attributes["dilations"]) == {1}
-            if rank > HIGHEST_RANK or not square or layer.attributes.get("group", 1) != 1:
+            if (rank > HIGHEST_RANK and not self.exact) or not square or layer.attributes.get("group", 1) != 1:
                 return None
             a = self._view(View(down[0], "conv down", 0, rank, taps))
             b = self._view(View(up[0], "conv up", 0, rank))
             operands = (*layer.inputs, "")[:3]
             strength = _before_cast(made, scaled.inputs[1])
             settings = {"rank": rank, "stride": stride[0], "pad": pads[0]}
-            return Node("LowrankConv", (*operands, a, b, down[1], strength), node.outputs, settings)
+            op = "PeftConv" if self.exact else "LowrankConv"
+            return Node(op, (*operands, a, b, down[1], strength), node.outputs, settings)
 
         return self._run(program, match)
 
-    def _view(self, view: View) -> str:
+    def stack(self, program: Program, names: Iterable[str]) -> str:
+        """Inputs of a program that become one; returns its name."""
+        names = tuple(names)
+        name = self._view(Stack(tuple(part for old in names for part in self.views.pop(old).parts)))
+        program.inputs = (*(old for old in program.inputs if old not in names), name)
+        return name
+
+    def _view(self, view: View | Stack) -> str:
         self.views[view.name] = view
         return view.name
 
@@ -123,6 +158,33 @@ class LoraPasses:
         new = tuple(name for name in self.views if name not in program.inputs)
         program.inputs = (*program.inputs, *new)
         return changed
+
+
+def fuse_residual(program: Program) -> bool:
+    """What is added to a LowrankLinear, where nothing else reads that: its operand, for the kernel's epilogue."""
+    made, uses = program.producers(), program.uses()
+
+    def match(node: Node) -> Node | None:
+        for at, name in enumerate(node.inputs) if node.op == "Add" else ():
+            layer = made.get(name)
+            if layer is not None and layer.op == "LowrankLinear" and len(layer.inputs) == 7 and uses[name] == 1:
+                return Node(layer.op, (*layer.inputs, node.inputs[1 - at]), node.outputs, layer.attributes)
+        return None
+
+    return program.rewrite(match)
+
+
+def fuse_lowrank_geglu(program: Program) -> bool:
+    """A LowrankLinear that Geglu alone reads, with it in its epilogue."""
+    made, uses = program.producers(), program.uses()
+
+    def match(node: Node) -> Node | None:
+        layer = made.get(node.inputs[0]) if node.op == "Geglu" else None
+        if layer is None or layer.op != "LowrankLinear" or len(layer.inputs) != 7 or uses[layer.outputs[0]] != 1:
+            return None
+        return Node("LowrankGeglu", layer.inputs, node.outputs, layer.attributes)
+
+    return program.rewrite(match)
 
 
 def drop_lora(program: Program, banks: Container[str]) -> bool:

@@ -23,20 +23,44 @@ Tensor = Any  # torch.Tensor
 SPAN = 16  # ranks that share one scale in the kernels' layout
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Tensor, strength: Tensor, *,
-           rank: int) -> Tensor:  # fmt: skip
-    """x Wᵀ + bias + strength·((x·A[slot])·B[slot]); x [rows, tokens, in], a [slots, R, in], b [slots, out, R]."""
+def linear(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Tensor, strength: Tensor,
+           residual: Tensor = None, *, rank: int, slices: int = 1) -> Tensor:  # fmt: skip
+    """x Wᵀ + bias + strength·((x·A[slot])·B[slot]) + residual.
+
+    x [rows, tokens, in], w [P·out, in], a [slots, P·R, in], b [slots, P·out, R]: P = `slices` layers of one x. The residual
+    is added in the kernel if it has the result's shape [rows, tokens, P·out], else afterwards.
+    """
     rows, tokens, depth = x.shape
+    width = w.shape[0]
     a, b = a.index_select(0, adapter), b.index_select(0, adapter)
-    layer = Layer("", rows * tokens, depth, w.shape[0])
-    block, path = _choice(layer, rank, x.device)
+    block, path = _choice(Layer("", rows * tokens, depth, width, slices=slices), rank, x.device)
     if path == "addmm":  # the kernels' own addmm runs every adapter on all rows
-        down = torch.bmm(x, a.transpose(1, 2)).float() * strength
-        return torch.baddbmm(F.linear(x, w, bias), down.to(x.dtype), b.transpose(1, 2))
+        down = (torch.bmm(x, a.transpose(1, 2)).float() * strength).to(x.dtype)
+        y = F.linear(x, w, bias)
+        for columns, low, up in zip(y.chunk(slices, -1), down.chunk(slices, -1), b.chunk(slices, 1), strict=True):
+            columns.baddbmm_(low, up.transpose(1, 2))
+        return y if residual is None else y + residual
     block = block or tokens
-    scale, ranks = _scales(strength, rows, a.shape[1], rank)
+    scale, ranks = _scales(strength, slices, b.shape[2], rank)
     table = _table(rows, tokens, block, x.device)
-    return kernels.lowrank_linear(x, w, a[:, None], b, scale, ranks, table=table, bias=bias, block_m=block)
+    fused = residual is not None and residual.shape == (rows, tokens, width)
+    y = kernels.lowrank_linear(x, w, a.unflatten(1, (slices, -1)), b, scale, ranks, table=table, bias=bias,
+                               residual=residual if fused else None, block_m=block)  # fmt: skip
+    return y if fused or residual is None else y + residual
+
+
+def geglu(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Tensor, strength: Tensor, *,
+          rank: int) -> Tensor:  # fmt: skip
+    """value · gelu(gate) of `linear`'s two halves, w [2·out, in], values first. Returns [rows, tokens, out]."""
+    rows, tokens, depth = x.shape
+    block, path = _choice(Layer("", rows * tokens, depth, w.shape[0], gated=True), rank, x.device)
+    if path == "addmm":
+        return kernels.geglu(linear(x, w, bias, a, b, adapter, strength, rank=rank))
+    a, b = a.index_select(0, adapter), b.index_select(0, adapter)
+    block = block or tokens
+    scale, ranks = _scales(strength, 1, b.shape[2], rank)
+    table = _table(rows, tokens, block, x.device)
+    return kernels.lowrank_geglu(x, w, a[:, None], b, scale, ranks, table=table, bias=bias, block_m=block)
 
 
 def conv(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Tensor, strength: Tensor, *, rank: int,
@@ -45,7 +69,7 @@ def conv(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Tens
     a, b = a.index_select(0, adapter), b.index_select(0, adapter)
     y = F.conv2d(x, w, bias, stride, pad)
     rows, _, height, width = y.shape
-    scale, ranks = _scales(strength, rows, a.shape[1], rank)
+    scale, ranks = _scales(strength, 1, a.shape[1], rank)
     block = _conv_block(height * width, x.device)
     table = _table(rows, height * width, block, x.device)
     return kernels.lowrank_conv(y, x, a, b, scale, ranks, table=table, stride=stride, pad=pad, block_m=block)
@@ -64,9 +88,9 @@ def _choice(layer: Layer, rank: int, device: Any) -> tuple[int, str]:
     return choice.block_m, choice.path
 
 
-def _scales(strength: Tensor, rows: int, padded: int, rank: int) -> tuple[Tensor, Tensor]:
-    spans = -(-padded // SPAN)
-    scale = strength.float().reshape(rows, 1, 1).expand(rows, 1, spans).contiguous()
+def _scales(strength: Tensor, slices: int, padded: int, rank: int) -> tuple[Tensor, Tensor]:
+    rows, spans = strength.shape[0], -(-padded // SPAN)
+    scale = strength.float().reshape(rows, 1, 1).expand(rows, slices, spans).contiguous()
     return scale, _ranks(rows, rank, strength.device)
 
 

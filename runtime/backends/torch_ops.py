@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from stepforge.kernels import ops as kernels
-from stepforge.runtime.backends import torch_lowrank
+from stepforge.runtime.backends import torch_lowrank, torch_peft
 from stepforge.runtime.backends.torch_graph import Node
 from stepforge.runtime.errors import BackendError
 
@@ -224,7 +224,8 @@ OPS: Mapping[str, Callable[..., Value]] = {
     # made by passes
     "Linear": lambda x, w, bias=None: F.linear(x, w, bias), "Silu": lambda x: F.silu(x), "Attention": attention,
     "GroupNorm": group_norm, "GroupNormSilu": group_norm_silu, "Geglu": lambda h: kernels.geglu(h),
-    "LowrankLinear": torch_lowrank.linear, "LowrankConv": torch_lowrank.conv,
+    "LowrankLinear": torch_lowrank.linear, "LowrankGeglu": torch_lowrank.geglu, "LowrankConv": torch_lowrank.conv,
+    "PeftLinear": torch_peft.linear, "PeftConv": torch_peft.conv,
 }  # fmt: skip
 
 

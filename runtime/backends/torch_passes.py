@@ -1,9 +1,9 @@
 """Rewrites of a program. Each says whether it changed anything. EXACT and FAST in `torch` list those of the two tiers.
 
-exact   one PyTorch operator for each that diffusers calls, so it rounds where diffusers rounds. On a CPU a network without
-        adapters gives diffusers' bits, in fp32 and in bf16, but for the sines of timesteps: the exporter folds their
-        frequencies, one unit in the last place from PyTorch's. LoRA is added as PEFT adds it, with the strength on the
-        inner product instead of the outer one.
+exact   one PyTorch operator for each that diffusers and PEFT call, so it rounds where they round. On a CPU a network gives
+        their bits, without an adapter and with one, in fp32 and in bf16, but for two things. The exporter folds the
+        frequencies of timesteps' sines, one unit in the last place from PyTorch's. Several adapters together are one product
+        of all their ranks, with their strengths in B. Layers with LoRA are in `torch_peft`.
 fast    the operators of `stepforge.kernels` besides: they compute in fp32 and round once, so results are nearer to fp32,
         and not equal to diffusers'. In fp32 only the order of sums differs.
 """

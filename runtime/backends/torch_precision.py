@@ -10,7 +10,8 @@ import torch
 from stepforge.runtime.backends.torch_graph import Node, Program
 
 WAVES = ("Sin", "Cos")
-STRENGTH = {"LowrankLinear": 6, "LowrankConv": 6}  # operand that the fused operators take in fp32
+# operand that the operators of layers with LoRA take in fp32
+STRENGTH = {"LowrankLinear": 6, "LowrankGeglu": 6, "LowrankConv": 6, "PeftLinear": 6, "PeftConv": 6}
 ONNX_FP16 = 10
 
 

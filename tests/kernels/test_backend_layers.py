@@ -13,15 +13,21 @@ from stepforge.kernels import conv, ops, tiles
 from stepforge.kernels.dispatch import dispatch
 from stepforge.runtime.backends import Banks, torch_lowrank
 from stepforge.runtime.backends.torch_banks import DeviceBanks
-from stepforge.runtime.backends.torch_lora import View
+from stepforge.runtime.backends.torch_lora import Stack, View
 
 ARCH = 80
 ULP = 2.0**-11  # fp16: y is rounded once, S once before its second product
 
 
-def on_triton_linear(x, w, a, b, scale, ranks, **extra):
-    flat = x.reshape(-1, x.shape[-1])
-    return ops.run_linear(flat, w, a, b, scale, ranks, arch=ARCH, **extra).reshape(*x.shape[:-1], len(w))
+def on_triton_linear(x, w, a, b, scale, ranks, *, residual=None, **extra):
+    flat, over = (value.reshape(-1, value.shape[-1]) if value is not None else None for value in (x, residual))
+    y = ops.run_linear(flat, w, a, b, scale, ranks, arch=ARCH, residual=over, **extra)
+    return y.reshape(*x.shape[:-1], len(w))
+
+
+def on_triton_geglu(x, w, a, b, scale, ranks, **extra):
+    y = ops.run_geglu(x.reshape(-1, x.shape[-1]), w, a, b, scale, ranks, arch=ARCH, **extra)
+    return y.reshape(*x.shape[:-1], len(w) // 2)
 
 
 def on_triton_conv(y, x, a, b, scale, ranks, *, table, stride, pad, block_m):
@@ -34,7 +40,9 @@ def on_triton_conv(y, x, a, b, scale, ranks, *, table, stride, pad, block_m):
 @pytest.fixture
 def triton_layers(monkeypatch):
     """`torch_lowrank` as on a GPU, but for the device."""
-    kernels = SimpleNamespace(lowrank_linear=on_triton_linear, lowrank_conv=on_triton_conv)
+    kernels = SimpleNamespace(
+        lowrank_linear=on_triton_linear, lowrank_geglu=on_triton_geglu, lowrank_conv=on_triton_conv
+    )
     monkeypatch.setattr(torch_lowrank, "kernels", kernels)
 
     def choice(layer, rank, device):
@@ -63,6 +71,56 @@ def test_linear(triton_layers, rank):
     found = torch_lowrank.linear(x, w, bias, a, b, slots, strength, rank=rank)
     exact_a, exact_b = a[slots, :rank].double(), b[slots, :, :rank].double()
     expected = x.double() @ w.double().T + bias.double() + strength * (x.double() @ exact_a.mT @ exact_b.mT)
+    assert (found.double() - expected).norm() <= ULP * expected.norm()
+
+
+@pytest.mark.parametrize("rank", [8, 20])
+def test_three_layers_in_one(triton_layers, rank):
+    """q, k and v: each slice's ranks are padded by themselves."""
+    random = np.random.RandomState(rank)
+    banks = {"A": random.standard_normal((3, 64, 3 * rank)) / 8}
+    banks |= {f"B{part}": random.standard_normal((3, rank, 96)) / 8 for part in range(3)}
+    downs = Stack(tuple(View("A", "down", part * rank, (part + 1) * rank) for part in range(3)))
+    ups = Stack(tuple(View(f"B{part}", "up", 0, rank) for part in range(3)))
+    a, b = copied(banks, downs, ups)
+    x, w, bias = torch.randn(3, 70, 64).half(), (torch.randn(288, 64) / 8).half(), torch.randn(288).half()
+    slots, strength = torch.tensor([2, 0, 2]), torch.tensor([0.5, 1.0, -2.0]).reshape(3, 1, 1)
+    found = torch_lowrank.linear(x, w, bias, a, b, slots, strength, rank=rank, slices=3)
+    expected = x.double() @ w.double().T + bias.double()
+    for part in range(3):
+        down, up = (torch.from_numpy(banks[name])[slots].half().double() for name in ("A", f"B{part}"))
+        term = x.double() @ down[:, :, part * rank : (part + 1) * rank] @ up
+        expected[..., 96 * part : 96 * (part + 1)] += strength * term
+    assert (found.double() - expected).norm() <= ULP * expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 70, 96), (3, 1, 96)], ids=["in the kernel", "broadcast"])
+def test_a_residual(triton_layers, shape):
+    random = np.random.RandomState(0)
+    down, up = random.standard_normal((3, 64, 8)) / 8, random.standard_normal((3, 8, 96)) / 8
+    a, b = copied({"A": down, "B": up}, View("A", "down", 0, 8), View("B", "up", 0, 8))
+    x, w, residual = torch.randn(3, 70, 64).half(), (torch.randn(96, 64) / 8).half(), torch.randn(shape).half()
+    slots, strength = torch.tensor([1, 2, 0]), torch.tensor([0.5, 1.0, -2.0]).reshape(3, 1, 1)
+    found = torch_lowrank.linear(x, w, None, a, b, slots, strength, residual, rank=8)
+    exact_a, exact_b = a[slots, :8].double(), b[slots, :, :8].double()
+    layer = x.double() @ w.double().T + strength * (x.double() @ exact_a.mT @ exact_b.mT)
+    expected = layer + residual.double()
+    once_more = 0 if shape == (3, 70, 96) else ULP * layer.norm()  # added after the layer was rounded
+    assert (found.double() - expected).norm() <= ULP * expected.norm() + once_more
+
+
+@pytest.mark.parametrize("rank", [8, 20])
+def test_geglu(triton_layers, rank):
+    random = np.random.RandomState(rank)
+    down, up = random.standard_normal((3, 64, rank)) / 8, random.standard_normal((3, rank, 192)) / 8
+    a, b = copied({"A": down, "B": up}, View("A", "down", 0, rank), View("B", "up", 0, rank))
+    x, w, bias = torch.randn(3, 70, 64).half(), (torch.randn(192, 64) / 8).half(), torch.randn(192).half()
+    slots, strength = torch.tensor([2, 0, 1]), torch.tensor([0.5, 1.0, -2.0]).reshape(3, 1, 1)
+    found = torch_lowrank.geglu(x, w, bias, a, b, slots, strength, rank=rank)
+    exact_a, exact_b = a[slots, :rank].double(), b[slots, :, :rank].double()
+    h = x.double() @ w.double().T + bias.double() + strength * (x.double() @ exact_a.mT @ exact_b.mT)
+    value, gate = h.chunk(2, -1)
+    expected = value * F.gelu(gate)
     assert (found.double() - expected).norm() <= ULP * expected.norm()
 
 
