@@ -55,7 +55,7 @@ setup(
             "scipy>=1.11",  # diffusers' beta and LMS schedules, the oracle of ours
             "peft>=0.18",  # trains the demo's adapters; the oracle of LoRA files
             "lycoris-lora>=3.4",  # the oracle of LyCORIS files
-            "triton==3.9.0",  # the kernels in its interpreter, and compiled ahead of time; golden.json is of this version
+            "triton==3.7.1",  # kernels in its interpreter and ahead of time (golden.json); what torch 2.13 wants on CUDA
             "matplotlib>=3.8",  # plots of benchmarks
             "opencv-python-headless>=4.10",  # as in the extra control
             "fonttools>=4.50",  # the emoji list of the demo's training recipe

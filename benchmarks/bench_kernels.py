@@ -1,33 +1,47 @@
-"""The kernels' roofline, and with a GPU their times beside it.
+"""The kernels on a GPU: every family checked, timed beside its peers and its roofline, pass or fail. And their roofline alone.
 
-    python benchmarks/bench_kernels.py --model          what the model predicts for each layer, rank and GPU
-    python benchmarks/bench_kernels.py                  on a CUDA GPU: measured beside predicted, pass or fail
+    python benchmarks/bench_kernels.py --model          what the roofline predicts for each layer, rank and GPU; needs no GPU
+    python benchmarks/bench_kernels.py                  all families on the first CUDA GPU, and one table at the end
+    make test-gpu                                       what the GPU needs, its tests, then this with --fit, --json, --sanitize
 
-Overheads are over the layer without an adapter, which is what a merged adapter costs. A measurement is the median of a
-captured CUDA graph that first overwrites L2; every path's result is checked against its error bound before it is timed.
-The limits are printed with the table.
+Every path's result is checked against its error bound in fp64 and must repeat to the bit before it is timed. A time is the
+median of a captured CUDA graph, with L2 overwritten before each run and outside the clock. Limits are printed first.
+Exit status: 0 all pass, 1 something failed, 2 there is no GPU that can run the kernels.
+
+The first person with a GPU: run `make test-gpu` on an idle machine and commit the `out/kernels.json` that it writes as
+`benchmarks/results/kernels_<gpu>.json`, or send it with the whole output. It has every measurement, the machine, the driver
+and the versions, and the constants that fit; those then go into `stepforge/kernels/cost.py`, and
+`python -m stepforge.kernels.dispatch` writes the table of choices again.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
+import os
+import shutil
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+from check_gpu import driver, missing
+from harness import Timing, machine
 
 from stepforge.kernels import cost
 from stepforge.kernels.dispatch import dispatch, nearest_arch
 from stepforge.kernels.layers import SD15, SDXL, Layer
-from stepforge.kernels.tiles import ONEPASS_RANKS, expand_tile, onepass_tile, padded_rank
 
 MODELED = ("A100", "H100", "4090", "B200")
 RANKS = (4, 8, 16, 32, 64, 128)
 PATHS = ("PEFT", "addmm", "split", "onepass")
-# what a measured layer must reach where dispatch picks a path: no slower than the others, by 2 % of noise;
-# and the one pass at rank 16 on the layers it is made for, against the merged layer
-SLACK = 1.02
-AGAINST_MERGED = {"qkv packed": 1.10, "GEGLU-up": 1.10}
+FAMILY_NAMES = ("linear", "grouped", "conv", "norm NCHW", "norm NHWC", "GEGLU", "gated", "guide")
+SANITIZERS = ("memcheck", "racecheck")
 
 
 def predicted(gpu: cost.Gpu, layer: Layer, rank: int) -> dict[str, float]:
@@ -42,7 +56,7 @@ def predicted(gpu: cost.Gpu, layer: Layer, rank: int) -> dict[str, float]:
     }
 
 
-def print_model(gpus: list[str], ranks: list[int]) -> None:
+def print_model(gpus: Sequence[str], ranks: Sequence[int]) -> None:
     print("Overhead over the layer without an adapter, %, by a roofline (see stepforge/kernels/cost.py).")
     print(f"{100 * cost.OURS - 100:.0f} % are added for Triton's product over cuBLAS'. * marks what dispatch takes.")
     for name in gpus:
@@ -69,149 +83,282 @@ def cell(seconds: dict[str, float], path: str, taken: str) -> str:
     return f"{100 * (seconds[path] / seconds['merged'] - 1):.1f}{mark}".rjust(8)
 
 
-def tensors(layer: Layer, rank: int) -> dict[str, Any]:
-    """Inputs of a layer in fp16 with the sizes of a network's."""
+def raise_clocks(seconds: float = 1.0) -> None:
+    """An idle GPU runs at low clocks, and the first cases would be timed at them."""
     import torch
 
-    r = padded_rank(rank)
-
-    def draw(*shape: int, size: float = 1.0) -> Any:
-        return (torch.randn(*shape, device="cuda") * size).half()
-
-    return {
-        "x": draw(layer.m, layer.k),
-        "w": draw(layer.n, layer.k, size=layer.k**-0.5),
-        "a": draw(1, layer.slices, r, layer.k, size=layer.k**-0.5),
-        "b": draw(1, layer.n, r, size=rank**-0.5),
-        "scale": torch.ones(1, layer.slices, r // 16, device="cuda"),
-        "ranks": torch.full((1,), rank, dtype=torch.int32, device="cuda"),
-    }
+    square, started = torch.ones(4096, 4096, device="cuda").half(), time.perf_counter()
+    while time.perf_counter() < started + seconds:
+        torch.mm(square, square)
+        torch.cuda.synchronize()
 
 
-def candidates(layer: Layer, rank: int, arch: int, given: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Each path as a call without arguments. PEFT: its forward, with the strength as a multiplication."""
-    import torch.nn.functional as F
+class CudaTimer:
+    """Median and quartiles of a CUDA graph of a path, with L2 overwritten before each run and outside the clock."""
 
-    from stepforge.kernels import fallback, lowrank
+    def __init__(self, runs: int = 100) -> None:
+        import torch
 
-    x, w, a, b = (given[name] for name in ("x", "w", "a", "b"))
-    width = layer.n // layer.slices
+        self._runs = runs
+        self._flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
-    def peft() -> Any:
-        y = F.linear(x, w)
-        for part in range(layer.slices):
-            columns = slice(part * width, part * width + width)
-            low = F.linear(F.linear(x, a[0, part, :rank]), b[0, columns, :rank])
-            y[:, columns] = y[:, columns] + low * 1.0
-        return y
+    def __call__(self, path: Any) -> Timing:
+        import torch
 
-    yield "merged", lambda: F.linear(x, w)
-    yield "PEFT", peft
-    yield "addmm", lambda: fallback.addmm(**given)
-    choice = dispatch(layer, rank, arch)
-    if "split" in choice.seconds:
-        tile = expand_tile(arch, choice.block_m)
-        yield "split", lambda: lowrank.split(**given, tile=tile, parts=choice.parts)
-    if "onepass" in choice.seconds and padded_rank(rank) in ONEPASS_RANKS:
-        one = onepass_tile(arch, padded_rank(rank), choice.block_m)
-        yield "onepass", lambda: lowrank.onepass(**given, tile=one, nt=choice.nt)
-
-
-def microseconds(call: Callable[[], Any], runs: int = 50) -> tuple[float, float, float]:
-    """Median and quartiles of a CUDA graph of the call, with L2 overwritten before each run and outside the clock."""
-    import torch
-
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    times = []
-    for _ in range(runs):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    low, median, high = statistics.quantiles(times, n=4)
-    return median, low, high
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                path.call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            path.call()
+        graph.replay()  # the first uploads the graph
+        seconds = []
+        for _ in range(self._runs):
+            self._flush.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            seconds.append(1e-3 * start.elapsed_time(end))
+        low, median, high = statistics.quantiles(seconds, n=4)
+        return Timing(median, low, high)
 
 
-def measure(ranks: list[int]) -> int:
+@dataclass(slots=True)
+class Outcome:
+    """What became of a case. taken: dispatch's path; models: the roofline of each path; errors: in units of the bound;
+    ratios: of each limit, over what it allows; faults: why it failed."""
+
+    case: Any
+    taken: str = ""
+    models: dict[str, Callable[[cost.Gpu], float]] = field(default_factory=dict)
+    times: dict[str, Timing] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def examine(case: Any, timer: Callable[[Any], Timing] | None, outcome: Outcome) -> None:
+    """Check and time each path of a case, then its limits. An exception in one path leaves the others."""
     import torch
 
     from stepforge.kernels import bounds
 
-    properties = torch.cuda.get_device_properties(0)
-    arch = nearest_arch(10 * properties.major + properties.minor)
-    gpu = cost.GPU_OF_ARCH[arch]
-    print(f"{properties.name}, sm_{arch}, torch {torch.__version__}, CUDA {torch.version.cuda}; modelled as {gpu.name}")
-    print(f"limits: dispatch's path ≤ {SLACK} × the fastest; one pass at r = 16 ≤ {AGAINST_MERGED} × merged")
-    print("µs: median (quartiles) | predicted; overhead over merged, %: measured | predicted")
-    failed = 0
-    for layer in (layer for layer in (*SD15, *SDXL) if layer.taps == 1 and layer.m >= 128):
-        for rank in ranks:
-            given = tensors(layer, rank)
-            exact, bound = bounds.lowrank_linear(**given, u=bounds.TENSOR_CORE_SUM)
-            model, found = predicted(gpu, layer, rank), {}
-            print(f"{layer.name} ({layer.m}, {layer.k}, {layer.n}) r {rank}")
-            for path, call in candidates(layer, rank, arch, given):
-                if path in ("split", "onepass") and (off := bounds.excess(call(), exact, bound)) > 1:
-                    print(f"  {path:8} FAIL: off by {off:.2f} of its error bound")
-                    failed += 1
-                    continue
-                median, low, high = microseconds(call)
-                found[path] = median
-                extra = 100 * (median / found["merged"] - 1)
-                told = 100 * (model[path] / model["merged"] - 1)
-                print(
-                    f"  {path:8} {median:8.1f} ({low:.1f}..{high:.1f}) | {1e6 * model[path]:8.1f}"
-                    f"   {extra:+7.1f} | {told:+7.1f}"
-                )
-            for verdict in verdicts(layer, rank, dispatch(layer, rank, arch).path, found):
-                failed += verdict.startswith("FAIL")
-                print(f"  {verdict}")
-    print(f"{failed} failures" if failed else "all pass")
-    return min(failed, 1)
+    setup = case.setup()
+    for path in setup.paths:
+        outcome.models[path.name] = path.seconds
+        try:
+            if path.result is not None:
+                first, second = path.result(), path.result()
+                outcome.errors[path.name] = error = bounds.excess(first, setup.exact, path.slack * setup.bound)
+                if error > 1:
+                    outcome.faults.append(f"{path.name} is off by {error:.3g} of its bound")
+                if not torch.equal(first, second):
+                    outcome.faults.append(f"{path.name} does not repeat to the bit")
+            if timer is not None:
+                outcome.times[path.name] = timer(path)
+        except Exception as error:
+            outcome.faults.append(f"{path.name}: {reason(error)}")
+    for limit in setup.limits:
+        outcome.taken = limit.path if limit.name == "dispatch" else outcome.taken
+        rivals = {name: outcome.times[name].median for name in limit.rivals if name in outcome.times}
+        if limit.path not in outcome.times or not rivals:
+            continue
+        best = min(rivals, key=lambda name: rivals[name])
+        ratio = outcome.times[limit.path].median / rivals[best]
+        outcome.ratios[f"{limit.name}: {limit.path} {ratio:.3f} × {best}, limit {limit.ratio}"] = ratio / limit.ratio
+    outcome.faults += [text for text, ratio in outcome.ratios.items() if ratio > 1]
 
 
-def verdicts(layer: Layer, rank: int, taken: str, found: dict[str, float]) -> list[str]:
-    """Pass or fail of a layer's measured paths."""
-    results = []
-    rivals = {path: value for path, value in found.items() if path not in ("merged", "PEFT")}
-    if taken in rivals:
-        best = min(rivals, key=lambda path: rivals[path])
-        word = "pass" if rivals[taken] <= SLACK * rivals[best] else "FAIL"
-        results.append(f"{word}: dispatch takes {taken}, the fastest is {best}")
-    for kind, limit in AGAINST_MERGED.items():
-        if rank == 16 and layer.name.endswith(kind) and "onepass" in found:
-            ratio = found["onepass"] / found["merged"]
-            results.append(f"{'pass' if ratio <= limit else 'FAIL'}: one pass {ratio:.3f} × merged, limit {limit}")
-    return results
+def reason(error: Exception) -> str:
+    """An exception in one line: its first, and its last, where Triton's compiler says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}{f' … {lines[-1][:160]}' if lines[1:] else ''}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", action="store_true", help="print the roofline; needs no GPU")
-    parser.add_argument("--gpus", nargs="+", choices=sorted(cost.GPUS), default=list(MODELED))
-    parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
-    args = parser.parse_args()
-    if args.model:
-        print_model(args.gpus, args.ranks)
-        return 0
+def device_lost() -> bool:
+    """After an illegal access nothing runs in this process any more."""
     import torch
 
-    if not torch.cuda.is_available():
-        print("there is no CUDA GPU: give --model for the prediction", file=sys.stderr)
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+def flushed(text: str) -> None:
+    print(text, flush=True)
+
+
+def measure(
+    cases: Iterable[Any], gpu: cost.Gpu, timer: Callable[[Any], Timing] | None, show: Callable[[str], None] = flushed
+) -> list[Outcome]:
+    """All cases, each with one line as it is done. timer None: check, do not time."""
+    import torch
+
+    outcomes: list[Outcome] = []
+    lost = ""
+    for case in cases:
+        outcome = Outcome(case)
+        outcomes.append(outcome)
+        if lost:
+            outcome.faults.append(f"not run: the GPU's context was lost in {lost}; --families runs others alone")
+        else:
+            torch.manual_seed(0)
+            try:
+                examine(case, timer, outcome)
+            except Exception as error:
+                outcome.faults.append(reason(error))
+            if outcome.faults and device_lost():
+                lost = f"{case.family} {case.name}"
+        show(line(outcome, gpu))
+        if not lost:
+            gc.collect()
+            torch.cuda.empty_cache()  # does nothing before CUDA is initialised
+    return outcomes
+
+
+def line(outcome: Outcome, gpu: cost.Gpu) -> str:
+    cells = [
+        f"{path}{'*' if path == outcome.taken else ''} {1e6 * timing.median:.1f}|{1e6 * outcome.models[path](gpu):.1f}"
+        for path, timing in outcome.times.items()
+    ]
+    head = f"{outcome.case.family:9} {outcome.case.name:46} {'FAIL' if outcome.faults else 'pass'}  {'  '.join(cells)}"
+    return "\n".join([head.rstrip(), *(f"{'':10}FAIL {fault}" for fault in outcome.faults)])
+
+
+def summary(outcomes: Sequence[Outcome], others: Sequence[tuple[str, str]] = ()) -> tuple[str, bool]:
+    """The table of all families, and whether everything passed. others: (what, why it failed or "") besides the cases."""
+    lines = [f"{'family':10} {'cases':>5} {'passed':>6} {'failed':>6}  {'error':>6}  {'time':>6}  of its limit, where"]
+    for family in dict.fromkeys(outcome.case.family for outcome in outcomes):
+        own = [outcome for outcome in outcomes if outcome.case.family == family]
+        failed = sum(bool(outcome.faults) for outcome in own)
+        error = max((value for outcome in own for value in outcome.errors.values()), default=None)
+        worst = max(((r, text, o.case.name) for o in own for text, r in o.ratios.items()), default=None)
+        cells = [f"{error:.3f}" if error is not None else "-", f"{worst[0]:.3f}" if worst else "-"]
+        where = f"{worst[2]}: {worst[1]}" if worst else ""
+        lines.append(
+            f"{family:10} {len(own):5} {len(own) - failed:6} {failed:6}  {cells[0]:>6}  {cells[1]:>6}  {where}".rstrip()
+        )
+    lines += [f"{what:10} {'FAIL ' + why if why else 'pass'}" for what, why in others]
+    good = bool(outcomes) and not any(outcome.faults for outcome in outcomes) and not any(why for _, why in others)
+    lines.append("all pass" if good else "FAILED")
+    return "\n".join(lines), good
+
+
+def sanitize() -> list[tuple[str, str]]:
+    """compute-sanitizer over every family at small shapes. Without torch's cache of memory each tensor is an allocation of
+    its own, whose ends memcheck sees."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        print("\ncompute-sanitizer is not on PATH (it comes with the CUDA toolkit): memcheck and racecheck did not run")
+        return []
+    found = []
+    for check in SANITIZERS:
+        print(f"\ncompute-sanitizer --tool {check}", flush=True)
+        command = [tool, "--tool", check, "--error-exitcode", "1", sys.executable, __file__, "--tiny"]
+        done = subprocess.run(command, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, check=False)
+        found.append((check, f"exit status {done.returncode}" if done.returncode else ""))
+    return found
+
+
+def record(outcomes: Sequence[Outcome], gpu: cost.Gpu) -> list[dict[str, Any]]:
+    return [
+        {
+            "family": outcome.case.family,
+            "case": outcome.case.name,
+            "seconds": {path: asdict(timing) for path, timing in outcome.times.items()},
+            "predicted": {path: model(gpu) for path, model in outcome.models.items()},
+            "error_of_bound": outcome.errors,
+            "time_of_limit": outcome.ratios,
+            "faults": outcome.faults,
+        }
+        for outcome in outcomes
+    ]
+
+
+def run(args: argparse.Namespace, properties: Any, device: str, timer: Callable[[Any], Timing] | None) -> int:
+    """Everything that was asked for. properties: those of torch.cuda; timer None: check, do not time."""
+    import torch
+    import triton  # type: ignore[import-untyped]
+    from kernel_cases import ACCEPTANCE, MODELS, TINY, cases
+    from kernel_fit import points_of, report
+
+    gpu = cost.GPU_OF_ARCH[nearest_arch(10 * properties.major + properties.minor)]
+    about = {
+        "machine": machine(), "gpu": properties.name, "capability": f"sm_{properties.major}{properties.minor}",
+        "driver": driver(), "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__,
+        "modelled as": gpu.name,
+    }  # fmt: skip
+    print("\n".join(f"{name:12} {text}" for name, text in about.items()))
+    shapes = TINY if args.tiny else MODELS
+    if args.ranks:
+        shapes = replace(shapes, ranks=tuple(args.ranks))
+    print("\nlimits:")
+    for name, figure, origin in ACCEPTANCE:
+        print(f"  {name:9} {figure:66} {origin}")
+    flushed("\nµs: measured|predicted by the roofline. merged: the layer without an adapter; * what dispatch takes")
+    with torch.inference_mode():
+        outcomes = measure(cases(gpu, device, shapes, tuple(args.families)), gpu, timer)
+    result: dict[str, Any] = {"about": about, "cases": record(outcomes, gpu)}
+    others: list[tuple[str, str]] = []
+    if args.fit:
+        result["fit"] = report(gpu, points_of(outcomes))
+    if args.sanitize:
+        others += sanitize()
+    if args.network:
+        from bench_network import network
+
+        result["network"], faults = network(args.work)
+        others.append(("network", "; ".join(faults)))
+    result["others"] = others
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        print(f"\nwrote {args.json}")
+    table, good = summary(outcomes, others)
+    print(f"\n{table}")
+    return 0 if good else 1
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="store_true", help="print the roofline; needs no GPU")
+    parser.add_argument("--gpus", nargs="+", choices=sorted(cost.GPUS), default=list(MODELED), help="with --model")
+    parser.add_argument("--ranks", nargs="+", type=int, help="default: 4 to 128 with --model, else 16 to 128")
+    parser.add_argument("--families", nargs="+", choices=FAMILY_NAMES, default=list(FAMILY_NAMES))
+    parser.add_argument(
+        "--fit", action="store_true", help="the constants of cost.py that fit the measured linear layers"
+    )
+    parser.add_argument("--json", type=Path, help="file to write every measurement to")
+    parser.add_argument("--sanitize", action="store_true", help="memcheck and racecheck at small shapes as well")
+    parser.add_argument("--network", action="store_true", help="a whole SD1.5-shaped denoiser beside diffusers as well")
+    parser.add_argument(
+        "--work", type=Path, default=Path("out/sd15"), help="folder for --network's model (4.3 GB), kept"
+    )
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # small shapes, checked and not timed
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    args = arguments(given)
+    if args.model:
+        print_model(args.gpus, args.ranks or RANKS)
+        return 0
+    if lines := list(missing()):
+        print(f"cannot run: {'; '.join(lines)}. Without a GPU, --model prints the prediction", file=sys.stderr)
         return 2
-    return measure(args.ranks)
+    import torch
+
+    if not args.tiny:
+        raise_clocks()
+    return run(args, torch.cuda.get_device_properties(0), "cuda", None if args.tiny else CudaTimer())
 
 
 if __name__ == "__main__":

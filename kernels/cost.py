@@ -13,6 +13,8 @@ from math import ceil
 from stepforge.kernels.layers import Layer
 from stepforge.kernels.tiles import EXPAND_RANKS, ONEPASS_RANKS, block_rows, onepass_tile, padded_rank
 
+TENSOR_SHARE = 0.7  # of the tensor peak, sustained
+BANDWIDTH_SHARE = 0.8  # of the memory bandwidth, sustained
 LAUNCH = 1e-6  # seconds a launch costs inside a CUDA graph
 OURS = 1.05  # Triton's product over cuBLAS'; LoRAFusion's 0.293 ms against 0.279 ms is the only figure published
 BYTES = 2  # an element of 16 bits
@@ -25,14 +27,18 @@ class Gpu:
     processors: int
     tflops: float
     gigabytes: float  # a second
+    tensor_share: float = TENSOR_SHARE
+    bandwidth_share: float = BANDWIDTH_SHARE
+    launch: float = LAUNCH
+    ours: float = OURS
 
     @property
     def rate(self) -> float:
-        return 0.7 * self.tflops * 1e12
+        return self.tensor_share * self.tflops * 1e12
 
     @property
     def bandwidth(self) -> float:
-        return 0.8 * self.gigabytes * 1e9
+        return self.bandwidth_share * self.gigabytes * 1e9
 
 
 GPUS = {
@@ -71,7 +77,7 @@ def peft(gpu: Gpu, layer: Layer, rank: int) -> float:
     x = m * k / layer.taps
     shrink = roofline(gpu, 2 * m * k * rank, x + k * rank + m * rank * layer.slices)
     up = roofline(gpu, 2 * m * rank * n, m * rank * layer.slices + rank * n + m * n)
-    return base(gpu, layer) + shrink + up + roofline(gpu, 0, 5 * m * n) + 4 * LAUNCH
+    return base(gpu, layer) + shrink + up + roofline(gpu, 0, 5 * m * n) + 4 * gpu.launch
 
 
 def addmm(gpu: Gpu, layer: Layer, rank: int) -> float:
@@ -79,12 +85,12 @@ def addmm(gpu: Gpu, layer: Layer, rank: int) -> float:
     m, k, n = layer.m, layer.k, layer.n
     low = m * rank * layer.slices
     shrink = roofline(gpu, 2 * m * k * rank * layer.slices, m * k / layer.taps + k * rank * layer.slices + low)
-    return base(gpu, layer) + shrink + roofline(gpu, 2 * m * rank * n, low + rank * n + 2 * m * n) + 2 * LAUNCH
+    return base(gpu, layer) + shrink + roofline(gpu, 2 * m * rank * n, low + rank * n + 2 * m * n) + 2 * gpu.launch
 
 
 def geglu(gpu: Gpu, layer: Layer) -> float:
     """The kernel after a layer: reads n columns, writes half."""
-    return roofline(gpu, 0, 1.5 * layer.m * layer.n) + LAUNCH
+    return roofline(gpu, 0, 1.5 * layer.m * layer.n) + gpu.launch
 
 
 def split(gpu: Gpu, layer: Layer, rank: int, *, gated: bool = False) -> float:
@@ -95,7 +101,7 @@ def split(gpu: Gpu, layer: Layer, rank: int, *, gated: bool = False) -> float:
     shrink = roofline(gpu, 2 * m * k * r * layer.slices, m * k * layer.slices + k * r * layer.slices + 2 * low)
     flops = 2 * m * k * n + 2 * m * r * n
     written = m * n / 2 if gated else m * n
-    return OURS * roofline(gpu, flops, m * k + k * n + written + 2 * low + r * n) + shrink + LAUNCH
+    return gpu.ours * roofline(gpu, flops, m * k + k * n + written + 2 * low + r * n) + shrink + gpu.launch
 
 
 def onepass(gpu: Gpu, layer: Layer, rank: int, nt: int, block_n: int) -> float:
@@ -103,7 +109,7 @@ def onepass(gpu: Gpu, layer: Layer, rank: int, nt: int, block_n: int) -> float:
     m, k, n, r = layer.m, layer.k, layer.n, padded_rank(rank)
     chunks = layer.slices * ceil(ceil(n / layer.slices / block_n) / nt)
     flops = 2 * m * k * n + 2 * m * k * r * chunks + 2 * m * r * n
-    return OURS * roofline(gpu, flops, m * k + k * n + m * n + k * r * layer.slices + r * n)
+    return gpu.ours * roofline(gpu, flops, m * k + k * n + m * n + k * r * layer.slices + r * n)
 
 
 @dataclass(frozen=True, slots=True)

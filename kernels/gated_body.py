@@ -37,7 +37,7 @@ def expand_geglu(
             s_rows = s + first.to(tl.int64) * R + lanes[:, None] * R
             b_cols = b + adapter.to(tl.int64) * 2 * N * R + cols[None, :] * R
             # 16 ranks at once, as in `expand`
-            STEP: tl.constexpr = 16 if R > 32 else R
+            STEP: tl.constexpr = 16
             for start in tl.range(0, R, STEP, num_stages=1):
                 offs_r = start + tl.arange(0, STEP)
                 rank_ok = offs_r < rank

@@ -22,7 +22,7 @@ def interpreted() -> bool:
 
 
 def upcast(dtype: Any) -> bool:
-    """bf16 in the interpreter (triton 3.9): products of raw bit patterns, conversions that truncate. The bodies then
+    """bf16 in the interpreter (triton 3.7 and 3.9): products of raw bit patterns, conversions that truncate. The bodies then
     compute on fp32 values of bf16 numbers, and the launcher converts the result."""
     return interpreted() and dtype == torch.bfloat16
 

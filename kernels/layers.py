@@ -1,4 +1,4 @@
-"""The layers that adapters touch, as they run at two rows (guidance): SD1.5 at 512x512, SDXL at 1024x1024."""
+"""The layers that adapters touch and the norms, at two rows (guidance): SD1.5 at 512x512, SDXL at 1024x1024."""
 
 from __future__ import annotations
 
@@ -52,4 +52,28 @@ GATED = tuple(
     replace(layer, name=layer.name.removesuffix("-up"), gated=True)
     for layer in (*SD15, *SDXL)
     if layer.name.endswith("GEGLU-up")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Group normalisation of 32 groups with SiLU, on [rows, channels, side, side]."""
+
+    name: str
+    rows: int
+    channels: int
+    side: int
+
+
+NORMS = (
+    Norm("SD1.5 L0", 2, 320, 64),
+    Norm("SD1.5 L1", 2, 640, 32),
+    Norm("SD1.5 L2", 2, 1280, 16),
+    Norm("SD1.5 mid", 2, 1280, 8),
+    Norm("SD1.5 L0 up", 2, 960, 64),  # on a skip connection and what comes from below
+    Norm("SDXL L0", 2, 320, 128),
+    Norm("SDXL L1", 2, 640, 64),
+    Norm("SDXL L2", 2, 1280, 32),
+    Norm("SDXL L0 up", 2, 960, 128),
+    Norm("VAE decoder", 1, 128, 512),
 )

@@ -253,7 +253,7 @@ def expand(
             s_rows = s + (first.to(tl.int64) * slices + part) * R + lanes[:, None] * slices * R
             b_cols = b + adapter.to(tl.int64) * N * R + cols[None, :] * R
             # 16 ranks at once: all of S in fp32 at R = 128 spilled 976 bytes on sm_89, 32 ranks at once still 72
-            STEP: tl.constexpr = 16 if R > 32 else R
+            STEP: tl.constexpr = 16
             for start in tl.range(0, R, STEP, num_stages=1):
                 offs_r = start + tl.arange(0, STEP)
                 rank_ok = offs_r < rank

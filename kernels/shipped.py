@@ -125,7 +125,7 @@ def linear_programs(arch: int, dtype: str) -> Iterator[Program]:
         for rank in EXPAND_RANKS:
             tile = expand_tile(arch, block)
             base = (tile.block_m, tile.block_n, tile.block_k)
-            up = (tile.block_m, tile.block_n, rank if rank <= 32 else 16)
+            up = (tile.block_m, tile.block_n, 16)
             for act in (0, 2):
                 yield Program(
                     f"expand{' gelu' if act else ''} r{rank} m{block} {dtype} sm_{arch}", lowrank_body.expand, arch, dtype,

@@ -24,7 +24,7 @@ from stepforge.runtime.backends import torch_passes as passes
 from stepforge.runtime.backends.torch_banks import DeviceBanks, Shared
 from stepforge.runtime.backends.torch_graph import Program, read, run_passes
 from stepforge.runtime.backends.torch_loop import RINGS, Function, TorchLoop
-from stepforge.runtime.backends.torch_lora import LoraPasses, drop_lora, fuse_residual
+from stepforge.runtime.backends.torch_lora import LoraPasses, drop_lora, fuse_lowrank_geglu, fuse_residual
 from stepforge.runtime.backends.torch_packed import pack_attention
 from stepforge.runtime.backends.torch_precision import lower
 from stepforge.runtime.backends.torch_run import Runner
@@ -105,7 +105,7 @@ class Torch:
             run_passes(program, (lora.fuse_linear_lora, lora.fuse_conv_lora))
         if self.fast:
             pack_attention(program, lora)
-            fuse_residual(program)
+            run_passes(program, (fuse_residual, fuse_lowrank_geglu))
         lower(program, dtype, self._device, banks)
         self._share(program, str(path.parent), dtype)
         runner = Runner(program)

@@ -174,6 +174,19 @@ def fuse_residual(program: Program) -> bool:
     return program.rewrite(match)
 
 
+def fuse_lowrank_geglu(program: Program) -> bool:
+    """A LowrankLinear that Geglu alone reads, with it in its epilogue."""
+    made, uses = program.producers(), program.uses()
+
+    def match(node: Node) -> Node | None:
+        layer = made.get(node.inputs[0]) if node.op == "Geglu" else None
+        if layer is None or layer.op != "LowrankLinear" or len(layer.inputs) != 7 or uses[layer.outputs[0]] != 1:
+            return None
+        return Node("LowrankGeglu", layer.inputs, node.outputs, layer.attributes)
+
+    return program.rewrite(match)
+
+
 def drop_lora(program: Program, banks: Container[str]) -> bool:
     """Leave out all LoRA terms: each Add of a value and of what comes from a bank."""
     changed = False

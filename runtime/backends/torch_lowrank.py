@@ -49,6 +49,20 @@ def linear(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Te
     return y if fused or residual is None else y + residual
 
 
+def geglu(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Tensor, strength: Tensor, *,
+          rank: int) -> Tensor:  # fmt: skip
+    """value · gelu(gate) of `linear`'s two halves, w [2·out, in], values first. Returns [rows, tokens, out]."""
+    rows, tokens, depth = x.shape
+    block, path = _choice(Layer("", rows * tokens, depth, w.shape[0], gated=True), rank, x.device)
+    if path == "addmm":
+        return kernels.geglu(linear(x, w, bias, a, b, adapter, strength, rank=rank))
+    a, b = a.index_select(0, adapter), b.index_select(0, adapter)
+    block = block or tokens
+    scale, ranks = _scales(strength, 1, b.shape[2], rank)
+    table = _table(rows, tokens, block, x.device)
+    return kernels.lowrank_geglu(x, w, a[:, None], b, scale, ranks, table=table, bias=bias, block_m=block)
+
+
 def conv(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Tensor, strength: Tensor, *, rank: int,
          stride: int, pad: int) -> Tensor:  # fmt: skip
     """conv(x, W) + bias + strength·conv(x, A[slot])·B[slot]; x [rows, C, h, w], a [slots, R, k, k, C], b [slots, out, R]."""

@@ -224,7 +224,7 @@ OPS: Mapping[str, Callable[..., Value]] = {
     # made by passes
     "Linear": lambda x, w, bias=None: F.linear(x, w, bias), "Silu": lambda x: F.silu(x), "Attention": attention,
     "GroupNorm": group_norm, "GroupNormSilu": group_norm_silu, "Geglu": lambda h: kernels.geglu(h),
-    "LowrankLinear": torch_lowrank.linear, "LowrankConv": torch_lowrank.conv,
+    "LowrankLinear": torch_lowrank.linear, "LowrankGeglu": torch_lowrank.geglu, "LowrankConv": torch_lowrank.conv,
     "PeftLinear": torch_peft.linear, "PeftConv": torch_peft.conv,
 }  # fmt: skip
 

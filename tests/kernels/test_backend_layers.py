@@ -25,6 +25,11 @@ def on_triton_linear(x, w, a, b, scale, ranks, *, residual=None, **extra):
     return y.reshape(*x.shape[:-1], len(w))
 
 
+def on_triton_geglu(x, w, a, b, scale, ranks, **extra):
+    y = ops.run_geglu(x.reshape(-1, x.shape[-1]), w, a, b, scale, ranks, arch=ARCH, **extra)
+    return y.reshape(*x.shape[:-1], len(w) // 2)
+
+
 def on_triton_conv(y, x, a, b, scale, ranks, *, table, stride, pad, block_m):
     pixels = [value.permute(0, 2, 3, 1).contiguous() for value in (y, x)]
     tile = tiles.expand_tile(ARCH, block_m or 64)
@@ -35,7 +40,9 @@ def on_triton_conv(y, x, a, b, scale, ranks, *, table, stride, pad, block_m):
 @pytest.fixture
 def triton_layers(monkeypatch):
     """`torch_lowrank` as on a GPU, but for the device."""
-    kernels = SimpleNamespace(lowrank_linear=on_triton_linear, lowrank_conv=on_triton_conv)
+    kernels = SimpleNamespace(
+        lowrank_linear=on_triton_linear, lowrank_geglu=on_triton_geglu, lowrank_conv=on_triton_conv
+    )
     monkeypatch.setattr(torch_lowrank, "kernels", kernels)
 
     def choice(layer, rank, device):
@@ -100,6 +107,21 @@ def test_a_residual(triton_layers, shape):
     expected = layer + residual.double()
     once_more = 0 if shape == (3, 70, 96) else ULP * layer.norm()  # added after the layer was rounded
     assert (found.double() - expected).norm() <= ULP * expected.norm() + once_more
+
+
+@pytest.mark.parametrize("rank", [8, 20])
+def test_geglu(triton_layers, rank):
+    random = np.random.RandomState(rank)
+    down, up = random.standard_normal((3, 64, rank)) / 8, random.standard_normal((3, rank, 192)) / 8
+    a, b = copied({"A": down, "B": up}, View("A", "down", 0, rank), View("B", "up", 0, rank))
+    x, w, bias = torch.randn(3, 70, 64).half(), (torch.randn(192, 64) / 8).half(), torch.randn(192).half()
+    slots, strength = torch.tensor([2, 0, 1]), torch.tensor([0.5, 1.0, -2.0]).reshape(3, 1, 1)
+    found = torch_lowrank.geglu(x, w, bias, a, b, slots, strength, rank=rank)
+    exact_a, exact_b = a[slots, :rank].double(), b[slots, :, :rank].double()
+    h = x.double() @ w.double().T + bias.double() + strength * (x.double() @ exact_a.mT @ exact_b.mT)
+    value, gate = h.chunk(2, -1)
+    expected = value * F.gelu(gate)
+    assert (found.double() - expected).norm() <= ULP * expected.norm()
 
 
 @pytest.mark.parametrize(("side", "stride"), [(3, 1), (3, 2), (1, 1)])

@@ -7,11 +7,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from stepforge.runtime.backends import Banks, open_backend, torch_lowrank
 from stepforge.runtime.backends.torch_banks import DeviceBanks
 from stepforge.runtime.backends.torch_graph import Node, Program
-from stepforge.runtime.backends.torch_lora import LoraPasses, Stack, View, fuse_residual
+from stepforge.runtime.backends.torch_lora import LoraPasses, Stack, View, fuse_lowrank_geglu, fuse_residual
 from stepforge.runtime.backends.torch_packed import pack_attention
 from stepforge.runtime.backends.torch_run import Runner
 from stepforge.runtime.bundle import read
@@ -53,8 +54,10 @@ def test_what_runs_as_one_in_a_whole_network(tiny_sd1_banks):
     graph, _ = opened(tiny_sd1_banks)
     program = graph.networks[True].program
     layers = [node for node in program.nodes if node.op == "LowrankLinear"]
-    # q, k, v; k, v; and alone: q of the prompt's attention, both outputs, and the two of the feed-forward
-    assert Counter(node.attributes.get("slices", 1) for node in layers) == {3: 4, 2: 4, 1: 4 + 8 + 4 + 4}
+    # q, k, v; k, v; and alone: q of the prompt's attention, both outputs, and the second of the feed-forward
+    assert Counter(node.attributes.get("slices", 1) for node in layers) == {3: 4, 2: 4, 1: 4 + 8 + 4}
+    found = Counter(node.op for node in program.nodes)
+    assert (found["LowrankGeglu"], found["Geglu"]) == (4, 0)  # the first of the feed-forward
     readers = Counter(node.inputs[0] for node in layers)
     assert {x: count for x, count in readers.items() if count > 1} == {"encoder_hidden_states": 4}
     assert sum(len(node.inputs) == 8 for node in layers) == 8 + 4  # attentions' outputs and feed-forwards'
@@ -199,6 +202,20 @@ def test_a_residual_is_fused_once_and_only_where_nothing_else_reads_the_layer():
     assert rewritten(taken, ("s", "y")) == [("LowrankLinear", (), ("y",)), ("Add", (), ("s",))]
 
 
+def test_geglu_is_fused_where_nothing_else_reads_the_layer():
+    inputs = ("x", "r", "adapter", "strength", "a", "b")
+
+    def rewritten(layer, outputs=("s",)):
+        program = Program([layer, Node("Geglu", ("y",), ("s",))], inputs, outputs, {"w": torch.zeros(6, 8)})
+        changed = fuse_lowrank_geglu(program)
+        return changed, [(node.op, node.inputs, dict(node.attributes)) for node in program.nodes]
+
+    plain = lowrank("")
+    assert rewritten(plain) == (True, [("LowrankGeglu", plain.inputs, {"rank": 4})])
+    assert not rewritten(plain, ("s", "y"))[0]
+    assert not rewritten(lowrank("", residual="r"))[0]
+
+
 # values
 
 
@@ -249,6 +266,19 @@ def test_both_paths_of_layers_in_one(path, monkeypatch):
         expected = x64 @ w64.T + bias64 + strength64 * torch.cat(parts, -1)
         expected = expected if residual is None else expected + residual.double()
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["reference", "addmm"])
+def test_both_paths_of_a_layer_with_geglu(path, monkeypatch):
+    monkeypatch.setattr(torch_lowrank, "_choice", lambda *args: (0, path))
+    torch.manual_seed(6)
+    x, w, bias, a, b = (torch.randn(shape) for shape in ((3, 5, 8), (12, 8), (12,), (2, 4, 8), (2, 12, 4)))
+    slots, strength = torch.tensor([1, 0, 1]), torch.tensor([0.5, 2.0, -1.0]).reshape(3, 1, 1)
+    for given in (bias, None):
+        found = torch_lowrank.geglu(x, w, given, a, b, slots, strength, rank=4)
+        h = x.double() @ w.double().T + strength.double() * (x.double() @ a[slots].double().mT @ b[slots].double().mT)
+        value, gate = (h if given is None else h + given.double()).chunk(2, -1)
+        torch.testing.assert_close(found.double(), value * F.gelu(gate), rtol=1e-5, atol=1e-5)
 
 
 # slots that are filled again
