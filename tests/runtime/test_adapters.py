@@ -127,8 +127,9 @@ def test_a_mixed_batch_equals_single_runs(tiny_sd1_banks, files, backend):
     ]
     with open_engine(tiny_sd1_banks, files, backend, max_rows=16) as engine:
         together = engine.generate(requests)
-        limit = 3e-5 if backend.startswith("torch") else 1e-5  # MKL sums by the number of rows; latents reach 13
         for request, result in zip(requests, together, strict=True):
+            # MKL sums by the number of rows, so there the limit is of the largest latent, 18 to 26
+            limit = 2.5e-6 * np.abs(result.latents).max() if backend.startswith("torch") else 1e-5
             assert np.abs(engine.generate(request).latents - result.latents).max() <= limit
 
 
