@@ -35,25 +35,25 @@ from harness import Timing, machine
 
 from stepforge.kernels import cost
 from stepforge.kernels.dispatch import dispatch, nearest_arch
-from stepforge.kernels.layers import SD15, SDXL, Layer
+from stepforge.kernels.layers import GATED, SD15, SDXL, Layer
 
 MODELED = ("A100", "H100", "4090", "B200")
 RANKS = (4, 8, 16, 32, 64, 128)
-PATHS = ("PEFT", "addmm", "split", "onepass")
+PATHS = ("PEFT", "addmm", "split", "onepass", "gated")
 FAMILY_NAMES = ("linear", "grouped", "conv", "norm NCHW", "norm NHWC", "GEGLU", "gated", "guide")
 SANITIZERS = ("memcheck", "racecheck")
 
 
 def predicted(gpu: cost.Gpu, layer: Layer, rank: int) -> dict[str, float]:
-    """Seconds of each path that takes the layer."""
+    """Seconds of each path that takes the layer; all but "gated" with the GEGLU that follows it, if one does."""
+    choice = cost.choose(gpu, layer, rank)
+    after = cost.geglu(gpu, layer) if layer.gated else 0.0
     seconds = {
-        "merged": cost.base(gpu, layer),
-        "PEFT": cost.peft(gpu, layer, rank),
-        "addmm": cost.addmm(gpu, layer, rank),
+        "merged": choice.base,
+        "PEFT": cost.peft(gpu, layer, rank) + after,
+        "addmm": cost.addmm(gpu, layer, rank) + after,
     }
-    return seconds | {
-        path: value for path, value in cost.choose(gpu, layer, rank).seconds.items() if path in ("split", "onepass")
-    }
+    return seconds | {path: value for path, value in choice.seconds.items() if path in ("split", "onepass", "gated")}
 
 
 def print_model(gpus: Sequence[str], ranks: Sequence[int]) -> None:
@@ -63,7 +63,7 @@ def print_model(gpus: Sequence[str], ranks: Sequence[int]) -> None:
         gpu = cost.GPUS[name]
         print(f"\n{gpu.name}: {gpu.tflops:.0f} TFLOP/s, {gpu.gigabytes:.0f} GB/s, {gpu.processors} multiprocessors")
         print(f"{'layer (M, K, N)':42} {'GFLOP':>7} {'MB':>6} {'µs':>7} {'r':>4} " + " ".join(f"{p:>8}" for p in PATHS))
-        for layer in (*SD15, *SDXL):
+        for layer in (*SD15, *SDXL, *GATED):
             flops, elements = 2 * layer.m * layer.k * layer.n, layer.m * layer.k // layer.taps + layer.k * layer.n
             size = cost.BYTES * (elements + layer.m * layer.n)
             label = f"{layer.name} ({layer.m}, {layer.k}, {layer.n})"

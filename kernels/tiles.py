@@ -43,9 +43,7 @@ def onepass_tile(arch: int, rank: int, block_m: int) -> Tile:
     if arch in WIDE_ARCHES:
         warps = 8 if block_m == 128 else 4
         return Tile(block_m, 128, 32, warps, stages=4) if shallow else Tile(block_m, 128, 64, warps, stages=3)
-    if rank >= 64:
-        return Tile(64, 64, 64, warps=4, stages=3)
-    return Tile(64, 128, 64, warps=8, stages=3) if arch == 120 else Tile(64, 128, 32, warps=4, stages=4)
+    return Tile(64, 64, 64, warps=4, stages=3) if rank >= 64 or arch == 120 else Tile(64, 128, 32, warps=4, stages=4)
 
 
 def expand_tile(arch: int, block_m: int) -> Tile:

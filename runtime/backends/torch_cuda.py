@@ -59,6 +59,7 @@ class Recorder:
         key = tuple(sorted((name, array.shape, array.dtype.str) for name, array in inputs.items()))
         if key not in self._recordings:
             if len(self._recordings) == MOST_SHAPES:
+                torch.cuda.current_stream(self._device).synchronize()  # the one that goes may still be running
                 self._recordings.popitem(last=False)
             self._recordings[key] = self._make(inputs)
         self._recordings.move_to_end(key)

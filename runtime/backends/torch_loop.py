@@ -2,8 +2,9 @@
 
     sample → ControlNets → denoiser → guidance → x_{k+1} = Σ keep·x + Σ gain·p + noise·z → the next step's sample
 
-On CUDA the whole line is one recorded graph for each packed shape: the images' places and their rows are data. Fresh noise is
-the one thing that crosses from the host, because it equals PyTorch's CPU generator.
+On CUDA the whole line is one recorded graph for each packed shape: the images' places and their rows are data. From step to
+step only fresh noise crosses from the host, because it equals PyTorch's CPU generator, and the ControlNets' scales; prompts,
+hints and adapter slots when the batch changes.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class TorchLoop:
             "z": (places, size),
             "sample": (places, size),
         }
+        if self._tensors and self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # recordings that go may still be running
         old = self._tensors
         self._tensors = {
             name: torch.zeros(shape, dtype=torch.int32 if name == "step" else torch.float32, device=self._device)
