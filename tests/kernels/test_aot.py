@@ -51,6 +51,7 @@ def check_sample(count):
     assert f"{count} programs pass" in found.stdout
 
 
+@pytest.mark.slow
 def test_sample():
     check_sample(4)
 

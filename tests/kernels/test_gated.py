@@ -217,6 +217,7 @@ def test_permuted_rows_give_permuted_results():
     same(call(moved, table=block_table([1, 0, -1], 20, 16)).view(3, 20, 48), expected[order])
 
 
+@pytest.mark.slow
 def test_order_of_blocks_and_programs_does_not_matter(monkeypatch):
     """The table backwards; programs backwards, and interleaved from both ends."""
     given = layer(70, n=100, adapters=2)
@@ -236,6 +237,7 @@ def test_order_of_blocks_and_programs_does_not_matter(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 33])
+@pytest.mark.slow
 def test_batch_size_does_not_matter(rows):
     given = layer(64)
     expected = call(given)
@@ -250,6 +252,7 @@ def test_rows_of_x_may_lie_apart():
     same(call({**given, "x": store[:, 16:96]}), call(given))
 
 
+@pytest.mark.slow
 def test_a_stale_table_does_not_stick():
     """One table buffer, as a captured graph has it: adapters, then none and fewer images, then adapters again."""
     given = layer(60, adapters=2)
@@ -374,6 +377,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("case", MUTATIONS)
 # a mutant reads memory that is not its own; what it finds there may overflow, or be infinite
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.slow
 def test_mistake_is_caught(case, mutant, monkeypatch):
     assert passes_unchanged()
     monkeypatch.setattr(gated, "gated_body", mutant(gated_body, *MUTATIONS[case]))

@@ -22,6 +22,7 @@ from stepforge.kernels import (
 from stepforge.kernels.packing import block_table
 from stepforge.kernels.tiles import Tile
 
+pytestmark = pytest.mark.slow
 TILE = Tile(16, 32, 32, warps=4, stages=2)
 GUARD = 4096
 

@@ -25,7 +25,7 @@ def inputs(shape, dtype, layout, *, scaled):
 
 
 @formats
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("scaled", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "scaled"])
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_within_the_bound(case, dtype, scaled, layout):

@@ -19,9 +19,12 @@ from stepforge.runtime.bundle import sha256
 from stepforge.runtime.cli import main
 from stepforge.runtime.engine import Engine
 
-CPU = [("openvino", "fp32"), ("onnxruntime", "fp32"), ("openvino", "bf16")]
-CPU += [pytest.param(*torch, marks=pytest.mark.slow) for torch in (("torch", "fp32"), ("torch-exact", "bf16"))]
-BACKENDS = ["openvino", "onnxruntime", pytest.param("torch", marks=pytest.mark.slow)]
+CPU = [("openvino", "fp32"), ("openvino", "bf16")]
+CPU += [
+    pytest.param(*other, marks=pytest.mark.slow)
+    for other in (("onnxruntime", "fp32"), ("torch", "fp32"), ("torch-exact", "bf16"))
+]
+BACKENDS = ["openvino", *(pytest.param(name, marks=pytest.mark.slow) for name in ("onnxruntime", "torch"))]
 UNET = r".*(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out|conv[12]?|conv_shortcut|time_emb_proj|linear_1)"
 TEXT = r".*(q_proj|v_proj|out_proj|fc1|fc2)"
 

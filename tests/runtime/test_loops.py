@@ -87,6 +87,7 @@ def test_a_loop_draws_what_the_host_draws(tiny_sd1_bundle, backend, host, counte
         assert a.stats.rows["unet"] == b.stats.rows["unet"] == a.plan.rows
 
 
+@pytest.mark.slow
 def test_adapters_by_step(tiny_sd1_banks, tmp_path, monkeypatch):
     path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     random = np.random.RandomState(2)
@@ -170,6 +171,7 @@ def test_progress_is_that_of_the_host(tiny_sd1_bundle, monkeypatch):
         assert close(x0, host_x0)
 
 
+@pytest.mark.slow
 def test_more_images_and_more_steps_than_there_was_room_for(tiny_sd1_bundle, monkeypatch):
     """Places and steps grow while images are under way, and those keep what they have."""
     requests = [Request(**{**ASK, "steps": 2}, images=3, seed=1), Request(**ASK, seed=7)]

@@ -58,6 +58,9 @@ CARD = SchedulerCard(  # Stable Diffusion 1.5
 FLOW = SchedulerCard(sampler="flow_euler", prediction_type="flow", shift=3.0)
 # Their references are slow: made by a Python loop over all training timesteps, and LMS integrates by quadrature.
 SLOW = ("heun", "kdpm2", "lms")
+BY_COST = [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SAMPLERS if name != "flow_euler"
+]
 # Longest windows over latents and predictions where the network predicts epsilon.
 WINDOWS = {
     **dict.fromkeys(("ddim", "ddpm", "euler", "euler_a", "lcm", "tcd"), (1, 1)),
@@ -117,7 +120,7 @@ def check(rows: tuple[Step, ...], init_noise: float, trace: Trace, case: object)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "flow_euler"])
+@pytest.mark.parametrize("sampler", BY_COST)
 def test_coefficients(sampler: str, prediction: str):
     kind = SAMPLERS[sampler]
     card = replace(CARD, prediction_type=prediction, num_train_timesteps=200 if sampler in SLOW else 1000)

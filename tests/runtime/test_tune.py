@@ -151,6 +151,7 @@ def test_the_test_model_keeps_no_presets(prompts, capsys):
     assert "has no files" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_all_parts_together(engine):
     controls = [{"name": "edge", "image": HINT}]
     requests = [Request(prompt=p, steps=10, guidance=3, sampler="ddim", controls=controls) for p in ("one", "two")]
