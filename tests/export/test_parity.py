@@ -27,6 +27,7 @@ def test_every_family_passes(family, request, tmp_path):
     assert read(bundle).verdict == json.loads(json.dumps(verdict))
 
 
+@pytest.mark.slow
 def test_bf16_passes_its_own_limits(tiny_sd1, tiny_sd1_bundle, tmp_path):
     bundle = copy(tiny_sd1_bundle, tmp_path)
     verdict = verify(bundle, tiny_sd1, backends=["openvino"], precisions=["bf16"], prompts=["a cat"], steps=8)

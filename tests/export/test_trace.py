@@ -213,6 +213,7 @@ def test_signature(tiny_sdxl_bundle: Path) -> None:
             assert [kinds[tensor.dtype] for tensor in tensors] == [value.type for value in found], name
 
 
+@pytest.mark.slow
 def test_export_is_deterministic(tiny_sd1: Path, tiny_sd1_bundle: Path, tmp_path: Path) -> None:
     text = load(tiny_sd1).text_encoders[0](torch.float32)
     trace.save(trace.text_encoder(text, 77, penultimate=False), tmp_path)

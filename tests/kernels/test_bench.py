@@ -42,6 +42,7 @@ def run(*families, shapes=LAYERS, timer=even):
     return bench.measure(kernel_cases.cases(GPU, "cpu", shapes, families), GPU, timer)
 
 
+@pytest.mark.slow
 def test_every_family_is_checked_and_timed(capsys):
     shapes = replace(kernel_cases.TINY, ranks=(16,))
     outcomes = run(*kernel_cases.FAMILIES, shapes=shapes)

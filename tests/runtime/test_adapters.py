@@ -136,7 +136,7 @@ def test_a_mixed_batch_equals_single_runs(tiny_sd1_banks, files, backend):
             assert np.abs(engine.generate(request).latents - result.latents).max() <= limit
 
 
-@pytest.mark.parametrize("adapters", [{"a": 0.8}, {"a": 0.7, "b": -0.6}])
+@pytest.mark.parametrize("adapters", [pytest.param({"a": 0.8}, marks=pytest.mark.slow), {"a": 0.7, "b": -0.6}])
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_bank_and_merge_and_peft_agree(tiny_sd1, tiny_sd1_banks, files, adapters):
     """Three ways, one image: PSNR of at least 60 dB in fp32 against diffusers with PEFT's layers, unmerged."""
