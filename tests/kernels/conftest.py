@@ -55,6 +55,27 @@ def seeded() -> None:
 
 
 @pytest.fixture
+def orders(monkeypatch):
+    """Iterate over it: the interpreter runs the programs of a launch backwards, then interleaved from both ends."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    forward = builder.set_grid_idx
+
+    def each():
+        for order in (lambda i, n: n - 1 - i, lambda i, n: i // 2 if i % 2 == 0 else n - 1 - i // 2):
+
+            def shuffled(*at, order=order):
+                forward(*(order(i, n) for i, n in zip(at, builder.grid_dim, strict=True)))
+
+            with monkeypatch.context() as patch:
+                patch.setattr(builder, "set_grid_idx", shuffled)
+                yield
+
+    return each()
+
+
+@pytest.fixture
 def mutant(tmp_path, monkeypatch):
     """mutant(module, old, new): the module of Triton bodies with one text replaced, loaded for the interpreter."""
     import importlib.util

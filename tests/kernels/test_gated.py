@@ -6,7 +6,6 @@ import functools
 
 import pytest
 import torch
-from triton.runtime import interpreter
 
 from stepforge.kernels import bounds, elementwise, gated, gated_body, lowrank, reference
 from stepforge.kernels.packing import block_table
@@ -218,22 +217,14 @@ def test_permuted_rows_give_permuted_results():
 
 
 @pytest.mark.slow
-def test_order_of_blocks_and_programs_does_not_matter(monkeypatch):
+def test_order_of_blocks_and_programs_does_not_matter(orders):
     """The table backwards; programs backwards, and interleaved from both ends."""
     given = layer(70, n=100, adapters=2)
     table = block_table([0, 1], 35, 16)
     expected = call(given, parts=2, table=table)
     same(call(given, parts=2, table=table.flip(0)), expected)
-    builder = interpreter.interpreter_builder
-    forward = builder.set_grid_idx
-    for order in (lambda i, n: n - 1 - i, lambda i, n: i // 2 if i % 2 == 0 else n - 1 - i // 2):
-
-        def shuffled(*at, order=order):
-            forward(*(order(i, n) for i, n in zip(at, builder.grid_dim, strict=True)))
-
-        monkeypatch.setattr(builder, "set_grid_idx", shuffled)
+    for _ in orders:
         same(call(given, parts=2, table=table), expected)
-        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 33])

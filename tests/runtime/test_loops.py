@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from safetensors.numpy import save_file
 
 from stepforge.runtime import Request, load, loops
-from stepforge.runtime.backends import open_backend, torch_loop
+from stepforge.runtime.backends import open_backend, torch_cuda, torch_loop
 from stepforge.runtime.backends import torch as torch_backend
 from stepforge.runtime.bundle import read
 from stepforge.runtime.control import Control
@@ -272,7 +273,7 @@ def test_closing_leaves_nothing_waiting(tiny_sd1_bundle):
 
 
 class Replayed:
-    """A graph of a function's calls between `begin` and `end`."""
+    """Calls that were made while it recorded."""
 
     def __init__(self):
         self.calls = []
@@ -299,19 +300,15 @@ class PretendedCuda:
         def synchronize(self):
             pass
 
-        record_event = __init__
+        def record_event(self):
+            return self
 
     current_stream = Stream
 
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """The torch backend on a pretended CUDA device, in which all is recorded; gives the functions that were."""
-    import contextlib
-    import functools
-
-    from stepforge.runtime.backends import torch_cuda
-
+    """The torch backend on a pretended CUDA device, in which all is recorded; gives the names of what was."""
     cuda, made = PretendedCuda(), []
 
     class Taped(torch_cuda.Recorder):
@@ -339,11 +336,10 @@ def recorded(monkeypatch):
     cuda.graph, cuda.stream = graph, lambda stream: contextlib.nullcontext()
     cuda.is_available = lambda: False
     empty = torch.empty
-    monkeypatch.setattr(PretendedCuda.Stream, "record_event", lambda self: self)
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
-    monkeypatch.setattr(torch_backend, "OnCpu", functools.partial(Taped))
+    monkeypatch.setattr(torch_backend, "OnCpu", Taped)
     return made
 
 
