@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick test-gpu check types bench train clean
+.PHONY: demo test quick aot test-gpu check types bench train clean
 
 ADAPTERS := examples/emoji/adapters
 CONTROL := --control silhouette=examples/emoji/control/silhouette
@@ -30,6 +30,9 @@ test: $(STAMP)  ## the whole suite
 
 quick: $(STAMP)  ## without the slow tests
 	$(BIN)/pytest -m "not slow"
+
+aot: $(STAMP)  ## every kernel compiled for six architectures, against golden.json (4 minutes on 2 cores)
+	$(BIN)/python -m stepforge.kernels.aot --check
 
 # All three run even if the first fails: a stranger's first run shall tell everything it can.
 test-gpu: export TRITON_INTERPRET := 0

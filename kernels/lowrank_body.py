@@ -252,7 +252,8 @@ def expand(
             at = (adapter * slices + part).to(tl.int64)
             s_rows = s + (first.to(tl.int64) * slices + part) * R + lanes[:, None] * slices * R
             b_cols = b + adapter.to(tl.int64) * N * R + cols[None, :] * R
-            # 16 ranks at once: all of S in fp32 at R = 128 spilled 976 bytes on sm_89, 32 ranks at once still 72
+            # 16 ranks at once: all of S in fp32 at R = 128 spilled 976 bytes on sm_89, 32 ranks at once still 72;
+            # 8 to 16 at R = 32 (triton 3.7.1)
             STEP: tl.constexpr = 16
             for start in tl.range(0, R, STEP, num_stages=1):
                 offs_r = start + tl.arange(0, STEP)

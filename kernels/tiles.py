@@ -36,8 +36,8 @@ def block_rows(arch: int) -> tuple[int, ...]:
 
 
 def onepass_tile(arch: int, rank: int, block_m: int) -> Tile:
-    """64-row tiles of 4 warps take under 256 registers, so that two programs share a multiprocessor. Tiles as large as all
-    fit without spilling: what differs for one architecture spilled 16 to 80 bytes there in the form of its neighbours."""
+    """64-row tiles take 4 warps and under 256 registers, so that two programs share a multiprocessor. The shallower tiles of
+    sm_100 and the narrower ones of sm_120 are there because their neighbours' spilled 16 to 80 bytes (triton 3.7.1)."""
     check_block(arch, block_m)
     shallow = arch == 100 and rank >= (64 if block_m == 128 else 32)
     if arch in WIDE_ARCHES:
