@@ -20,11 +20,13 @@ import torch
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays, Graph
-from stepforge.runtime.backends.torch import passes
 from stepforge.runtime.backends.torch.banks import DeviceBanks, Shared
-from stepforge.runtime.backends.torch.loop import RINGS, Function, TorchLoop
+from stepforge.runtime.backends.torch.loop import RINGS, Function, Once, TorchLoop
 from stepforge.runtime.backends.torch.lora import LoraPasses, drop_lora, fuse_lowrank_geglu, fuse_residual
 from stepforge.runtime.backends.torch.packed import pack_attention
+from stepforge.runtime.backends.torch.passes import exact as passes
+from stepforge.runtime.backends.torch.passes.once import split_once
+from stepforge.runtime.backends.torch.passes.sums import write_once
 from stepforge.runtime.backends.torch.precision import lower
 from stepforge.runtime.backends.torch.program import Program, read, run_passes
 from stepforge.runtime.backends.torch.run import Runner
@@ -105,9 +107,10 @@ class Torch:
             run_passes(program, (lora.fuse_linear_lora, lora.fuse_conv_lora))
         if self.fast:
             pack_attention(program, lora)
-            run_passes(program, (fuse_residual, fuse_lowrank_geglu))
+            run_passes(program, (write_once, fuse_residual, fuse_lowrank_geglu))
         lower(program, dtype, self._device, banks)
         self._share(program, str(path.parent), dtype)
+        once = split_once(program) if self.fast and component.startswith("denoiser/") else None
         runner = Runner(program)
         read_names = {name for node in program.nodes for name in node.inputs}
         placed = DeviceBanks(
@@ -116,7 +119,8 @@ class Torch:
         )  # fmt: skip
         if self._device.type == "cuda":
             channels_last(program)
-        return Network(runner, placed, exact_fp32=self._device.type == "cuda" and dtype == torch.float32)
+        exact_fp32 = self._device.type == "cuda" and dtype == torch.float32
+        return Network(runner, placed, once=Runner(once) if once is not None else None, exact_fp32=exact_fp32)
 
     def _dtype_of(self, component: str) -> Any:
         if component.startswith(ALWAYS_FP32) or (self.precision == "fp16" and component.startswith(NOT_FP16)):
@@ -149,16 +153,24 @@ def plain(array: NDArray[Any]) -> NDArray[Any]:
 
 
 class Network:
-    """A program with its banks. exact_fp32: cuDNN rounds fp32 to tf32 unless told otherwise."""
+    """A program with its banks. once: the part that needs the prompts alone. exact_fp32: cuDNN rounds fp32 to tf32 unless told
+    otherwise."""
 
-    def __init__(self, runner: Runner, banks: DeviceBanks, *, exact_fp32: bool) -> None:
+    def __init__(self, runner: Runner, banks: DeviceBanks, *, once: Runner | None, exact_fp32: bool) -> None:
         self.program = runner.program
-        self._runner, self._banks, self._exact_fp32 = runner, banks, exact_fp32
+        self.once_inputs = once.program.inputs if once is not None else ()
+        self._runner, self._banks, self._once, self._exact_fp32 = runner, banks, once, exact_fp32
 
     def refresh(self) -> None:
         self._banks.refresh()
 
+    def once(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What may be kept while the inputs `once_inputs` do not change; the call takes it among its inputs."""
+        return self._once({name: given[name] for name in self.once_inputs}) if self._once is not None else {}
+
     def __call__(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._once is not None and self._once.program.outputs[0] not in given:
+            given = {**given, **self.once(given)}
         settings: AbstractContextManager[Any] = nullcontext()
         if self._exact_fp32:
             settings = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
@@ -169,7 +181,7 @@ class Network:
 class OnCpu:
     """Calls a function of tensors as `cuda.Recorder` does."""
 
-    def __init__(self, function: Function, *, changes: Sequence[Tensor] = ()) -> None:
+    def __init__(self, function: Function, *, changes: Sequence[Tensor] = (), once: Once | None = None) -> None:
         self._function = function
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
@@ -191,7 +203,7 @@ class TorchGraph:
         self, networks: tuple[Network, Network], device: Any, *, exact: bool, caller: Callable[..., Any]
     ) -> None:
         self.networks, self._device, self._exact, self._caller = networks, device, exact, caller
-        self._callers = [caller(network) for network in networks]
+        self._callers = [caller(network, once=(network.once, network.once_inputs)) for network in networks]
 
     @torch.inference_mode()
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:

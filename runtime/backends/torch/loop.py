@@ -22,6 +22,7 @@ from stepforge.runtime.backends.torch.program import Program
 
 Tensor = Any  # torch.Tensor
 Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+Once = tuple[Function, Sequence[str]]  # what may be kept while these inputs do not change
 RINGS = (3, 5)  # the longest windows of all samplers; shorter ones leave coefficients at 0
 PLACES, STEPS = 8, 64  # to begin with; they double when they do not suffice
 
@@ -30,6 +31,9 @@ class Network(Protocol):
     """A denoiser without or with its banks, on tensors."""
 
     program: Program
+    once_inputs: Sequence[str]
+
+    def once(self, given: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
     def __call__(self, given: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
@@ -130,9 +134,10 @@ class TorchLoop:
         key = has_adapter, *(side.component for side in sides)
         if key not in self._starters:
             nets = [cast(Any, side.graph).networks[0] for side in sides]
-            function = self._function(self._networks[has_adapter], nets)
+            network = self._networks[has_adapter]
+            function = self._function(network, nets)
             changes = [self._tensors[name] for name in ("step", "state", "sample")]
-            self._starters[key] = self._caller(function, changes=changes)
+            self._starters[key] = self._caller(function, changes=changes, once=(network.once, network.once_inputs))
         return self._starters[key]
 
     @torch.inference_mode()

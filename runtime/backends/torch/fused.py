@@ -1,0 +1,80 @@
+"""Operators that `passes.sums` makes: images [B, C, H, W] as rows of pixels, sums in place, norms of sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+
+from stepforge.kernels import ops as kernels
+
+Tensor = Any  # torch.Tensor
+
+
+def rows_of(image: Tensor) -> Tensor:
+    """Pixels by channels [B, H, W, C]: a view of an image in channels last."""
+    return image.permute(0, 2, 3, 1).contiguous()
+
+
+def pointwise(x: Tensor, w: Tensor, bias: Tensor = None) -> Tensor:
+    """A 1×1 convolution, w [out, in]."""
+    return F.linear(rows_of(x), w, bias).permute(0, 3, 1, 2)
+
+
+def accumulate(x: Tensor, w: Tensor, base: Tensor, bias: Tensor = None) -> Tensor:
+    """base + x wᵀ + bias, in base's memory where its rows are dense: nobody reads base afterwards."""
+    image = base.ndim == 4
+    into = rows_of(base) if image else base.contiguous()
+    source = rows_of(x) if x.ndim == 4 else x
+    flat = into.view(-1, into.shape[-1])
+    if bias is not None:
+        flat.add_(bias)
+    flat.addmm_(source.reshape(-1, source.shape[-1]), w.T)
+    return into.permute(0, 3, 1, 2) if image else into
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor, shift: Tensor, residual: Tensor, extra: Tensor, *,
+         groups: int, epsilon: float, silu: bool, first: int = 0, keep: bool = False) -> Any:  # fmt: skip
+    """Group norm of [x + residual | other] + shift; with keep also x + residual + shift + extra."""
+    image = x if x.ndim == 4 else x[..., None]
+    if residual is not None and residual.ndim == 3:
+        residual = residual[..., None]
+    y, total = kernels.group_norm(
+        image,
+        weight,
+        bias,
+        groups,
+        epsilon,
+        silu=silu,
+        other=other,
+        shift=shift,
+        residual=residual,
+        extra=extra,
+        keep=keep,
+    )
+    y = y.reshape(x.shape) if x.ndim != 4 else y
+    return (y, total) if keep else y
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor = None, *, epsilon: float) -> Tensor:
+    return kernels.layer_norm(x, weight, bias, epsilon, pre=pre)
+
+
+def total(x: Tensor, residual: Tensor, shift: Tensor, sizes: Any = None, *, scale: int = 1) -> Tensor:
+    """x + residual + shift, every pixel `scale` times in each direction, or as nearest upsampling to `sizes` has it."""
+    if sizes is not None:
+        height, width = (int(size) for size in sizes[2:])
+        scale = 2 if (height, width) == (2 * x.shape[2], 2 * x.shape[3]) else 1
+    y = kernels.image_sum(x, residual, shift, scale=scale)
+    if sizes is not None and tuple(y.shape[2:]) != (height, width):  # sides that are not even
+        y = F.interpolate(y, size=(height, width), mode="nearest")
+    return y
+
+
+def columns(x: Tensor, *, start: int, end: int) -> Tensor:
+    return x[:, start:end]
+
+
+OPS = {
+    "Pointwise": pointwise, "Accumulate": accumulate, "Norm": norm, "LayerNorm": layer_norm, "Sum": total, "Columns": columns,
+}  # fmt: skip
