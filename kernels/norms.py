@@ -3,13 +3,15 @@
     v = [x + residual | other] + shift,   y = silu((v − mean) · rstd · weight + bias),   mean and rstd over a group of channels
 
 The sum is what convolutions leave open: bias, time embedding, residual, and the second source of a concatenation. It is
-written once, plus `extra`, if others read it too (that of x, where there are two sources). Two launches: `stats` makes (mean, M2 = Σ (v − mean)²) of parts of each
-group, `apply` merges the parts of its groups itself; images of a few pixels take one launch, `whole`. Parts are merged by
+written once, plus `extra`, if others read it too (that of x, where there are two sources). Two launches: `stats` makes
+(mean, M2 = Σ (v − mean)²) of parts of each group, `apply` merges the parts of its groups itself; images of a few pixels take one launch, `whole`. Parts are merged by
 Chan, Golub and LeVeque (1979): squares are taken of differences only, so a mean of 1000 standard deviations costs no
 accuracy, as E[v²] − E[v]² would. Each part has one writer and parts merge in a fixed order, so runs repeat to the bit.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, import-untyped"
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ from stepforge.kernels.launch import Tensor, check_floats, check_shape, empty_ou
 
 PROGRAMS = 512  # parts to aim for: two for each multiprocessor of the largest GPU known
 MOST_PARTS = 64  # of a group, all of which every program of `apply` reads
-COLUMNS = 128  # columns of a tile, whole groups, each padded to a power of two
+COLUMNS = 256  # most columns of a tile
 
 
 @triton.jit
@@ -37,11 +39,29 @@ def silu(y):
 
 
 @triton.jit
-def columns_of(first, groups, lanes, GROUPS: tl.constexpr, LANES: tl.constexpr):
-    """Channels of GROUPS groups from the first, each padded to LANES columns, and which of the columns exist."""
-    j = tl.arange(0, GROUPS * LANES)
-    group = first + j // LANES
-    return group * lanes + j % LANES, (group < groups) & (j % LANES < lanes)
+def columns_of(block, C, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels of a block of whole groups, side by side so that 16 bytes load at a time, and which of them exist."""
+    j = tl.arange(0, BLOCK_C)
+    cs = block * WIDTH + j
+    return cs, (j < WIDTH) & (cs < C)
+
+
+@triton.jit
+def belongs(LANES: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_C, GROUPS]: whether a column of a block is of a group."""
+    return (tl.arange(0, BLOCK_C) // LANES)[:, None] == tl.arange(0, GROUPS)[None, :]
+
+
+@triton.jit
+def of_groups(columns, LANES: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sums of columns [BLOCK_C] over each group [GROUPS]."""
+    return tl.sum(tl.where(belongs(LANES, GROUPS, BLOCK_C), columns[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def of_columns(groups, LANES: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The value of its group [GROUPS] for each column [BLOCK_C]."""
+    return tl.sum(tl.where(belongs(LANES, GROUPS, BLOCK_C), groups[None, :], 0.0), axis=1)
 
 
 @triton.jit
@@ -84,13 +104,10 @@ def write_sum(v, total, extra, row, cs, ok, split_at, EXTRA: tl.constexpr):
 
 
 @triton.jit
-def normalised(v, mean, rstd, weight, bias, cs, c_ok, GROUPS: tl.constexpr, LANES: tl.constexpr, SILU: tl.constexpr):
-    """mean, rstd [GROUPS]"""
-    wide: tl.constexpr = GROUPS * LANES
-    means = tl.reshape(tl.broadcast_to(mean[:, None], [GROUPS, LANES]), [wide])
-    factor = tl.reshape(tl.broadcast_to(rstd[:, None], [GROUPS, LANES]), [wide])
-    factor *= tl.load(weight + cs, mask=c_ok, other=0.0).to(tl.float32)
-    y = (v - means[None, :]) * factor[None, :] + tl.load(bias + cs, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+def normalised(v, mean, rstd, weight, bias, cs, c_ok, SILU: tl.constexpr):
+    """mean, rstd [BLOCK_C]"""
+    factor = rstd * tl.load(weight + cs, mask=c_ok, other=0.0).to(tl.float32)
+    y = (v - mean[None, :]) * factor[None, :] + tl.load(bias + cs, mask=c_ok, other=0.0).to(tl.float32)[None, :]
     if SILU:
         y = silu(y)
     return y
@@ -99,15 +116,15 @@ def normalised(v, mean, rstd, weight, bias, cs, c_ok, GROUPS: tl.constexpr, LANE
 @triton.jit(do_not_specialize=["span", "pixels"])
 def stats_kernel(
     x, other, residual, shift, extra, total, parts,
-    pixels, split_at, groups, lanes, span, stride_x, stride_other, stride_shift,
-    BLOCK_P: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, TWO: tl.constexpr, RESIDUAL: tl.constexpr,
+    pixels, split_at, C, groups, span, stride_x, stride_other, stride_shift,
+    BLOCK_P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS: tl.constexpr,
+    LANES: tl.constexpr, TWO: tl.constexpr, RESIDUAL: tl.constexpr,
     SHIFT: tl.constexpr, SUM: tl.constexpr, EXTRA: tl.constexpr,
 ):  # fmt: skip
     """parts [B, splits, G, 2] = (mean, M2): a program takes `span` pixels of GROUPS groups. SUM: writes v + extra."""
     split = tl.program_id(0)
-    first = tl.program_id(1) * GROUPS
     image = tl.program_id(2)
-    cs, c_ok = columns_of(first, groups, lanes, GROUPS, LANES)
+    cs, c_ok = columns_of(tl.program_id(1), C, WIDTH, BLOCK_C)
     n = 0.0
     mean = tl.zeros([GROUPS], dtype=tl.float32)
     m2 = tl.zeros([GROUPS], dtype=tl.float32)
@@ -120,63 +137,67 @@ def stats_kernel(
                    TWO, RESIDUAL, SHIFT, False, False)  # fmt: skip
         if SUM:
             write_sum(v, total, extra, row, cs, ok, split_at, EXTRA)
-        count = (tl.minimum(end - p, BLOCK_P) * lanes).to(tl.float32)
-        middle = tl.sum(tl.reshape(tl.sum(tl.where(ok, v, 0.0), axis=0), [GROUPS, LANES]), axis=1) / count
-        around = tl.reshape(tl.broadcast_to(middle[:, None], [GROUPS, LANES]), [GROUPS * LANES])
-        apart = tl.where(ok, v - around[None, :], 0.0)
-        squares = tl.sum(tl.reshape(tl.sum(apart * apart, axis=0), [GROUPS, LANES]), axis=1)
+        count = (tl.minimum(end - p, BLOCK_P) * LANES).to(tl.float32)
+        middle = of_groups(tl.sum(tl.where(ok, v, 0.0), axis=0), LANES, GROUPS, BLOCK_C) / count
+        apart = tl.where(ok, v - of_columns(middle, LANES, GROUPS, BLOCK_C)[None, :], 0.0)
+        squares = of_groups(tl.sum(apart * apart, axis=0), LANES, GROUPS, BLOCK_C)
         n, mean, m2 = merged(n, mean, m2, count, middle, squares)
-    gs = first + tl.arange(0, GROUPS)
+    g = tl.arange(0, GROUPS)
+    gs = tl.program_id(1) * (WIDTH // LANES) + g
+    g_ok = (g < WIDTH // LANES) & (gs < groups)
     place = parts + ((image * tl.num_programs(0) + split) * groups + gs) * 2
-    tl.store(place, mean, mask=gs < groups)
-    tl.store(place + 1, m2, mask=gs < groups)
+    tl.store(place, mean, mask=g_ok)
+    tl.store(place + 1, m2, mask=g_ok)
 
 
 @triton.jit(do_not_specialize=["span", "pixels", "splits", "eps"])
 def apply_kernel(
     x, other, residual, shift, extra, parts, weight, bias, out,
-    pixels, split_at, groups, lanes, span, splits, stride_x, stride_other, stride_shift, stride_out, eps,
-    SPLITS: tl.constexpr, BLOCK_P: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, TWO: tl.constexpr,
+    pixels, split_at, C, groups, span, splits, stride_x, stride_other, stride_shift, stride_out, eps,
+    SPLITS: tl.constexpr, BLOCK_P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS: tl.constexpr,
+    LANES: tl.constexpr, TWO: tl.constexpr,
     RESIDUAL: tl.constexpr, SHIFT: tl.constexpr, WRITTEN: tl.constexpr, EXTRA: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """y, of the sources again or (WRITTEN) of the sum that `stats` wrote, which is then x."""
-    first = tl.program_id(1) * GROUPS
     image = tl.program_id(2)
-    cs, c_ok = columns_of(first, groups, lanes, GROUPS, LANES)
-    gs = first + tl.arange(0, GROUPS)
+    cs, c_ok = columns_of(tl.program_id(1), C, WIDTH, BLOCK_C)
+    g = tl.arange(0, GROUPS)
+    gs = tl.program_id(1) * (WIDTH // LANES) + g
+    g_ok = (g < WIDTH // LANES) & (gs < groups)
     ss = tl.arange(0, SPLITS)
-    there = (ss < splits)[:, None] & (gs < groups)[None, :]
+    there = (ss < splits)[:, None] & g_ok[None, :]
     place = parts + ((image * splits + ss[:, None]) * groups + gs[None, :]) * 2
     means = tl.load(place, mask=there, other=0.0)
     squares = tl.load(place + 1, mask=there, other=0.0)
-    counts = tl.maximum(tl.minimum(pixels - ss * span, span), 0) * lanes
+    counts = tl.maximum(tl.minimum(pixels - ss * span, span), 0) * LANES
     counts = tl.where(there, counts.to(tl.float32)[:, None], 0.0)
-    every = (pixels * lanes).to(tl.float32)
+    every = (pixels * LANES).to(tl.float32)
     # about one of the means, not about 0: their sum would round at the size of a large mean
-    near = tl.load(parts + (image * splits * groups + gs) * 2, mask=gs < groups, other=0.0)
+    near = tl.load(parts + (image * splits * groups + gs) * 2, mask=g_ok, other=0.0)
     mean = near + tl.sum(counts * (means - near[None, :]), axis=0) / every
     apart = means - mean[None, :]
     m2 = tl.sum(squares + counts * apart * apart, axis=0)
-    rstd = 1.0 / tl.sqrt_rn(m2 / every + eps)
+    rstd = of_columns(1.0 / tl.sqrt_rn(m2 / every + eps), LANES, GROUPS, BLOCK_C)
+    mean = of_columns(mean, LANES, GROUPS, BLOCK_C)
     ps = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     ok = (ps < pixels)[:, None] & c_ok[None, :]
     row = image * pixels + ps[:, None]
     v = sum_of(x, other, residual, shift, extra, row, image, cs, ok, split_at, stride_x, stride_other, stride_shift,
                TWO, RESIDUAL, SHIFT, WRITTEN, EXTRA)  # fmt: skip
-    y = normalised(v, mean, rstd, weight, bias, cs, c_ok, GROUPS, LANES, SILU)
+    y = normalised(v, mean, rstd, weight, bias, cs, c_ok, SILU)
     tl.store(out + row.to(tl.int64) * stride_out + cs[None, :], y.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["pixels", "eps"])
 def whole_kernel(
     x, other, residual, shift, extra, total, weight, bias, out,
-    pixels, split_at, groups, lanes, stride_x, stride_other, stride_shift, stride_out, eps,
-    BLOCK_P: tl.constexpr, LANES: tl.constexpr, TWO: tl.constexpr, RESIDUAL: tl.constexpr, SHIFT: tl.constexpr,
-    SUM: tl.constexpr, EXTRA: tl.constexpr, SILU: tl.constexpr,
+    pixels, split_at, C, stride_x, stride_other, stride_shift, stride_out, eps,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, TWO: tl.constexpr, RESIDUAL: tl.constexpr,
+    SHIFT: tl.constexpr, SUM: tl.constexpr, EXTRA: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """One group of one image, whole: BLOCK_P is at least the number of pixels."""
     image = tl.program_id(1)
-    cs, c_ok = columns_of(tl.program_id(0), groups, lanes, 1, LANES)
+    cs, c_ok = columns_of(tl.program_id(0), C, LANES, BLOCK_C)
     ps = tl.arange(0, BLOCK_P)
     ok = (ps < pixels)[:, None] & c_ok[None, :]
     row = image * pixels + ps[:, None]
@@ -184,13 +205,27 @@ def whole_kernel(
                TWO, RESIDUAL, SHIFT, False, False)  # fmt: skip
     if SUM:
         write_sum(v, total, extra, row, cs, ok, split_at, EXTRA)
-    every = (pixels * lanes).to(tl.float32)
+    every = (pixels * LANES).to(tl.float32)
     mean = tl.sum(tl.sum(tl.where(ok, v, 0.0), axis=0), axis=0) / every
     apart = tl.where(ok, v - mean, 0.0)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(apart * apart, axis=0), axis=0) / every + eps)
-    one = tl.zeros([1], dtype=tl.float32)
-    y = normalised(v, one + mean, one + rstd, weight, bias, cs, c_ok, 1, LANES, SILU)
+    same = tl.zeros([BLOCK_C], dtype=tl.float32)
+    y = normalised(v, same + mean, same + rstd, weight, bias, cs, c_ok, SILU)
     tl.store(out + row.to(tl.int64) * stride_out + cs[None, :], y.to(out.dtype.element_ty), mask=ok)
+
+
+@functools.cache
+def groups_of_block(groups: int, lanes: int) -> tuple[int, int]:
+    """Whole groups of a program's columns and the power of two that holds them: the fewest columns in all, those first whose
+    blocks start at multiples of 16 bytes."""
+
+    def rank(per: int) -> tuple[bool, bool, int, int]:
+        block = triton.next_power_of_2(per * lanes)
+        return per < groups and per * lanes % 8 != 0, block < min(64, groups * lanes), -(-groups // per) * block, block
+
+    found = [per for per in range(1, groups + 1) if per * lanes <= COLUMNS] or [1]
+    per = min(found, key=rank)
+    return per, triton.next_power_of_2(per * lanes)
 
 
 def pixel_rows(name: str, image: Tensor) -> int:
@@ -244,7 +279,6 @@ def group_norm(
     if not out.numel():
         return out.to(x.dtype), total.to(x.dtype) if total is not None else None
     lanes2 = triton.next_power_of_2(lanes)
-    per = max(1, min(COLUMNS // lanes2, triton.next_power_of_2(groups)))
     strides = (pixel_rows("x", x), pixel_rows("other", other) if other is not None else 0, stride_shift)
     sources = (x, other if other is not None else x, residual if residual is not None else x,
                shift if shift is not None else weight)  # fmt: skip
@@ -254,20 +288,22 @@ def group_norm(
     pow2 = triton.next_power_of_2(pixels)
     if pow2 * lanes2 <= whole:
         whole_kernel[(groups, batch)](
-            *sources, *more, weight, bias, out, pixels, first, groups, lanes, *strides, channels, eps,
-            BLOCK_P=pow2, LANES=lanes2, **flags, **kept, SILU=silu, enable_fp_fusion=True,
+            *sources, *more, weight, bias, out, pixels, first, channels, *strides, channels, eps,
+            BLOCK_P=pow2, BLOCK_C=lanes2, LANES=lanes, **flags, **kept, SILU=silu, enable_fp_fusion=True,
             num_warps=8 if pow2 * lanes2 > 4096 else 4,
         )  # fmt: skip
     else:
-        block_p = max(1, block // (per * lanes2))
+        per, block_c = groups_of_block(groups, lanes)
+        block_p = max(1, block // block_c)
         columns = triton.cdiv(groups, per)
         wanted = splits or min(-(-pixels // block_p), -(-PROGRAMS // (batch * columns)), MOST_PARTS)
         span = triton.cdiv(pixels, max(1, wanted))
         count = triton.cdiv(pixels, span)
         parts = torch.empty(batch, count, groups, 2, device=x.device, dtype=torch.float32)
-        tile = {"GROUPS": per, "LANES": lanes2, "enable_fp_fusion": True}
+        tile = {"WIDTH": per * lanes, "BLOCK_C": block_c, "GROUPS": triton.next_power_of_2(per), "LANES": lanes}
+        tile["enable_fp_fusion"] = True
         stats_kernel[(count, columns, batch)](
-            *sources, *more, parts, pixels, first, groups, lanes, span, *strides,
+            *sources, *more, parts, pixels, first, channels, groups, span, *strides,
             BLOCK_P=block_p, **tile, **flags, **kept,
         )  # fmt: skip
         # in the interpreter bf16 is held in fp32, and the sum is not rounded yet
@@ -275,7 +311,7 @@ def group_norm(
         if written:
             sources, strides = (total, *sources[1:]), (first, *strides[1:])
         apply_kernel[(triton.cdiv(pixels, block_p), columns, batch)](
-            *sources, more[0], parts, weight, bias, out, pixels, first, groups, lanes, span, count, *strides, channels, eps,
+            *sources, more[0], parts, weight, bias, out, pixels, first, channels, groups, span, count, *strides, channels, eps,
             SPLITS=triton.next_power_of_2(count), BLOCK_P=block_p, **tile, **flags, WRITTEN=written,
             EXTRA=extra is not None, SILU=silu,
         )  # fmt: skip

@@ -27,9 +27,11 @@ from stepforge.runtime.backends.torch.packed import pack_attention
 from stepforge.runtime.backends.torch.passes import exact as passes
 from stepforge.runtime.backends.torch.passes.once import split_once
 from stepforge.runtime.backends.torch.passes.sums import write_once
+from stepforge.runtime.backends.torch.passes.widen import WideLayer, fuse_widen, widen_layers
 from stepforge.runtime.backends.torch.precision import lower
 from stepforge.runtime.backends.torch.program import Program, read, run_passes
 from stepforge.runtime.backends.torch.run import Runner
+from stepforge.runtime.backends.torch.wide import WideBanks, prepared
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.errors import BackendError
 
@@ -80,17 +82,20 @@ class Torch:
         """A component with banks is opened twice over the same weights: calls without an adapter run it without banks."""
         full = self._open(component, banks or {}, with_lora=True)
         bare = self._open(component, banks, with_lora=False) if banks else full
+        networks = (bare, full)
+        if full.wide is not None and full.wide.exceeded:
+            networks = (bare, full, self._open(component, banks or {}, with_lora=True, wide=False))
         if self._device.type == "cpu":
-            return TorchGraph((bare, full), self._device, exact=not self.fast, caller=OnCpu)
+            return TorchGraph(networks, self._device, exact=not self.fast, caller=OnCpu)
         from stepforge.runtime.backends.torch.cuda import Recorder
 
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         pool = self._pool if component.startswith(RECORDED) else None
         caller = functools.partial(Recorder, device=self._device, pool=pool)
-        return TorchGraph((bare, full), self._device, exact=not self.fast, caller=caller)
+        return TorchGraph(networks, self._device, exact=not self.fast, caller=caller)
 
-    def _open(self, component: str, banks: Arrays, *, with_lora: bool) -> Network:
+    def _open(self, component: str, banks: Arrays, *, with_lora: bool, wide: bool = True) -> Network:
         dtype = self._dtype_of(component)
         path = self._bundle.file(self._bundle.components[component].graph)
         program = read(path)
@@ -105,9 +110,11 @@ class Torch:
         # on CUDA the kernels leave fp32 to cuBLAS: tensor cores would round it to tf32
         if banks and with_lora and (lora.exact or self._device.type == "cpu" or dtype != torch.float32):
             run_passes(program, (lora.fuse_linear_lora, lora.fuse_conv_lora))
+        layers: list[WideLayer] = []
         if self.fast:
             pack_attention(program, lora)
-            run_passes(program, (write_once, fuse_residual, fuse_lowrank_geglu))
+            layers = widen_layers(program) if wide and with_lora else []
+            run_passes(program, (write_once, fuse_residual, fuse_lowrank_geglu, fuse_widen))
         lower(program, dtype, self._device, banks)
         self._share(program, str(path.parent), dtype)
         once = split_once(program) if self.fast and component.startswith("denoiser/") else None
@@ -119,8 +126,17 @@ class Torch:
         )  # fmt: skip
         if self._device.type == "cuda":
             channels_last(program)
+        buffers = None
+        if layers:
+            buffers = WideBanks(layers, program.constants, placed.tensors)
+            for layer in layers:  # the same network without banks reads W there
+                self._weights[str(path.parent), layer.weight, dtype] = buffers.weight(layer)
+                program.constants.pop(layer.weight, None)
+            runner = Runner(program)
         exact_fp32 = self._device.type == "cuda" and dtype == torch.float32
-        return Network(runner, placed, once=Runner(once) if once is not None else None, exact_fp32=exact_fp32)
+        return Network(
+            runner, placed, once=Runner(once) if once is not None else None, wide=buffers, exact_fp32=exact_fp32
+        )
 
     def _dtype_of(self, component: str) -> Any:
         if component.startswith(ALWAYS_FP32) or (self.precision == "fp16" and component.startswith(NOT_FP16)):
@@ -156,13 +172,21 @@ class Network:
     """A program with its banks. once: the part that needs the prompts alone. exact_fp32: cuDNN rounds fp32 to tf32 unless told
     otherwise."""
 
-    def __init__(self, runner: Runner, banks: DeviceBanks, *, once: Runner | None, exact_fp32: bool) -> None:
+    def __init__(
+        self, runner: Runner, banks: DeviceBanks, *, once: Runner | None, wide: WideBanks | None, exact_fp32: bool
+    ) -> None:
+        self.wide = wide
         self.program = runner.program
         self.once_inputs = once.program.inputs if once is not None else ()
         self._runner, self._banks, self._once, self._exact_fp32 = runner, banks, once, exact_fp32
 
     def refresh(self) -> None:
         self._banks.refresh()
+
+    def lay(self, slots: tuple[int, ...]) -> None:
+        """Put the adapters of these slots into the columns of the wide layers."""
+        if self.wide is not None:
+            self.wide.lay(slots, self._banks.version(slots))
 
     def once(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """What may be kept while the inputs `once_inputs` do not change; the call takes it among its inputs."""
@@ -175,7 +199,8 @@ class Network:
         if self._exact_fp32:
             settings = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with settings:
-            return self._runner({**given, **self._banks.tensors})
+            columns = self.wide.tensors(given["adapter_columns"].shape[1]) if self.wide is not None else {}
+            return self._runner({**given, **self._banks.tensors, **columns})
 
 
 class OnCpu:
@@ -195,21 +220,19 @@ class OnCpu:
 
 
 class TorchGraph:
-    """networks: without banks, for calls in which no row has an adapter, and with them."""
+    """networks: without banks, for calls in which no row has an adapter, with wide layers, and with the grouped products for
+    more adapters than these hold (the exact tier has one with banks, and PEFT's operators in it)."""
 
     rings = RINGS
 
-    def __init__(
-        self, networks: tuple[Network, Network], device: Any, *, exact: bool, caller: Callable[..., Any]
-    ) -> None:
+    def __init__(self, networks: tuple[Network, ...], device: Any, *, exact: bool, caller: Callable[..., Any]) -> None:
         self.networks, self._device, self._exact, self._caller = networks, device, exact, caller
         self._callers = [caller(network, once=(network.once, network.once_inputs)) for network in networks]
 
     @torch.inference_mode()
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        has_adapter = "adapter" in inputs and bool(inputs["adapter"].any())
-        self.networks[has_adapter].refresh()
-        found: dict[str, NDArray[np.float32]] = self._callers[has_adapter]({n: plain(a) for n, a in inputs.items()})
+        at, inputs = prepared(self.networks, inputs)
+        found: dict[str, NDArray[np.float32]] = self._callers[at]({n: plain(a) for n, a in inputs.items()})
         return found
 
     def loop(self, shape: tuple[int, int, int]) -> TorchLoop:

@@ -75,6 +75,21 @@ def columns(x: Tensor, *, start: int, end: int) -> Tensor:
     return x[:, start:end]
 
 
+def strengths(columns: Tensor, strength: Tensor, *, slices: int) -> Tensor:
+    """fp32 [rows, slices · L] of 0/1 [rows, L] and [rows, 1, 1]."""
+    return (columns * strength.reshape(-1, 1)).float().repeat(1, slices)
+
+
+def widen(x: Tensor, a: Tensor, strength: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, *, epsilon: float = 0.0,
+          gated: bool = False) -> Tensor:  # fmt: skip
+    """[value | strength ⊙ value Aᵀ] of x [rows, tokens, K] or [rows, K]."""
+    norm = (weight, bias, epsilon) if weight is not None else None
+    if x.ndim == 4:
+        return kernels.widen(rows_of(x), a, strength).permute(0, 3, 1, 2)
+    return kernels.widen(x, a, strength, norm=norm, gated=gated, pre=pre)
+
+
 OPS = {
+    "Strengths": strengths, "Widen": widen,
     "Pointwise": pointwise, "Accumulate": accumulate, "Norm": norm, "LayerNorm": layer_norm, "Sum": total, "Columns": columns,
 }  # fmt: skip

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from stepforge.kernels import ops as kernels
 from stepforge.runtime.backends import Arrays, SideCall, StepTable
 from stepforge.runtime.backends.torch.program import Program
+from stepforge.runtime.backends.torch.wide import prepared
 
 Tensor = Any  # torch.Tensor
 Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -32,12 +33,15 @@ class Network(Protocol):
 
     program: Program
     once_inputs: Sequence[str]
+    wide: Any
 
     def once(self, given: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
     def __call__(self, given: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
     def refresh(self) -> None: ...
+
+    def lay(self, slots: tuple[int, ...]) -> None: ...
 
 
 class Starter(Protocol):
@@ -50,7 +54,7 @@ class TorchLoop:
 
     def __init__(
         self,
-        networks: tuple[Network, Network],
+        networks: tuple[Network, ...],
         shape: tuple[int, int, int],
         *,
         device: Any,
@@ -116,8 +120,7 @@ class TorchLoop:
         noise: Mapping[int, NDArray[np.float32]],
         sides: Sequence[SideCall] = (),
     ) -> None:
-        has_adapter = "adapter" in inputs and bool(inputs["adapter"].any())
-        self._networks[has_adapter].refresh()
+        which, inputs = prepared(self._networks, inputs)
         for place, values in noise.items():
             z = torch.from_numpy(values)
             # from other memory the copy would wait for the steps before it
@@ -128,13 +131,13 @@ class TorchLoop:
             given |= {f"{at}.{name}": array for name, array in side.inputs.items()}
             if len(side.rows) < len(owners):
                 given[f"{at}.rows"] = side.rows
-        self._starter(has_adapter, sides).start(given, tuple(given))
+        self._starter(which, sides).start(given, tuple(given))
 
-    def _starter(self, has_adapter: bool, sides: Sequence[SideCall]) -> Starter:
-        key = has_adapter, *(side.component for side in sides)
+    def _starter(self, which: int, sides: Sequence[SideCall]) -> Starter:
+        key = which, *(side.component for side in sides)
         if key not in self._starters:
             nets = [cast(Any, side.graph).networks[0] for side in sides]
-            network = self._networks[has_adapter]
+            network = self._networks[which]
             function = self._function(network, nets)
             changes = [self._tensors[name] for name in ("step", "state", "sample")]
             self._starters[key] = self._caller(function, changes=changes, once=(network.once, network.once_inputs))

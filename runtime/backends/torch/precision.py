@@ -11,7 +11,7 @@ from stepforge.runtime.backends.torch.program import Node, Program
 
 WAVES = ("Sin", "Cos")
 # operand that the operators of layers with LoRA take in fp32
-STRENGTH = {"LowrankLinear": 6, "LowrankGeglu": 6, "LowrankConv": 6, "PeftLinear": 6, "PeftConv": 6}
+STRENGTH = {"Strengths": 1, "LowrankLinear": 6, "LowrankGeglu": 6, "LowrankConv": 6, "PeftLinear": 6, "PeftConv": 6}
 ONNX_FP16 = 10
 
 

@@ -100,7 +100,7 @@ def images_of_tokens(program: Program) -> bool:
         ):
             nodes.append(node)
             continue
-        out, depth = constants[layer.inputs[1]].shape
+        out, depth = program.weight(layer.inputs[1]).shape
         if out != depth:  # the sizes that Reshape is given are those of the result
             nodes.append(node)
             continue
@@ -164,7 +164,7 @@ def width_of(program: Program, made: dict[str, Node], name: str) -> int | None:
     node = made.get(name)
     while node is not None:
         if node.op in ("Conv", "Pointwise", "Linear", "Accumulate", "LowrankConv", "LowrankLinear"):
-            return int(program.constants[node.inputs[1]].shape[0])
+            return int(program.weight(node.inputs[1]).shape[0])
         if node.op in ("Norm", "GroupNormSilu"):
             return int(program.constants[node.inputs[1]].shape[0])
         if node.op not in ("Add", "Transpose", "Reshape", "Resize", "Sum"):
@@ -304,7 +304,7 @@ def _in_place(program: Program, index: int) -> Node | None:
             continue
         if overwritten and moved != root and memory.last_read(layer.inputs[0]) > index:
             continue
-        width = program.constants[layer.inputs[1]].shape[0]
+        width = program.weight(layer.inputs[1]).shape[0]
         if width_of(program, made, base) not in (None, width):
             continue
         return Node("Accumulate", (layer.inputs[0], layer.inputs[1], base, *layer.inputs[2:3]), node.outputs)
@@ -437,7 +437,7 @@ class Biases:
             if node.op in ("Linear", "Pointwise", "Accumulate"):
                 place = 3 if node.op == "Accumulate" else 2
                 product = self._constant(
-                    constants[operands[1]].float() @ constants[vector].float(), f"{operands[1]} of {vector}"
+                    program.weight(operands[1]).float() @ constants[vector].float(), f"{operands[1]} of {vector}"
                 )
                 operands += [""] * (place + 1 - len(operands))
                 operands[place] = self._sum(operands[place], product)
@@ -471,6 +471,12 @@ class Biases:
         while made[shift].op == "Add":
             shift = made[shift].inputs[0]
         layer = made[shift]
+        if layer.op == "Columns":
+            start, end = layer.attributes["start"], layer.attributes["end"]
+            layer = made[layer.inputs[0]]
+            whole = torch.zeros_like(constants[layer.inputs[2]])
+            whole[start:end] = constants[vector].flatten()
+            vector = self._constant(whole, f"{vector} of columns from {start}")
         place = program.nodes.index(layer)
         biases = self._sum(layer.inputs[2], vector)
         program.nodes[place] = Node(
