@@ -1,7 +1,7 @@
 """One recorded denoiser step on a GPU, kernel by kernel: `python benchmarks/bench_step.py BUNDLE`.
 
-BUNDLE is an exported one, or one without its weights (`--fill` draws them on the device: norms about 1, products scaled by their
-depth, so that values keep their size). Prints the milliseconds of a replay (median, quartiles), its launches by kind as the
+BUNDLE is an exported one, or one without its weights (`--fill` draws them on the device: norms about 1, products scaled by
+their depth, so that values keep their size). Prints the milliseconds of a replay (median, quartiles), its launches by kind as the
 program says and by name as the profiler saw them, the error against `torch-exact` in fp32, and with `--peers` diffusers.
 With a bundle that has banks, `--adapters N` mixes N adapter slots of random numbers over the rows.
 """
@@ -152,8 +152,6 @@ def ours(args: argparse.Namespace, name: str, precision: str, rows: int, report:
         for kernel, n, us in kernels[: args.profile]:
             print(f"  {n:6.1f} {us:9.1f} µs  {us / n:7.2f} each  {kernel}")
     report[f"{name} {precision} {rows} rows {args.adapters} adapters"] = own
-    del graph, recording
-    torch.cuda.empty_cache()
     return result
 
 

@@ -184,16 +184,18 @@ def layer_norm(
 
 
 def widen(
-    x: Tensor, a: Tensor, strength: Tensor, *, norm: tuple[Tensor, Tensor, float] | None = None, gated: bool = False,
+    x: Tensor, a: Tensor, *, norm: tuple[Tensor, Tensor, float] | None = None, gate: bool = False,
     pre: Tensor | None = None, u: float = IEEE_SUM,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """For `reference.widen`: S is made of the rounded value, whose own bound it inherits through |A|."""
     zero = x.double(), torch.zeros_like(x, dtype=torch.float64)
-    value, off = geglu(x, u=u) if gated else layer_norm(x, *norm, pre=pre, u=u) if norm is not None else zero
-    rows = strength.double().repeat_interleave(len(x) // len(strength), 0)
-    s = (value @ a.double().T) * rows
-    size = (value.abs() + off) @ a.double().abs().T
-    error = rows.abs() * (off @ a.double().abs().T + gamma(a.shape[1] + 2, u) * size)
+    value, off = geglu(x, u=u) if gate else layer_norm(x, *norm, pre=pre, u=u) if norm is not None else zero
+
+    def shrunk(rows: Tensor, down: Tensor) -> Tensor:
+        return (rows.unflatten(0, (len(a), -1)) @ down.transpose(1, 2)).flatten(0, 1)
+
+    s = shrunk(value, a.double())
+    error = shrunk(off, a.double().abs()) + gamma(a.shape[2] + 2, u) * shrunk(value.abs() + off, a.double().abs())
     return torch.cat([value, s], 1), torch.cat([off, rounded_to(x.dtype, s, error)], 1)
 
 

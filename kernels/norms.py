@@ -4,9 +4,10 @@
 
 The sum is what convolutions leave open: bias, time embedding, residual, and the second source of a concatenation. It is
 written once, plus `extra`, if others read it too (that of x, where there are two sources). Two launches: `stats` makes
-(mean, M2 = Σ (v − mean)²) of parts of each group, `apply` merges the parts of its groups itself; images of a few pixels take one launch, `whole`. Parts are merged by
-Chan, Golub and LeVeque (1979): squares are taken of differences only, so a mean of 1000 standard deviations costs no
-accuracy, as E[v²] − E[v]² would. Each part has one writer and parts merge in a fixed order, so runs repeat to the bit.
+(mean, M2 = Σ (v − mean)²) of parts of each group, `apply` merges the parts of its groups itself; images of a few pixels
+take one launch, `whole`. Differences are taken from a pixel's own value before they are squared, and parts are merged by
+Chan, Golub and LeVeque (1979), so that a mean of 1000 standard deviations costs no accuracy, as E[v²] − E[v]² would. Each
+part has one writer and parts merge in a fixed order, so runs repeat to the bit.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, import-untyped"
@@ -20,17 +21,8 @@ from stepforge.kernels.dispatch.tiles import WHOLE_NORM
 from stepforge.kernels.launch import Tensor, check_floats, check_shape, empty_out, require, upcast
 
 PROGRAMS = 512  # parts to aim for: two for each multiprocessor of the largest GPU known
-MOST_PARTS = 64  # of a group, all of which every program of `apply` reads
+MOST_PARTS = 16  # of a group, all of which every program of `apply` reads
 COLUMNS = 256  # most columns of a tile
-
-
-@triton.jit
-def merged(n, mean, m2, n_new, mean_new, m2_new):
-    """Statistics of two sets from the statistics of each; an empty second set changes nothing."""
-    total = n + n_new
-    share = n_new / tl.maximum(total, 1.0)
-    delta = mean_new - mean
-    return total, mean + delta * share, m2 + m2_new + delta * delta * n * share
 
 
 @triton.jit
@@ -66,7 +58,7 @@ def of_columns(groups, LANES: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.co
 
 @triton.jit
 def sum_of(
-    x, other, residual, shift, extra, row, image, cs, ok, split_at, stride_x, stride_other, stride_shift,
+    x, other, residual, shift, extra, row, image, cs, ok, split_at, stride_x, stride_other, stride_residual, stride_shift,
     TWO: tl.constexpr, RESIDUAL: tl.constexpr, SHIFT: tl.constexpr, WRITTEN: tl.constexpr, EXTRA: tl.constexpr,
 ):  # fmt: skip
     """A tile of v in fp32; row [P, 1] counts the pixels of all images, cs [J] channels, ok [P, J]. WRITTEN: x is the written
@@ -91,7 +83,7 @@ def sum_of(
             far = shift + image.to(tl.int64) * stride_shift + cs[None, :]
             v += tl.load(far, mask=ok, other=0.0).to(tl.float32)
         if RESIDUAL:
-            v += tl.load(residual + near * split_at + cs[None, :], mask=low, other=0.0).to(tl.float32)
+            v += tl.load(residual + near * stride_residual + cs[None, :], mask=low, other=0.0).to(tl.float32)
     return v
 
 
@@ -116,7 +108,7 @@ def normalised(v, mean, rstd, weight, bias, cs, c_ok, SILU: tl.constexpr):
 @triton.jit(do_not_specialize=["span", "pixels"])
 def stats_kernel(
     x, other, residual, shift, extra, total, parts,
-    pixels, split_at, C, groups, span, stride_x, stride_other, stride_shift,
+    pixels, split_at, C, groups, span, stride_x, stride_other, stride_residual, stride_shift,
     BLOCK_P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS: tl.constexpr,
     LANES: tl.constexpr, TWO: tl.constexpr, RESIDUAL: tl.constexpr,
     SHIFT: tl.constexpr, SUM: tl.constexpr, EXTRA: tl.constexpr,
@@ -125,23 +117,31 @@ def stats_kernel(
     split = tl.program_id(0)
     image = tl.program_id(2)
     cs, c_ok = columns_of(tl.program_id(1), C, WIDTH, BLOCK_C)
-    n = 0.0
-    mean = tl.zeros([GROUPS], dtype=tl.float32)
-    m2 = tl.zeros([GROUPS], dtype=tl.float32)
     end = tl.minimum(pixels, split * span + span)
+    # differences from the first pixel, so that a large mean costs no accuracy; nothing crosses threads inside the loop
+    start = split * span + tl.zeros([1, 1], dtype=tl.int32)
+    pivot = sum_of(x, other, residual, shift, extra, image * pixels + start, image, cs, c_ok[None, :] & (start < pixels),
+                   split_at, stride_x, stride_other, stride_residual, stride_shift, TWO, RESIDUAL, SHIFT, False, False)  # fmt: skip
+    sums = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
     for p in range(split * span, end, BLOCK_P):
         ps = p + tl.arange(0, BLOCK_P)
         ok = (ps < end)[:, None] & c_ok[None, :]
         row = image * pixels + ps[:, None]
-        v = sum_of(x, other, residual, shift, extra, row, image, cs, ok, split_at, stride_x, stride_other, stride_shift,
+        v = sum_of(x, other, residual, shift, extra, row, image, cs, ok, split_at, stride_x, stride_other, stride_residual, stride_shift,
                    TWO, RESIDUAL, SHIFT, False, False)  # fmt: skip
         if SUM:
             write_sum(v, total, extra, row, cs, ok, split_at, EXTRA)
-        count = (tl.minimum(end - p, BLOCK_P) * LANES).to(tl.float32)
-        middle = of_groups(tl.sum(tl.where(ok, v, 0.0), axis=0), LANES, GROUPS, BLOCK_C) / count
-        apart = tl.where(ok, v - of_columns(middle, LANES, GROUPS, BLOCK_C)[None, :], 0.0)
-        squares = of_groups(tl.sum(apart * apart, axis=0), LANES, GROUPS, BLOCK_C)
-        n, mean, m2 = merged(n, mean, m2, count, middle, squares)
+        apart = tl.where(ok, v - pivot, 0.0)
+        sums += apart
+        squares += apart * apart
+    count = tl.maximum(end - split * span, 1).to(tl.float32)
+    away = tl.sum(sums, axis=0) / count
+    own = tl.sum(squares, axis=0) - count * away * away
+    means = away + tl.sum(pivot, axis=0)
+    mean = of_groups(tl.where(c_ok, means, 0.0), LANES, GROUPS, BLOCK_C) / LANES
+    apart = tl.where(c_ok, means - of_columns(mean, LANES, GROUPS, BLOCK_C), 0.0)
+    m2 = of_groups(tl.where(c_ok, own, 0.0) + count * apart * apart, LANES, GROUPS, BLOCK_C)
     g = tl.arange(0, GROUPS)
     gs = tl.program_id(1) * (WIDTH // LANES) + g
     g_ok = (g < WIDTH // LANES) & (gs < groups)
@@ -153,7 +153,7 @@ def stats_kernel(
 @triton.jit(do_not_specialize=["span", "pixels", "splits", "eps"])
 def apply_kernel(
     x, other, residual, shift, extra, parts, weight, bias, out,
-    pixels, split_at, C, groups, span, splits, stride_x, stride_other, stride_shift, stride_out, eps,
+    pixels, split_at, C, groups, span, splits, stride_x, stride_other, stride_residual, stride_shift, stride_out, eps,
     SPLITS: tl.constexpr, BLOCK_P: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS: tl.constexpr,
     LANES: tl.constexpr, TWO: tl.constexpr,
     RESIDUAL: tl.constexpr, SHIFT: tl.constexpr, WRITTEN: tl.constexpr, EXTRA: tl.constexpr, SILU: tl.constexpr,
@@ -182,7 +182,7 @@ def apply_kernel(
     ps = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     ok = (ps < pixels)[:, None] & c_ok[None, :]
     row = image * pixels + ps[:, None]
-    v = sum_of(x, other, residual, shift, extra, row, image, cs, ok, split_at, stride_x, stride_other, stride_shift,
+    v = sum_of(x, other, residual, shift, extra, row, image, cs, ok, split_at, stride_x, stride_other, stride_residual, stride_shift,
                TWO, RESIDUAL, SHIFT, WRITTEN, EXTRA)  # fmt: skip
     y = normalised(v, mean, rstd, weight, bias, cs, c_ok, SILU)
     tl.store(out + row.to(tl.int64) * stride_out + cs[None, :], y.to(out.dtype.element_ty), mask=ok)
@@ -191,7 +191,7 @@ def apply_kernel(
 @triton.jit(do_not_specialize=["pixels", "eps"])
 def whole_kernel(
     x, other, residual, shift, extra, total, weight, bias, out,
-    pixels, split_at, C, stride_x, stride_other, stride_shift, stride_out, eps,
+    pixels, split_at, C, stride_x, stride_other, stride_residual, stride_shift, stride_out, eps,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr, TWO: tl.constexpr, RESIDUAL: tl.constexpr,
     SHIFT: tl.constexpr, SUM: tl.constexpr, EXTRA: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -201,7 +201,7 @@ def whole_kernel(
     ps = tl.arange(0, BLOCK_P)
     ok = (ps < pixels)[:, None] & c_ok[None, :]
     row = image * pixels + ps[:, None]
-    v = sum_of(x, other, residual, shift, extra, row, image, cs, ok, split_at, stride_x, stride_other, stride_shift,
+    v = sum_of(x, other, residual, shift, extra, row, image, cs, ok, split_at, stride_x, stride_other, stride_residual, stride_shift,
                TWO, RESIDUAL, SHIFT, False, False)  # fmt: skip
     if SUM:
         write_sum(v, total, extra, row, cs, ok, split_at, EXTRA)
@@ -267,7 +267,6 @@ def group_norm(
         stride_shift = shift.stride(0) if shift.shape[0] > 1 else 0
     if residual is not None:
         check_shape("residual", residual, (batch, first, height, width))
-        require(pixel_rows("residual", residual) == first, "residual must be dense")
     if other is not None:
         check_shape("other", other, (batch, channels - first, height, width))
     pixels, lanes = height * width, channels // groups
@@ -279,7 +278,10 @@ def group_norm(
     if not out.numel():
         return out.to(x.dtype), total.to(x.dtype) if total is not None else None
     lanes2 = triton.next_power_of_2(lanes)
-    strides = (pixel_rows("x", x), pixel_rows("other", other) if other is not None else 0, stride_shift)
+    strides = (
+        pixel_rows("x", x), pixel_rows("other", other) if other is not None else 0,
+        pixel_rows("residual", residual) if residual is not None else 0, stride_shift,
+    )  # fmt: skip
     sources = (x, other if other is not None else x, residual if residual is not None else x,
                shift if shift is not None else weight)  # fmt: skip
     flags = {"TWO": other is not None, "RESIDUAL": residual is not None, "SHIFT": shift is not None}

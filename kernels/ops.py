@@ -211,7 +211,7 @@ def group_norm(
     silu: bool = True, other: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
     extra: Tensor | None = None, keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """silu(norm(v)) of v = [x + residual | other] + shift and, with keep, v + extra of x's channels; shapes as in `reference.group_norm`."""
+    """silu(norm(v)) of v = [x + residual | other] + shift and, with keep, v + extra of x's channels; as `reference.group_norm`."""
     y, total = _group_norm(x, weight, bias, groups, eps, silu, other, shift, residual, extra, keep)
     return y, total if keep else None
 
@@ -259,29 +259,29 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, pre: Tens
 
 @custom_op("stepforge::widen", mutates_args=())
 def _widen(
-    x: torch.Tensor, a: torch.Tensor, strength: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
-    eps: float, gated: bool, pre: torch.Tensor | None,
+    x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, gate: bool,
+    pre: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     norm = (weight, bias, eps) if weight is not None else None
     if x.device.type == "cpu":
-        return reference.widen(x, a, strength, norm, gated, pre)
+        return reference.widen(x, a, norm, gate, pre)
     from stepforge.kernels import wide
 
-    return wide.widen(adjacent(x), a, strength, norm=norm, gated=gated, pre=pre)
+    return wide.widen(adjacent(x), a, norm=norm, gate=gate, pre=pre)
 
 
 @_widen.register_fake
-def _(x, a, strength, weight, bias, eps, gated, pre):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], sum(a.shape))
+def _(x, a, weight, bias, eps, gate, pre):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], a.shape[1] + a.shape[2])
 
 
 def widen(
-    x: Tensor, a: Tensor, strength: Tensor, *, norm: tuple[Tensor, Tensor, float] | None = None, gated: bool = False,
+    x: Tensor, a: Tensor, *, norm: tuple[Tensor, Tensor, float] | None = None, gate: bool = False,
     pre: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """[value | strength ⊙ value Aᵀ] of x [..., K]; shapes as in `reference.widen`. Returns [..., K + L]."""
+    """[value | value Aᵀ] of x [..., K]; shapes as in `reference.widen`. Returns [..., K + L]."""
     weight, bias, eps = norm or (None, None, 0.0)
-    y = _widen(x.reshape(-1, x.shape[-1]), a, strength, weight, bias, eps, gated, pre)
+    y = _widen(x.reshape(-1, x.shape[-1]), a, weight, bias, eps, gate, pre)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -136,17 +136,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pre: Tensor 
 
 
 def widen(
-    x: Tensor, a: Tensor, strength: Tensor, norm: tuple[Tensor, Tensor, float] | None = None, gated: bool = False,
+    x: Tensor, a: Tensor, norm: tuple[Tensor, Tensor, float] | None = None, gate: bool = False,
     pre: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """[value | strength ⊙ value Aᵀ]: the left operand of y = [value | S]·[W | B]ᵀ, a low-rank layer as one product.
+    """[value | value Aᵀ]: the left operand of y = [value | S]·[W | B]ᵀ, a low-rank layer as one product.
 
-    x [M, K] ([M, 2K] if gated), a [L, K], strength fp32 [images, L], of which each has M/images rows. value is x, or
-    LayerNorm of x + pre by norm = (weight, bias, eps), or GEGLU of x; it is rounded before it is shrunk. [M, K + L].
+    x [M, K] ([M, 2K] with gate), a [images, L, K], of which each has M/images rows. value is x, or LayerNorm of x + pre by
+    norm = (weight, bias, eps), or GEGLU of x; it is rounded before it is shrunk. Returns [M, K + L].
     """
-    value = geglu(x) if gated else layer_norm(x, *norm, pre) if norm is not None else x
-    rows = wide(strength).repeat_interleave(len(x) // len(strength), 0)
-    return torch.cat([value, ((wide(value) @ wide(a).T) * rows).to(x.dtype)], 1)
+    value = geglu(x) if gate else layer_norm(x, *norm, pre) if norm is not None else x
+    s = wide(value).unflatten(0, (len(a), -1)) @ wide(a).transpose(1, 2)
+    return torch.cat([value, s.flatten(0, 1).to(x.dtype)], 1)
 
 
 def geglu(h: Tensor) -> Tensor:

@@ -131,11 +131,10 @@ def test_layer_norm_and_widened_rows(shape, dtype):
     weight, bias, pre = (torch.randn(width, device="cuda").to(dtype) for _ in range(3))
     within(wide.layer_norm(x, weight, bias, 1e-5, pre=pre), *bounds.layer_norm(x, weight, bias, 1e-5, pre=pre, run=512))
     for columns in (16, 32, 96, 128):
-        a = (torch.randn(columns, width, device="cuda") / width**0.5).to(dtype)
-        strength = torch.rand(2, columns, device="cuda")
-        for given in ({}, {"norm": (weight, bias, 1e-5), "pre": pre}, {"gated": True}):
-            own = torch.randn(rows, 2 * width, device="cuda").to(dtype) if given.get("gated") else x
-            within(wide.widen(own, a, strength, **given), *bounds.widen(own, a, strength, **given, u=CORE))
+        a = (torch.randn(2, columns, width, device="cuda") / width**0.5).to(dtype)
+        for given in ({}, {"norm": (weight, bias, 1e-5), "pre": pre}, {"gate": True}):
+            own = torch.randn(rows, 2 * width, device="cuda").to(dtype) if given.get("gate") else x
+            within(wide.widen(own, a, **given), *bounds.widen(own, a, **given, u=CORE))
 
 
 @DTYPES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
 from stepforge.kernels import ops as kernels
@@ -24,9 +25,13 @@ def pointwise(x: Tensor, w: Tensor, bias: Tensor = None) -> Tensor:
 def accumulate(x: Tensor, w: Tensor, base: Tensor, bias: Tensor = None) -> Tensor:
     """base + x wᵀ + bias, in base's memory where its rows are dense: nobody reads base afterwards."""
     image = base.ndim == 4
-    into = rows_of(base) if image else base.contiguous()
+    into = base.permute(0, 2, 3, 1) if image else base
+    try:
+        flat = into.view(-1, into.shape[-1])
+    except RuntimeError:  # pixels that do not follow one another at one distance
+        into = into.contiguous()
+        flat = into.view(-1, into.shape[-1])
     source = rows_of(x) if x.ndim == 4 else x
-    flat = into.view(-1, into.shape[-1])
     if bias is not None:
         flat.add_(bias)
     flat.addmm_(source.reshape(-1, source.shape[-1]), w.T)
@@ -80,16 +85,42 @@ def strengths(columns: Tensor, strength: Tensor, *, slices: int) -> Tensor:
     return (columns * strength.reshape(-1, 1)).float().repeat(1, slices)
 
 
-def widen(x: Tensor, a: Tensor, strength: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, *, epsilon: float = 0.0,
-          gated: bool = False) -> Tensor:  # fmt: skip
-    """[value | strength ⊙ value Aᵀ] of x [rows, tokens, K] or [rows, K]."""
+def scaled_columns(a: Tensor, strength: Tensor) -> Any:
+    """The A of n layers [n, L, K], times the strength of each image [rows, L]: n values [rows, L, K]."""
+    scaled = a.new_empty(len(a), len(strength), *a.shape[1:])
+    torch.mul(a[:, None], strength[None, :, :, None], out=scaled)  # in fp32, rounded once
+    return scaled.unbind(0) if len(scaled) > 1 else scaled[0]
+
+
+def widen(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, *, epsilon: float = 0.0,
+          gate: bool = False) -> Tensor:  # fmt: skip
+    """[value | value Aᵀ] of x [rows, tokens, K] or [rows, K]."""
     norm = (weight, bias, epsilon) if weight is not None else None
     if x.ndim == 4:
-        return kernels.widen(rows_of(x), a, strength).permute(0, 3, 1, 2)
-    return kernels.widen(x, a, strength, norm=norm, gated=gated, pre=pre)
+        return kernels.widen(rows_of(x), a).permute(0, 3, 1, 2)
+    return kernels.widen(x, a, norm=norm, gate=gate, pre=pre)
+
+
+def wide_conv(x: Tensor, w: Tensor, up: Tensor, bias: Tensor = None, *, stride: int, pad: int) -> Tensor:
+    """conv(x, W) + conv(x, A) B by one convolution with the channels [W; A] and one product on them in place.
+
+    w [N + L, C, k, k], up [rows, L, N] with the strengths of each row. Returns [rows, N, h, w], the first channels of N + L.
+    """
+    both = F.conv2d(x, w, None, stride, pad)
+    pixels = both.permute(0, 2, 3, 1)
+    if not pixels.is_contiguous():
+        pixels = pixels.contiguous()
+    rows, width = len(both), up.shape[2]
+    flat = pixels.view(rows, -1, pixels.shape[-1])
+    y = flat[..., :width]
+    y.baddbmm_(flat[..., width:], up)
+    if bias is not None:
+        y.add_(bias)
+    return pixels[..., :width].permute(0, 3, 1, 2)
 
 
 OPS = {
-    "Strengths": strengths, "Widen": widen,
+    "WideConv": wide_conv,
+    "Strengths": strengths, "Widen": widen, "ScaledColumns": scaled_columns,
     "Pointwise": pointwise, "Accumulate": accumulate, "Norm": norm, "LayerNorm": layer_norm, "Sum": total, "Columns": columns,
 }  # fmt: skip

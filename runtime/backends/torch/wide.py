@@ -60,11 +60,25 @@ class WideBanks:
         most = BUCKETS[-1]
         for layer in self.layers:
             weight = constants[layer.weight]
+            if layer.conv:
+                wide = weight.new_zeros(len(weight) + most, *weight.shape[1:])
+                wide = wide.contiguous(memory_format=torch.channels_last)
+                wide[: len(weight)] = weight
+                self._buffers[layer.wide] = wide
+                continue
             rows, depth = weight.shape
             wide = weight.new_zeros(rows, depth + len(layer.widths) * most)
             wide[:, :depth] = weight
             self._buffers[layer.wide] = wide
-            self._buffers[layer.down] = weight.new_zeros(len(layer.widths) * most, depth)
+        self._downs: dict[str, Tensor] = {}  # by stack: [n, slices · most, K]
+        self._place: dict[str, tuple[str, int]] = {}
+        for stack in dict.fromkeys(layer.stack for layer in self.layers):
+            members = [layer for layer in self.layers if layer.stack == stack]
+            weight = constants[members[0].weight]
+            rows = len(members[0].widths) * most
+            depth = len(weight) if members[0].conv else weight.shape[1]
+            self._downs[stack] = weight.new_zeros(len(members), rows, depth)
+            self._place |= {layer.down: (stack, at) for at, layer in enumerate(members)}
 
     @property
     def rank(self) -> int:
@@ -80,15 +94,20 @@ class WideBanks:
 
     def weight(self, layer: WideLayer) -> Tensor:
         """The constant of a layer, in the buffer's memory."""
-        depth = self._buffers[layer.down].shape[1]
-        return self._buffers[layer.wide][:, :depth]
+        if layer.conv:
+            return self._buffers[layer.wide][: layer.widths[0]]
+        return self._buffers[layer.wide][:, : self._downs[layer.stack].shape[2]]
 
     def tensors(self, width: int) -> dict[str, Tensor]:
         found = {}
         for layer in self.layers:
-            slices, depth = len(layer.widths), self._buffers[layer.down].shape[1]
-            found[layer.wide] = self._buffers[layer.wide][:, : depth + slices * width]
-            found[layer.down] = self._buffers[layer.down][: slices * width]
+            if layer.conv:
+                found[layer.wide] = self._buffers[layer.wide][: layer.widths[0] + width]
+                found[layer.stack] = self._downs[layer.stack][:, :width]
+                continue
+            columns = self._downs[layer.stack].shape[2] + len(layer.widths) * width
+            found[layer.wide] = self._buffers[layer.wide][:, :columns]
+            found[layer.stack] = self._downs[layer.stack][:, : len(layer.widths) * width]
         return found
 
     def lay(self, slots: tuple[int, ...], version: Any) -> None:
@@ -102,8 +121,18 @@ class WideBanks:
             self._lay(layer, slots, width)
 
     def _lay(self, layer: WideLayer, slots: tuple[int, ...], width: int) -> None:
-        wide, down = self._buffers[layer.wide], self._buffers[layer.down]
+        stack, place = self._place[layer.down]
+        wide, down = self._buffers[layer.wide], self._downs[stack][place]
         slices, depth = len(layer.widths), down.shape[1]
+        if layer.conv:
+            a, b = self._banks[layer.a[0]], self._banks[layer.b[0]]
+            index = torch.tensor(slots, device=down.device)
+            used, first = len(slots) * b.shape[2], layer.widths[0]
+            down[:width].zero_()
+            wide[first : first + width].zero_()
+            wide[first : first + used] = a.index_select(0, index).flatten(0, 1).permute(0, 3, 1, 2)
+            down[:used] = b.index_select(0, index).transpose(1, 2).reshape(used, depth)
+            return
         down[: slices * width].zero_()
         wide[:, depth : depth + slices * width].zero_()
         index = torch.tensor(slots, device=down.device)

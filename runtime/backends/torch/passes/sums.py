@@ -20,7 +20,7 @@ from stepforge.runtime.backends.torch.program import Node, Program
 Tensor = Any  # torch.Tensor
 PRODUCTS = ("Linear", "Pointwise")
 VIEWS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Split", "Identity", "Columns")
-OWNERS = ("Linear", "Pointwise", "Conv", "Norm", "LayerNorm", "Geglu", "Sum")  # their results are memory of their own
+OWNERS = ("Linear", "Pointwise", "Conv", "WideConv", "Norm", "LayerNorm", "Geglu", "Sum")  # their results are memory of their own
 TO_IMAGE = (0, 3, 1, 2)
 
 
@@ -85,7 +85,7 @@ def tuple_of(value: Any) -> Any:
 
 def images_of_tokens(program: Program) -> bool:
     """Linear, Reshape, Transpose to an image: the product over its pixels (SDXL's proj_out), so that sums meet as images."""
-    made, uses, constants = program.producers(), program.uses(), program.constants
+    made, uses = program.producers(), program.uses()
     nodes: list[Node] = []
     changed = False
     for node in program.nodes:
@@ -163,7 +163,7 @@ def width_of(program: Program, made: dict[str, Node], name: str) -> int | None:
     """Channels of an image, from the weights that made it."""
     node = made.get(name)
     while node is not None:
-        if node.op in ("Conv", "Pointwise", "Linear", "Accumulate", "LowrankConv", "LowrankLinear"):
+        if node.op in ("Conv", "Pointwise", "Linear", "Accumulate", "WideConv", "LowrankConv", "LowrankLinear"):
             return int(program.weight(node.inputs[1]).shape[0])
         if node.op in ("Norm", "GroupNormSilu"):
             return int(program.constants[node.inputs[1]].shape[0])
@@ -216,10 +216,10 @@ def sums_of_norms(program: Program) -> bool:
             elif (
                 left_made is not None and right_made is not None and vector is None
                 and not any(side.op in PRODUCTS and uses[side.outputs[0]] == 1 for side in (left_made, right_made))
-                and any(side.op in ("Conv", "LowrankConv") and uses[side.outputs[0]] == 1 for side in (left_made, right_made))
+                and any(side.op in ("Conv", "WideConv", "LowrankConv") and uses[side.outputs[0]] == 1 for side in (left_made, right_made))
             ):  # fmt: skip
                 raw, residual = (
-                    (left, right) if uses[left] == 1 and left_made.op in ("Conv", "LowrankConv") else (right, left)
+                    (left, right) if uses[left] == 1 and left_made.op in ("Conv", "WideConv", "LowrankConv") else (right, left)
                 )
                 outputs = node.outputs if alone else (*node.outputs, added.outputs[0])
                 place = index if alone else max(at[added.outputs[0]], at.get(other, 0))
@@ -324,7 +324,7 @@ def left_over_sums(program: Program) -> bool:
     def add(node: Node) -> Node | None:
         if node.op != "Add" or not all(name in is_image for name in node.inputs):
             return None
-        if not any(made[name].op == "Conv" for name in node.inputs):
+        if not any(made[name].op in ("Conv", "WideConv") for name in node.inputs):
             return None
         is_image.add(node.outputs[0])
         return Node("Sum", (node.inputs[0], node.inputs[1], ""), node.outputs, {"scale": 1})
@@ -364,7 +364,7 @@ class Biases:
     def settle(self) -> None:
         self._into_written_sums()
         for index, node in enumerate(self.program.nodes):
-            at = {"Conv": 2, "Accumulate": 3}.get(node.op)
+            at = {"Conv": 2, "Accumulate": 3, "WideConv": 3}.get(node.op)
             if at is None or len(node.inputs) <= at or not node.inputs[at]:
                 continue
             if not self._takes_all(node.outputs[0]):

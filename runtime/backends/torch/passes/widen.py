@@ -22,10 +22,12 @@ class WideLayer:
 
     weight: str  # constant [N, K]
     wide: str  # input: [N, K + slices · L]
-    down: str  # input: [slices · L, K]
+    down: str  # value: [rows, slices · L, K], with strengths
+    stack: str  # input: the A of all layers of as many slices and as deep [n, slices · L, K]
     a: tuple[str, ...]
     b: tuple[str, ...]
     widths: tuple[int, ...]
+    conv: bool = False  # then wide is [N + L, C, k, k], and down and stack are of B: [rows, L, N], [n, L, N]
 
 
 def widen_layers(program: Program) -> list[WideLayer]:
@@ -44,6 +46,17 @@ def widen_layers(program: Program) -> list[WideLayer]:
     joined = {node.outputs[0] for node in program.nodes if node.op == "Concat"}
     for node in program.nodes:
         pixels = node.op == "LowrankConv" and _is_product(program, node) and node.inputs[0] not in joined
+        if node.op == "LowrankConv" and not pixels and program.constants[node.inputs[1]].shape[2] > 1:
+            width = program.constants[node.inputs[1]].shape[0]
+            weight = node.inputs[1]
+            layer = WideLayer(weight, f"wide {weight}", f"B of {weight}", f"B of {width}", node.inputs[3:4], node.inputs[4:5],
+                              (width,), conv=True)  # fmt: skip
+            layers.append(layer)
+            strengths(1)
+            operands = (node.inputs[0], layer.wide, layer.down, *[name for name in node.inputs[2:3] if name])
+            settings = {"stride": node.attributes["stride"], "pad": node.attributes["pad"]}
+            nodes.append(Node("WideConv", operands, node.outputs, settings))
+            continue
         if not pixels and (node.op != "LowrankLinear" or len(node.inputs) != 7):
             nodes.append(node)
             continue
@@ -64,13 +77,15 @@ def widen_layers(program: Program) -> list[WideLayer]:
         else:
             slices = node.attributes.get("slices", 1)
             widths = [widths[0] // slices] * slices
+        depth = program.constants[weight].shape[1]
         layer = WideLayer(
-            weight, f"wide {weight}", f"columns of {weight}", tuple(each.inputs[3] for each in group),
+            weight, f"wide {weight}", f"columns of {weight}", f"A of {slices} × {depth}", tuple(each.inputs[3] for each in group),
             tuple(each.inputs[4] for each in group), tuple(widths),
         )  # fmt: skip
         layers.append(layer)
+        strengths(slices)
         rows = f"{node.inputs[0]} wide for {weight}"
-        nodes.append(Node("Widen", (node.inputs[0], layer.down, strengths(slices), "", "", ""), (rows,)))
+        nodes.append(Node("Widen", (node.inputs[0], layer.down, "", "", ""), (rows,)))
         if len(group) == 1:
             op = "Pointwise" if pixels else "Linear"
             nodes.append(Node(op, (rows, layer.wide, bias) if bias else (rows, layer.wide), node.outputs))
@@ -86,12 +101,16 @@ def widen_layers(program: Program) -> list[WideLayer]:
              for slices, name in slices_used.items()]  # fmt: skip
     if not layers:
         return []
+    strengths_of = {layer.stack: slices_used[len(layer.widths)] for layer in layers}
+    for stack, strength in strengths_of.items():
+        members = [layer.down for layer in layers if layer.stack == stack]
+        first.append(Node("ScaledColumns", (stack, strength), tuple(members)))
     program.nodes = [*first, *nodes]
     program.inputs = (
         *program.inputs,
         "adapter_columns",
         *(layer.wide for layer in layers),
-        *(layer.down for layer in layers),
+        *strengths_of,
     )
     for layer in layers:
         program.wide[layer.wide] = layer.weight
@@ -125,14 +144,14 @@ def fuse_widen(program: Program) -> bool:
 
     def match(node: Node) -> Node | None:
         before = made.get(node.inputs[0]) if node.op == "Widen" else None
-        if before is None or uses[node.inputs[0]] != 1 or node.inputs[3]:
+        if before is None or uses[node.inputs[0]] != 1 or node.inputs[2]:
             return None
         if before.op == "LayerNorm":
             x, weight, bias, pre = before.inputs
-            operands = (x, *node.inputs[1:3], weight, bias, pre)
+            operands = (x, node.inputs[1], weight, bias, pre)
             return Node("Widen", operands, node.outputs, {"epsilon": before.attributes["epsilon"]})
         if before.op == "Geglu":
-            return Node("Widen", (before.inputs[0], *node.inputs[1:]), node.outputs, {"gated": True})
+            return Node("Widen", (before.inputs[0], *node.inputs[1:]), node.outputs, {"gate": True})
         return None
 
     return program.rewrite(match)
