@@ -188,7 +188,8 @@ def widen(
     pre: Tensor | None = None, u: float = IEEE_SUM,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """For `reference.widen`: S is made of the rounded value, whose own bound it inherits through |A|."""
-    zero = x.double(), torch.zeros_like(x, dtype=torch.float64)
+    plain = x.double() if pre is None else x.double() + pre.double()
+    zero = plain, torch.zeros_like(plain) if pre is None else rounded_to(x.dtype, plain, u * plain.abs())
     value, off = geglu(x, u=u) if gate else layer_norm(x, *norm, pre=pre, u=u) if norm is not None else zero
 
     def shrunk(rows: Tensor, down: Tensor) -> Tensor:

@@ -141,10 +141,11 @@ def widen(
 ) -> Tensor:  # fmt: skip
     """[value | value Aᵀ]: the left operand of y = [value | S]·[W | B]ᵀ, a low-rank layer as one product.
 
-    x [M, K] ([M, 2K] with gate), a [images, L, K], of which each has M/images rows. value is x, or LayerNorm of x + pre by
+    x [M, K] ([M, 2K] with gate), a [images, L, K], of which each has M/images rows. value is x + pre, or LayerNorm of it by
     norm = (weight, bias, eps), or GEGLU of x; it is rounded before it is shrunk. Returns [M, K + L].
     """
-    value = geglu(x) if gate else layer_norm(x, *norm, pre) if norm is not None else x
+    added = x if pre is None else (wide(x) + wide(pre)).to(x.dtype)
+    value = geglu(x) if gate else layer_norm(x, *norm, pre) if norm is not None else added
     s = wide(value).unflatten(0, (len(a), -1)) @ wide(a).transpose(1, 2)
     return torch.cat([value, s.flatten(0, 1).to(x.dtype)], 1)
 

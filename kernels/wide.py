@@ -67,9 +67,9 @@ def widen(
     x: Tensor, a: Tensor, *, norm: tuple[Tensor, Tensor, float] | None = None, gate: bool = False,
     pre: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """[value | value Aᵀ] [M, K + L], as in `reference.widen`. norm: weight, bias and eps of LayerNorm of x + pre."""
+    """[value | value Aᵀ] [M, K + L], as in `reference.widen`. norm: weight, bias and eps of LayerNorm."""
     require(norm is None or not gate, "LayerNorm and GEGLU exclude each other")
-    require(pre is None or norm is not None, "pre is added before LayerNorm")
+    require(pre is None or not gate, "pre is added to rows that are not gated")
     require(a.ndim == 3, f"a has shape {tuple(a.shape)}; it must be [images, L, K]")
     check_rows("x", x)
     rows, depth = x.shape[0], x.shape[1] // 2 if gate else x.shape[1]
@@ -84,7 +84,7 @@ def widen(
     elif norm is not None:
         layer_norm(x, *norm, pre=pre, out=value)
     else:
-        value.copy_(x)
+        torch.add(x, pre, out=value) if pre is not None else value.copy_(x)
     each = out.view(images, rows // images, depth + width)
     torch.bmm(each[..., :depth], a.transpose(1, 2), out=each[..., depth:])
     return out

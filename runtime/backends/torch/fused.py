@@ -97,7 +97,7 @@ def widen(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, *, ep
     """[value | value Aᵀ] of x [rows, tokens, K] or [rows, K]."""
     norm = (weight, bias, epsilon) if weight is not None else None
     if x.ndim == 4:
-        return kernels.widen(rows_of(x), a).permute(0, 3, 1, 2)
+        return kernels.widen(rows_of(x), a, pre=pre).permute(0, 3, 1, 2)
     return kernels.widen(x, a, norm=norm, gate=gate, pre=pre)
 
 

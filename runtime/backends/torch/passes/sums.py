@@ -20,7 +20,16 @@ from stepforge.runtime.backends.torch.program import Node, Program
 Tensor = Any  # torch.Tensor
 PRODUCTS = ("Linear", "Pointwise")
 VIEWS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Split", "Identity", "Columns")
-OWNERS = ("Linear", "Pointwise", "Conv", "WideConv", "Norm", "LayerNorm", "Geglu", "Sum")  # their results are memory of their own
+OWNERS = (
+    "Linear",
+    "Pointwise",
+    "Conv",
+    "WideConv",
+    "Norm",
+    "LayerNorm",
+    "Geglu",
+    "Sum",
+)  # their results are memory of their own
 TO_IMAGE = (0, 3, 1, 2)
 
 
@@ -219,7 +228,9 @@ def sums_of_norms(program: Program) -> bool:
                 and any(side.op in ("Conv", "WideConv", "LowrankConv") and uses[side.outputs[0]] == 1 for side in (left_made, right_made))
             ):  # fmt: skip
                 raw, residual = (
-                    (left, right) if uses[left] == 1 and left_made.op in ("Conv", "WideConv", "LowrankConv") else (right, left)
+                    (left, right)
+                    if uses[left] == 1 and left_made.op in ("Conv", "WideConv", "LowrankConv")
+                    else (right, left)
                 )
                 outputs = node.outputs if alone else (*node.outputs, added.outputs[0])
                 place = index if alone else max(at[added.outputs[0]], at.get(other, 0))
@@ -408,7 +419,7 @@ class Biases:
             return at == 0 or (at == 2 and self._takes_all(node.outputs[0]))
         if node.op == "Norm":
             return at in (0, 3, 5) and self._shift_is_ours(node)
-        return at == 0 and node.op in ("LayerNorm", "Linear", "Pointwise", "Sum")
+        return at == 0 and node.op in ("LayerNorm", "Linear", "Pointwise", "Sum", "Widen")
 
     def _shift_is_ours(self, node: Node) -> bool:
         shift = node.inputs[4]
@@ -441,6 +452,8 @@ class Biases:
                 )
                 operands += [""] * (place + 1 - len(operands))
                 operands[place] = self._sum(operands[place], product)
+            elif node.op == "Widen":
+                operands[4] = self._sum(operands[4], vector)
             elif node.op == "LayerNorm":
                 operands[3] = self._sum(operands[3], vector)
             elif node.op == "Sum":
