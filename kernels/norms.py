@@ -214,6 +214,11 @@ def whole_kernel(
     tl.store(out + row.to(tl.int64) * stride_out + cs[None, :], y.to(out.dtype.element_ty), mask=ok)
 
 
+def is_blackwell(x: Tensor) -> bool:
+    """sm_100, where `stats` spilled 8 bytes with 4 warps (triton 3.7.1)."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 10
+
+
 @functools.cache
 def groups_of_block(groups: int, lanes: int) -> tuple[int, int]:
     """Whole groups of a program's columns and the power of two that holds them: the fewest columns in all, those first whose
@@ -306,7 +311,7 @@ def group_norm(
         tile["enable_fp_fusion"] = True
         stats_kernel[(count, columns, batch)](
             *sources, *more, parts, pixels, first, channels, groups, span, *strides,
-            BLOCK_P=block_p, **tile, **flags, **kept,
+            BLOCK_P=block_p, **tile, **flags, **kept, num_warps=8 if is_blackwell(x) else 4,
         )  # fmt: skip
         # in the interpreter bf16 is held in fp32, and the sum is not rounded yet
         written = total is not None and not upcast(x.dtype)

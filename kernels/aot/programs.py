@@ -183,7 +183,7 @@ def other_programs(arch: int, dtype: str) -> Iterator[Program]:
     }
     one = {"BLOCK_P": 256, "BLOCK_C": 64, "LANES": 40, "TWO": True, "RESIDUAL": True, "SHIFT": True}
     bodies: dict[str, tuple[Any, dict[str, Any], int]] = {
-        "stats": (norms.stats_kernel, {**norm, "SUM": True, "EXTRA": True}, 4),
+        "stats": (norms.stats_kernel, {**norm, "SUM": True, "EXTRA": True}, 8 if arch == 100 else 4),
         "apply": (norms.apply_kernel, {**norm, "SPLITS": 16, "WRITTEN": False, "EXTRA": False, "SILU": True}, 4),
         "apply written": (norms.apply_kernel, {**norm, "SPLITS": 16, "WRITTEN": True, "EXTRA": True, "SILU": True}, 4),
         "whole": (norms.whole_kernel, {**one, "SUM": True, "EXTRA": True, "SILU": True}, 8),
