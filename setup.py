@@ -1,4 +1,4 @@
-"""One import name, three rooms: `stepforge.runtime` is `runtime/`, and so on. Each room may import those to its left."""
+"""One import name: `stepforge/` is the face, `stepforge.runtime` is `runtime/`, and so on; rooms import to their left."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10,<3.14",
+    python_requires=">=3.11,<3.15",
     install_requires=BASE,
     extras_require={
         "export": EXPORT,
@@ -64,15 +64,18 @@ setup(
             "build>=1.2",  # wheel and sdist, as a user would build them
         ],
     },
-    package_dir={f"stepforge.{room}": room for room in ROOMS},
-    packages=[f"stepforge.{room}{sub}" for room in ROOMS for sub in ("", *(f".{p}" for p in find_packages(room)))],
+    package_dir={"stepforge": "stepforge", **{f"stepforge.{room}": room for room in ROOMS}},
+    packages=[
+        "stepforge",
+        *(f"stepforge.{room}{sub}" for room in ROOMS for sub in ("", *(f".{p}" for p in find_packages(room)))),
+    ],
     package_data={
         "": ["py.typed"],
         "stepforge.runtime.backends": ["fake_tokenizer.json"],
         "stepforge.kernels": ["dispatch.json", "golden.json"],
     },
     entry_points={
-        "console_scripts": ["stepforge=stepforge.runtime.cli:main"],
+        "console_scripts": ["stepforge=stepforge.runtime.cli.main:main"],
         # commands of the offline room join the command line here, so that the run time need not import it
         "stepforge.commands": [
             "export=stepforge.export.cli:export_command",

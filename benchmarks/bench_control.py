@@ -76,7 +76,7 @@ def diffusers_image(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def our_images(args: argparse.Namespace) -> dict[str, Any]:
-    from stepforge.runtime import Request, load
+    from stepforge import Request, load
 
     _, backend, precision = args.one.split()
     report: dict[str, Any] = {}
@@ -107,7 +107,7 @@ def our_images(args: argparse.Namespace) -> dict[str, Any]:
 
 def passes(args: argparse.Namespace) -> dict[str, Any]:
     """Each network for 2 rows, in turn."""
-    from stepforge.runtime import open_bundle
+    from stepforge import open_bundle
     from stepforge.runtime.backends import open_backend
 
     _, backend, precision = args.one.split()
@@ -158,7 +158,7 @@ def passes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def bank_arrays(opened: Any, engine: Any) -> dict[str, Any]:
-    from stepforge.runtime.adapters import Adapters
+    from stepforge.runtime.engine.adapters import Adapters
 
     return dict(Adapters(opened, engine).banks("denoiser/unet") or {})
 

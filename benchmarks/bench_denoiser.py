@@ -72,7 +72,7 @@ def bare_runner(bundle: Path, engine: str, precision: str) -> tuple[Any, Any]:
 
 
 def our_runner(bundle: Path, backend: str, precision: str) -> tuple[Any, Any]:
-    from stepforge.runtime import Request, load
+    from stepforge import Request, load
 
     engine = load(bundle, backend=backend, precision=precision)
     denoiser = engine.backend.open("denoiser/unet")

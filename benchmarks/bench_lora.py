@@ -54,9 +54,9 @@ def write_adapter(bundle: Path, out: Path, rank: int, targets: str, seed: int) -
 
 def measure_pass(args: argparse.Namespace) -> dict[str, Any]:
     """One runner, plain and banked in turn; a process of its own."""
-    from stepforge.runtime import open_bundle
-    from stepforge.runtime.adapters import Adapters, row_inputs
+    from stepforge import open_bundle
     from stepforge.runtime.backends import open_backend
+    from stepforge.runtime.engine.adapters import Adapters, row_inputs
 
     backend, precision = args.one.split()
     plain, banked = open_bundle(args.work / "bundle", check=False), open_bundle(args.banks, check=False)
@@ -75,7 +75,7 @@ def measure_pass(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_swap(args: argparse.Namespace) -> dict[str, Any]:
     """In a running engine of the first runner."""
-    from stepforge.runtime import load
+    from stepforge import load
 
     backend, precision = args.one.split()
     with load(args.banks, backend=backend, precision=precision) as engine:
@@ -99,7 +99,7 @@ def measure_swap(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
-    from stepforge.runtime import Request, load
+    from stepforge import Request, load
 
     backend, precision = args.one.split()
     with load(args.banks, backend=backend, precision=precision) as engine:

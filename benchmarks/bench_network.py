@@ -51,9 +51,9 @@ def diffusers_runner(model: Path, precision: str, compiled: bool, device: str) -
 
 
 def our_runner(work: Path, backend: str, precision: str, adapters: bool) -> Runner:
-    from stepforge.runtime import open_bundle
-    from stepforge.runtime.adapters import Adapters, row_inputs
+    from stepforge import open_bundle
     from stepforge.runtime.backends import open_backend
+    from stepforge.runtime.engine.adapters import Adapters, row_inputs
 
     engine = open_backend(backend, bundle := open_bundle(work / ("banks" if adapters else "bundle"), check=False),
                           precision=precision)  # fmt: skip

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from harness import machine
 
-from stepforge.runtime import Engine, Request
+from stepforge import Engine, Request
 from stepforge.runtime.backends.fake import Fake, fake_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,9 +68,9 @@ def host_microseconds(requests: int, guidance: float, steps: int = 1000) -> floa
 
 
 def import_cost() -> dict[str, float]:
-    """Seconds and peak megabytes of `import stepforge.runtime` and of opening both engine libraries."""
+    """Seconds and peak megabytes of `import stepforge` and of opening both engine libraries."""
     code = (
-        "import time,sys,json;s=time.perf_counter();import stepforge.runtime as r;a=time.perf_counter()-s;"
+        "import time,sys,json;s=time.perf_counter();import stepforge as r;a=time.perf_counter()-s;"
         "import stepforge.runtime.backends.openvino,stepforge.runtime.backends.onnxruntime;b=time.perf_counter()-s;"
         "import resource;print(json.dumps([a,b,resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024,"
         "'torch' in sys.modules]))"
@@ -78,7 +78,7 @@ def import_cost() -> dict[str, float]:
     runs = [json.loads(subprocess.check_output([sys.executable, "-c", code])) for _ in range(5)]
     assert not any(run[3] for run in runs), "the run time imported torch"
     return {
-        "import stepforge.runtime, s": round(statistics.median(run[0] for run in runs), 3),
+        "import stepforge, s": round(statistics.median(run[0] for run in runs), 3),
         "and openvino + onnxruntime, s": round(statistics.median(run[1] for run in runs), 3),
         "peak resident, MB": round(statistics.median(run[2] for run in runs), 1),
     }

@@ -18,8 +18,8 @@ import numpy as np
 from emoji_quality import ROOT, choose, nearest_emoji
 from harness import machine
 
-from stepforge.runtime import Engine, Request, Result, load
-from stepforge.runtime.tune import distance, prices, row_counts
+from stepforge import Engine, Request, Result, load
+from stepforge.runtime.tune.search import distance, prices, row_counts
 
 # name -> guidance and reuse; w stands for the full plan's weight
 PLANS = {

@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
-from stepforge.export import trace
-from stepforge.export.bank import TARGETS, add_bank, modules_of, transformer_only, used_modules
-from stepforge.export.checkpoint import Source, load
-from stepforge.export.control import split
-from stepforge.export.control_checkpoint import ControlSource, load_control
-from stepforge.export.merge import read_all, with_adapters
-from stepforge.export.rewire import RESIDUAL, Reuse, cut_variants, settle_probes, variant
-from stepforge.export.tokenizer import tokenizer_json
+from stepforge.export.graph import trace
+from stepforge.export.graph.bank import TARGETS, add_bank, modules_of, transformer_only, used_modules
+from stepforge.export.graph.control import split
+from stepforge.export.graph.rewire import RESIDUAL, Reuse, cut_variants, settle_probes, variant
+from stepforge.export.lora.merge import read_all, with_adapters
+from stepforge.export.models.controlnet import ControlSource, load_control
+from stepforge.export.models.scheduler import scheduler_card
+from stepforge.export.models.source import Source, load
+from stepforge.export.models.tokenizer import tokenizer_json
 from stepforge.runtime.bundle import (
     MANIFEST,
     NAME,
@@ -38,7 +39,6 @@ from stepforge.runtime.bundle import (
     write_manifest,
 )
 from stepforge.runtime.errors import BundleError, CheckpointError
-from stepforge.runtime.schedules import SchedulerCard
 
 Progress = Callable[[str, int, int], None]  # stage, stages done, stages in all
 
@@ -231,7 +231,7 @@ def _write(
     bundle = Bundle(
         path=folder,
         card=card,
-        scheduler=SchedulerCard.from_config(source.scheduler).to_dict(),
+        scheduler=scheduler_card(source.scheduler).to_dict(),
         components=components,
         precision=precision,
         versions={library: importlib.metadata.version(library) for library in ("stepforge", *LIBRARIES)},

@@ -11,9 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from stepforge.runtime.bundle import NAME, Bundle, write_manifest
-from stepforge.runtime.control import Control
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.request import Request
+from stepforge.runtime.request import Control, Request
 
 FIELDS = ("guidance", "guider", "reuse", "control_start", "control_end", "found")
 

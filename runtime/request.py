@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -10,17 +10,66 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stepforge.runtime import guiders, reuse
-from stepforge.runtime.control import Control
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.guidance import Guidance, parse
+from stepforge.runtime.imaging import preprocess
 from stepforge.runtime.lora.layers import MAX_STRENGTH
-from stepforge.runtime.plan import Plan
+from stepforge.runtime.plan import Plan, guiders, reuse
+from stepforge.runtime.plan.guidance import Guidance, parse
 
 MAX_STEPS = 1000
 MAX_IMAGES = 64
 MAX_SIDE = 4096  # pixels; above this one latent's attention alone exceeds any memory that we know of
 MAX_SEED = 2**64 - 1
+MAX_SCALE = 10.0  # of ControlNet residuals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """One ControlNet of a request. Raises RequestError for values that no model can run.
+
+    It runs in evaluation i of n where start <= i/n and (i + 1)/n <= end, as in diffusers, and, if `sigma` is given, where
+    sigma[0] < sigma of the step <= sigma[1]. Elsewhere it is not run.
+    """
+
+    name: str  # of a ControlNet in the bundle
+    image: Any  # path, bytes, PIL image or array: see preprocess.read_hint
+    preprocessor: str = "none"  # see preprocess.py
+    scale: float | tuple[float, ...] = 1.0  # of its residuals; a list gives one number an evaluation
+    start: float = 0.0
+    end: float = 1.0
+    sigma: tuple[float, float] | None = None
+    guess_mode: bool = False  # conditional rows only, residuals scaled from 0.1 to 1 by depth
+
+    def __post_init__(self) -> None:
+        what = f"ControlNet {self.name!r}"
+        if not isinstance(self.name, str):
+            raise RequestError(f"the name of a ControlNet is {self.name!r}; give text")
+        preprocess.parse(self.preprocessor)
+        if not isinstance(self.scale, int | float):
+            object.__setattr__(self, "scale", _listed(self.scale))
+        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
+        if not scales or not all(_is_number(value) and abs(value) <= MAX_SCALE for value in scales):
+            raise RequestError(
+                f"the scale of {what} is {self.scale!r}; give a number up to ±{MAX_SCALE:g}, or one a step"
+            )
+        if not (_is_number(self.start) and _is_number(self.end) and 0.0 <= self.start < self.end <= 1.0):
+            raise RequestError(f"{what} runs from {self.start!r} to {self.end!r}; give 0 <= start < end <= 1")
+        if self.sigma is not None:
+            object.__setattr__(self, "sigma", _listed(self.sigma))
+            window: Any = self.sigma
+            if len(window) != 2 or not all(_is_number(value) for value in window) or not 0 <= window[0] < window[1]:
+                raise RequestError(f"the sigmas of {what} are {window!r}; give two, the lower first")
+        if not isinstance(self.guess_mode, bool):
+            raise RequestError(f"guess_mode of {what} is {self.guess_mode!r}; give true or false")
+
+
+def _listed(given: Any) -> tuple[Any, ...]:
+    """A sequence as a tuple; what is none as a tuple of one, for the checks to refuse."""
+    return tuple(given) if isinstance(given, Sequence | np.ndarray) and not isinstance(given, str) else (given,)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from stepforge.export.build import BankOptions, export_bundle
-from stepforge.export.parity import verify
-from stepforge.export.rewire import Reuse
+from stepforge.export.graph.rewire import Reuse
+from stepforge.export.parity.verify import verify
 
 MODEL = Path(__file__).resolve().parents[1] / "examples/emoji/model"
 ADAPTERS = MODEL.parent / "adapters"
@@ -28,7 +28,7 @@ def test_demo_model_from_weights_to_images_with_adapters(tmp_path):
     assert verdict["passed"], [check for check in verdict["checks"] if not check["passed"]]
     assert any(check["name"] == "with ControlNet silhouette" for check in verdict["checks"])
     code = (
-        "import sys; from stepforge.runtime.cli import main\n"
+        "import sys; from stepforge.runtime.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     )

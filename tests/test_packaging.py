@@ -25,7 +25,7 @@ def test_wheel_and_sdist_hold_the_package_and_nothing_else(tmp_path):
         assert {name.split("/")[0].split("-")[0] for name in archive.namelist()} == {"stepforge"}
         archive.extractall(target)
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import stepforge.runtime as r; "
+        "import sys; sys.path.insert(0, sys.argv[1]); import stepforge as r; "
         "assert r.__file__.startswith(sys.argv[1]), r.__file__\n"
         "with r.load('fake') as engine: engine.generate(r.Request(prompt='x', steps=1))"
     )

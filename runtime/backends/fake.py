@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays, Graph
 from stepforge.runtime.bundle import Bundle, Component, ModelCard, TextEncoder
-from stepforge.runtime.schedules import SchedulerCard, alphas_cumprod
+from stepforge.runtime.plan.schedules import SchedulerCard, alphas_cumprod
 
 SPREAD = 0.5
 DIM = 16  # of the pretended text embedding
@@ -34,8 +34,9 @@ def fake_bundle(size: int = 512) -> Bundle:
             scaling_factor=1.0,
             text_encoders=(TextEncoder("text_encoder", "fake_tokenizer.json", 77, 256, 257, 257),),
         ),
-        scheduler=SchedulerCard.from_config({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear",
-                                             "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}).to_dict(),
+        scheduler=SchedulerCard(
+            sampler="ddim", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+        ).to_dict(),
         components={name: Component("", (), ()) for name in ("text_encoder", "denoiser/unet", "vae_decoder")},
         precision="fp32",
         versions={},

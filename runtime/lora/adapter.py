@@ -18,7 +18,7 @@ from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.file import Contents, read_file
 from stepforge.runtime.lora.layers import BIASES, Array, Layer, check
 from stepforge.runtime.lora.names import Names, Place
-from stepforge.runtime.lora.peft_config import PeftConfig, brief
+from stepforge.runtime.lora.peft import PeftConfig, brief
 
 log = logging.getLogger(__name__)
 

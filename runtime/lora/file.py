@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.layers import Array
-from stepforge.runtime.lora.peft_config import PeftConfig, brief
+from stepforge.runtime.lora.peft import PeftConfig, brief
 
 CONFIG = "adapter_config.json"
 IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's and diffusers' names
@@ -61,7 +61,7 @@ def _read(path: Path) -> Contents:
         raise AdapterError(f"{path} has {path.stat().st_size >> 20} MiB; adapters have at most {LARGEST >> 20}")
     data = path.read_bytes()
     if path.suffix == ".onnx_adapter":
-        from stepforge.runtime.backends.onnx_adapter import read
+        from stepforge.runtime.lora.onnx_adapter import read
 
         return Contents(
             path.name, {name: _checked(path, name, array) for name, array in read(path).items()}, raw=(data,)

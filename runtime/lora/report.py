@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepforge.runtime.adapters import unbindable
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.lora.adapter import read_adapter, survey
+from stepforge.runtime.lora.binding import unbindable
 from stepforge.runtime.lora.layers import Layer
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from stepforge.runtime import Request, RequestError
+from stepforge import Request, RequestError
 from stepforge.runtime.backends import fake
 from stepforge.runtime.backends.fake import fake_bundle
 from stepforge.runtime.bundle import Bundle, read, write_manifest
-from stepforge.runtime.cli import main
+from stepforge.runtime.cli.main import main
 from stepforge.runtime.presets import resolve, store
 
 FAST = {"guidance": "7.5@0-0.6,1@0.6-1", "reuse": "deepcache(2)", "control_end": 0.5, "found": {"rows": 14}}

@@ -458,7 +458,7 @@ def test_fp16_needs_cuda(tiny_sd1_bundle, monkeypatch):
 @pytest.mark.slow
 def test_parity_with_diffusers(tiny_sd1, tiny_sd1_bundle, tmp_path):
     """The proof that `stepforge verify` makes, whose limit in fp32 is 60 dB."""
-    from stepforge.export.parity import verify
+    from stepforge.export.parity.verify import verify
 
     verdict = verify(tiny_sd1_bundle, tiny_sd1, backends=["torch", "torch-exact"], precisions=["fp32"], prompts=["a cat"],
                      steps=6, store=False)  # fmt: skip

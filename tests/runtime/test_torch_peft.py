@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from stepforge.runtime.adapters import Adapters
 from stepforge.runtime.backends import open_backend, torch_peft
 from stepforge.runtime.backends import torch as backend
 from stepforge.runtime.bundle import read
+from stepforge.runtime.engine.adapters import Adapters
 
 LAYERS = r".*(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out|conv\d?|conv_(in|out|shortcut)|time_emb_proj|linear_\d)"
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from stepforge.export.bank import modules_of
-from stepforge.export.checkpoint import Source, load
-from stepforge.export.merge import merge, named_modules
+from stepforge.export.graph.bank import modules_of
+from stepforge.export.lora.merge import merge, named_modules
+from stepforge.export.models.source import Source, load
 from stepforge.runtime.bundle import Module
 from stepforge.runtime.lora.adapter import Adapter, read_adapter
 

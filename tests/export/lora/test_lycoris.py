@@ -19,7 +19,7 @@ from lycoris.modules.norms import NormModule
 from safetensors.torch import save_file
 from torch import nn
 
-from stepforge.export.merge import merge
+from stepforge.export.lora.merge import merge
 
 LAYERS = {
     "linear": "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj",  # 64 -> 512

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stepforge.export.checkpoint import weight_files
-from stepforge.export.merge import merge, read_all, with_adapters
+from stepforge.export.lora.merge import merge, read_all, with_adapters
+from stepforge.export.models.source import weight_files
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.names import DENOISER
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from stepforge.export.merge import merge
+from stepforge.export.lora.merge import merge
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.adapter import Adapter, read_adapter
 

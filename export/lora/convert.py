@@ -1,0 +1,107 @@
+"""Any LoRA file to a plain low-rank one: what is a pair stays exact, the rest is cut to a rank when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stepforge.export.lora.merge import named_modules, source_modules
+from stepforge.export.models.source import load
+from stepforge.runtime.errors import AdapterError
+from stepforge.runtime.lora.adapter import read_adapter
+from stepforge.runtime.lora.layers import delta, low_rank
+
+Array = NDArray[np.float32]
+DIFFUSERS = {"denoiser/unet": "unet", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
+FORMATS = (".safetensors", ".onnx_adapter")
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What became of one layer."""
+
+    component: str
+    module: str
+    kind: str
+    rank: int | None  # of the pair that was written; None if the layer was left out
+    error: float  # ‖ΔW − up·down‖ / ‖ΔW‖; 1 if the layer was left out
+    note: str = ""
+
+
+def convert(file: Path, model: Path, out: Path, *, rank: int | None = None, **source_options: Any) -> list[Converted]:
+    """Write a LoRA as diffusers' layout, scales folded in, for the run-time banks or for ONNX Runtime (.onnx_adapter).
+
+    model: the base model; its weights are read only where the change depends on them (DoRA, IA3).
+    rank: cut layers that are not low-rank to this rank by SVD; without it they are an error. Biases and norms cannot be
+    written and are reported as left out. Raises AdapterError, CheckpointError.
+    """
+    if out.suffix not in FORMATS:
+        raise AdapterError(f"{out} has an unknown suffix; choose one of {', '.join(FORMATS)}")
+    if out.exists():
+        raise AdapterError(f"{out} exists; choose another place")
+    source = load(model, **source_options)
+    modules = source_modules(source)
+    adapter = read_adapter(file, modules)
+    shapes = {(component, m.path): m.shape for component, entries in modules.items() for m in entries}
+    weights = _Weights(source.adaptable)
+    tensors: dict[str, Array] = {}
+    done = []
+    for (component, path), layer in adapter.layers.items():
+        shape = shapes[component, path]
+        pair, error, note = low_rank(layer, shape), 0.0, ""
+        if pair is None:
+            if rank is None:
+                raise AdapterError(
+                    f"{adapter.file}: {component} {path} is {layer.name}, no low-rank pair; give a --rank"
+                )
+            if len(shape) < 2:
+                done.append(Converted(component, path, layer.name, None, 1.0, "left out: a norm has no low-rank form"))
+                continue
+            change, bias = delta(layer, *weights(component, path), 1.0)
+            pair, error = truncate(change.reshape(shape[0], -1), rank)
+            note = "" if bias is None else "its bias is left out"
+        down, up = pair
+        stem = f"{DIFFUSERS[component]}.{path}"
+        tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(down.reshape(len(down), *shape[1:]))
+        tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(up.reshape(shape[0], -1, *(1 for _ in shape[2:])))
+        done.append(Converted(component, path, layer.name, len(down), error, note))
+    if out.suffix == ".safetensors":
+        from safetensors.numpy import save_file
+
+        save_file(tensors, out, metadata={"format": "pt"})
+    else:
+        from stepforge.runtime.lora.onnx_adapter import write
+
+        write(out, tensors)
+    return done
+
+
+def truncate(change: Array, rank: int) -> tuple[tuple[Array, Array], float]:
+    """The best pair of a rank, (down, up), and its relative error (Eckart-Young)."""
+    matrix = torch.from_numpy(change)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[:rank].sqrt()
+    down, up = root[:, None] * vh[:rank], u[:, :rank] * root
+    norm = float(s.square().sum())
+    return (down.numpy(), up.numpy()), (float(s[rank:].square().sum()) / norm) ** 0.5 if norm else 0.0
+
+
+class _Weights:
+    """Weights of the base model; each network is read when the first of its layers is asked for."""
+
+    def __init__(self, loaders: dict[str, Callable[[torch.dtype], Any]]) -> None:
+        self._loaders = loaders
+        self._networks: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, component: str, path: str) -> tuple[Array, Array | None]:
+        if component not in self._networks:
+            self._networks[component] = named_modules(self._loaders[component](torch.float32))
+        module = self._networks[component][path]
+        bias = getattr(module, "bias", None)
+        return module.weight.detach().numpy(), None if bias is None else bias.detach().numpy()

@@ -1,0 +1,120 @@
+"""What the texts on the command line mean: requests, adapters, ControlNets, numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepforge.runtime.errors import RequestError
+from stepforge.runtime.lora.layers import MAX_STRENGTH
+
+if TYPE_CHECKING:
+    from stepforge.runtime.request import Request
+
+
+def read_requests(
+    prompts: list[str] | None, prompt_file: Path | None, request_file: Path | None, options: dict[str, Any]
+) -> list[Request]:
+    """One request for each prompt or each line of a request file."""
+    from stepforge.runtime.request import Request
+
+    if [bool(prompts), prompt_file is not None, request_file is not None].count(True) != 1:
+        raise RequestError("give either PROMPT arguments, --prompts FILE or --requests FILE")
+    if request_file is None:
+        texts = list(prompts or ()) if prompt_file is None else [line for _, line in read_lines(prompt_file)]
+        return [Request(prompt=text, **options) for text in texts]
+    known = {field.name for field in fields(Request)}
+    requests = []
+    for number, line in read_lines(request_file):
+        try:
+            values = json.loads(line)
+            if not isinstance(values, dict) or not values.keys() <= known or "prompt" not in values:
+                raise ValueError(f"an object with prompt and any of {', '.join(sorted(known - {'prompt'}))} is needed")
+            requests.append(Request(**{**options, **_found_beside(request_file, values)}))
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"{request_file}, line {number}: {error}") from error
+    return requests
+
+
+def _found_beside(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """A line's values with the images of its ControlNets looked for beside the file."""
+    controls = values.get("controls", ())
+    controls = [controls] if isinstance(controls, dict) else controls
+    if not isinstance(controls, list) or not all(isinstance(control, dict) for control in controls):
+        return values
+    resolved = [{**c, "image": file.parent / c["image"]} if isinstance(c.get("image"), str) else c for c in controls]
+    return {**values, "controls": resolved} if resolved else values
+
+
+def read_lines(file: Path) -> list[tuple[int, str]]:
+    """The lines of a file that are not empty, with their numbers."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read {file}: {error}") from error
+    if not (found := [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]):
+        raise RequestError(f"{file} has no prompts")
+    return found
+
+
+def parse_adapter(text: str) -> tuple[str, Path, float]:
+    """[NAME=]FILE[:STRENGTH] -> name, file and strength; the file's own name if none is given."""
+    name, equals, rest = text.partition("=")
+    file, strength = file_and_strength(rest if equals else text)
+    return name if equals else file.stem, file, strength
+
+
+def parse_numbers(name: str, text: str | None, kind: type) -> Any:
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(f"--{name} {text!r} is not a list of numbers such as 999,850,700") from None
+
+
+def parse_controls(texts: Sequence[str], preprocessor: str, window: str, guess_mode: bool) -> list[dict[str, Any]]:
+    """NAME=IMAGE[:SCALE] -> fields of Control, which checks them. window: START..END in fractions of the steps."""
+    start, dots, end = window.partition("..")
+    try:
+        times = {"start": float(start), "end": float(end)} if dots else None
+    except ValueError:
+        times = None
+    if times is None:
+        raise RequestError(
+            f"--control-window {window!r} is not understood; give two fractions of the steps such as 0..0.6"
+        )
+    controls = []
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        if not equals or not rest:
+            raise RequestError(f"--control {text!r} is not understood; give NAME=IMAGE or NAME=IMAGE:SCALE")
+        image, scale = file_and_strength(rest)
+        controls.append(
+            {
+                "name": name,
+                "image": image,
+                "scale": scale,
+                "preprocessor": preprocessor,
+                "guess_mode": guess_mode,
+                **times,
+            }
+        )
+    return controls
+
+
+def file_and_strength(text: str) -> tuple[Path, float]:
+    """FILE or FILE:STRENGTH, as on the command line; a colon before what is no number belongs to the file's name."""
+    path, colon, number = text.rpartition(":")
+    try:
+        strength = float(number) if colon else 1.0
+    except ValueError:
+        return Path(text), 1.0
+    if not abs(strength) <= MAX_STRENGTH:
+        raise RequestError(
+            f"the strength of {path} is {number}; it lies between -{MAX_STRENGTH:g} and {MAX_STRENGTH:g}"
+        )
+    return Path(path if colon else text), strength

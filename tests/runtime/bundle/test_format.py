@@ -1,0 +1,113 @@
+"""The bundle's format and its refusals, on a bundle written by hand."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stepforge.runtime.backends.fake import fake_bundle
+from stepforge.runtime.bundle import MANIFEST, Bundle, Component, Tensor, read, sha256, write_manifest
+from stepforge.runtime.errors import BundleError
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    for name in ("denoiser/unet/model.onnx", "denoiser/unet/model.onnx.data", "tokenizer/tokenizer.json"):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(name.encode() * 10)
+    write(folder)
+    return folder
+
+
+def write(folder: Path) -> Bundle:
+    fake = fake_bundle()
+    tensor = Tensor("sample", "float32", ("rows", 4, "height", "width"))
+    card = fake.card
+    encoder = type(card.text_encoders[0])("denoiser/unet", "tokenizer/tokenizer.json", 77, 0, 1, 1)
+    names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
+    bundle = Bundle(
+        path=folder,
+        card=type(card)(**{f: getattr(card, f) for f in card.__slots__} | {"text_encoders": (encoder,)}),
+        scheduler=fake.scheduler,
+        components={"denoiser/unet": Component("denoiser/unet/model.onnx", (tensor,), (tensor,))},
+        precision="fp32",
+        versions={"torch": "2"},
+        source={"kind": "test"},
+        files={name: ((folder / name).stat().st_size, sha256(folder / name)) for name in names},
+    )
+    write_manifest(bundle)
+    return bundle
+
+
+def test_what_is_written_is_read(path):
+    bundle = read(path)
+    assert bundle == write(path)
+    assert bundle.digest == read(path).digest
+
+
+def test_the_verdict_is_not_part_of_the_digest(path):
+    from dataclasses import replace
+
+    bundle = read(path)
+    write_manifest(replace(bundle, verdict={"passed": True}))
+    assert read(path).verdict == {"passed": True}
+    assert read(path).digest == bundle.digest
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(position=st.integers(0, 239), flip=st.integers(1, 255))
+def test_any_flipped_byte_is_found(path, position, flip):
+    file = path / "denoiser/unet/model.onnx"
+    original = file.read_bytes()
+    damaged = bytearray(original)
+    damaged[position % len(damaged)] ^= flip
+    file.write_bytes(damaged)
+    with pytest.raises(BundleError, match="does not match its sha256"):
+        read(path)
+    file.write_bytes(original)
+
+
+def edit(path: Path, change) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    change(manifest)
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+REFUSED = {
+    "no manifest": (lambda p: (p / MANIFEST).unlink(), "is not a bundle: it has no bundle.json"),
+    "not JSON": (lambda p: (p / MANIFEST).write_text("{"), "is damaged"),
+    "other format": (lambda p: edit(p, lambda m: m.update(format=1)), "has bundle format 1; this version reads 3"),
+    "field missing": (lambda p: edit(p, lambda m: m.pop("model")), "is damaged"),
+    "field unknown": (lambda p: edit(p, lambda m: m["model"].update(extra=1)), "is damaged"),
+    "other family": (lambda p: edit(p, lambda m: m["model"].update(family="sd9")), "known: sd1, sd2, sdxl"),
+    "control without networks": (
+        lambda p: edit(p, lambda m: m["controls"].update(canny={"global_pool": False})),
+        "has no component 'control/canny/hint'",
+    ),
+    "file missing": (lambda p: (p / "tokenizer/tokenizer.json").unlink(), "lacks tokenizer/tokenizer.json"),
+    "file unknown": (lambda p: (p / "run.py").write_text(""), "does not list: run.py"),
+    "file longer": (lambda p: (p / "tokenizer/tokenizer.json").write_text("x"), "has 1 bytes"),
+    "link": (lambda p: os.symlink("/etc/hostname", p / "x"), "contains the link x"),
+    "path upwards": (
+        lambda p: edit(p, lambda m: m["components"]["denoiser/unet"].update(graph="../../etc/passwd")),
+        "not a plain relative path",
+    ),
+    "graph not listed": (
+        lambda p: edit(p, lambda m: m["components"]["denoiser/unet"].update(graph="other.onnx")),
+        "does not list it under files",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_bundle_is_refused_in_one_line(path, name):
+    damage, message = REFUSED[name]
+    damage(path)
+    with pytest.raises(BundleError, match=message) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
