@@ -227,7 +227,12 @@ def _export(
     from stepforge.export.build import LIBRARIES, export_bundle
 
     digest = hashlib.sha256(repr((sorted(controls or ()), sorted(options.items()))).encode())
-    code = [*(ROOT / "export").glob("*.py"), ROOT / "runtime" / "bundle.py", ROOT / "runtime" / "schedules.py"]
+    places = (
+        (ROOT / "export").rglob("*.py"),
+        (ROOT / "runtime" / "bundle").glob("*.py"),
+        [ROOT / "runtime/plan/schedules.py"],
+    )
+    code = [file for place in places for file in sorted(place)]
     weights = [file for folder in (model, *(controls or {}).values()) for file in folder.rglob("*") if file.is_file()]
     for file in sorted(code) + sorted(weights):
         digest.update(file.name.encode() + file.read_bytes())
