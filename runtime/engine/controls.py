@@ -16,6 +16,7 @@ from stepforge.runtime.bundle import Bundle, Component
 from stepforge.runtime.engine.state import Batch, Job
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.imaging.preprocess import hint_of
+from stepforge.runtime.imaging.read import check_image
 from stepforge.runtime.request import Control
 
 Array = NDArray[np.float32]
@@ -52,13 +53,14 @@ class Controls:
         self._stacks: dict[tuple[str, int], tuple[list[Array], Array]] = {}
         self._encoded_hints: OrderedDict[tuple[str, tuple[int, ...], str], Array] = OrderedDict()
 
-    def check(self, names: Sequence[str]) -> None:
-        """Raises RequestError if the bundle lacks one."""
+    def check(self, controls: Sequence[Control]) -> None:
+        """Raises RequestError if the bundle lacks one, or its image is none."""
         known = self._bundle.controls
-        for name in names:
-            if name not in known:
+        for control in controls:
+            if control.name not in known:
                 have = f"it has {', '.join(known)}" if known else "it was exported without any (--control NAME=DIR)"
-                raise RequestError(f"the bundle has no ControlNet {name!r}; {have}")
+                raise RequestError(f"the bundle has no ControlNet {control.name!r}; {have}")
+            check_image(control.image)
 
     def cond_only(self, control: Control) -> bool:
         """Whether it runs in conditional rows only: in guess mode, which diffusers' pipelines turn on for pooled residuals."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,14 +27,28 @@ def read_image(source: str | Path | bytes | Image.Image | NDArray[Any]) -> Image
     Files are PNG, JPEG or WebP by content, whatever their name. Arrays are uint8 or floats in 0..1, [h, w, 3] or [h, w].
     Raises RequestError for anything else, before a large file is decoded.
     """
+    return _from_array(source) if isinstance(source, np.ndarray) else _using(source, _decoded)
+
+
+def check_image(source: str | Path | bytes | Image.Image | NDArray[Any]) -> None:
+    """Raises RequestError as `read_image` would, by what a file's header says: nothing is decoded."""
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        _check_array(source)
+    else:
+        _using(source, _check_header)
+
+
+T = TypeVar("T")
+
+
+def _using(source: Any, use: Callable[[Image.Image, str], T]) -> T:
+    """What `use` makes of the opened picture and its name; whatever goes wrong as a RequestError."""
     what = f"image {printable(source)}" if isinstance(source, str | Path) else "the image"
     try:
         if isinstance(source, Image.Image):
-            return _decoded(source, what)
+            return use(source, what)
         with Image.open(_opened(source, what), formats=FORMATS) as image:
-            return _decoded(image, what)
+            return use(image, what)
     except UnidentifiedImageError as error:
         if is_lfs_pointer(source if isinstance(source, str | Path) else bytes(source)):  # type: ignore[arg-type]
             raise RequestError(f"{what} is a Git LFS pointer, not the image; run `git lfs pull`") from error
@@ -66,10 +81,16 @@ def _opened(source: Any, what: str) -> Any:
     return file
 
 
-def _decoded(image: Image.Image, what: str) -> Image.Image:
+def _check_header(image: Image.Image, what: str) -> None:
     _check_size(what, *image.size)
     if (frames := getattr(image, "n_frames", 1)) != 1:
         raise RequestError(f"{what} has {frames} frames; give a still image")
+    if image.mode not in (*SIXTEEN_BITS, *WITH_ALPHA, *WITHOUT_ALPHA):
+        raise RequestError(f"{what} has pixels of mode {image.mode}; give 8 bits a channel, or grey of 16 bits")
+
+
+def _decoded(image: Image.Image, what: str) -> Image.Image:
+    _check_header(image, what)
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BITS:  # Pillow would clip them; depth maps are often such
@@ -78,12 +99,10 @@ def _decoded(image: Image.Image, what: str) -> Image.Image:
     if image.mode in WITH_ALPHA or (image.mode in WITHOUT_ALPHA and "transparency" in image.info):
         image = image.convert("RGBA")
         return image.convert("RGB") if image.getchannel("A").getextrema() == (255, 255) else image
-    if image.mode not in WITHOUT_ALPHA:
-        raise RequestError(f"{what} has pixels of mode {image.mode}; give 8 bits a channel, or grey of 16 bits")
     return image.convert("RGB")
 
 
-def _from_array(array: NDArray[Any]) -> Image.Image:
+def _check_array(array: NDArray[Any]) -> None:
     shape = list(array.shape)
     if len(shape) not in (2, 3) or shape[2:] not in ([], [3]):
         raise RequestError(f"the image is an array of shape {shape}; give [height, width, 3] or [height, width]")
@@ -91,9 +110,14 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     if np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):  # not so for NaN either
             raise RequestError("the image is an array of floats that are not all from 0 to 1")
-        array = np.rint(array.astype(np.float64) * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
         raise RequestError(f"the image is an array of {array.dtype}; give uint8, or floats from 0 to 1")
+
+
+def _from_array(array: NDArray[Any]) -> Image.Image:
+    _check_array(array)
+    if array.dtype != np.uint8:
+        array = np.rint(array.astype(np.float64) * 255).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 

@@ -312,7 +312,7 @@ def test_a_failing_net_fails_only_its_request(recorded, part):
     alone = [engine.generate(request) for request in good]
     recorder.poisoned = f"control/b/{part}"
     try:
-        bad = engine.submit(ask(B, A))
+        bad = engine.submit(ask({**B, "image": HINTS[1].transpose(1, 0, 2)}, A))  # an image that no request had before
         together = engine.generate(good)
         with pytest.raises(GenerationError, match=f"RuntimeError: no control/b/{part}") as caught:
             bad.result()
