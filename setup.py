@@ -72,7 +72,8 @@ setup(
     package_data={
         "": ["py.typed"],
         "stepforge.runtime.backends": ["fake_tokenizer.json"],
-        "stepforge.kernels": ["dispatch.json", "golden.json"],
+        "stepforge.kernels.dispatch": ["table.json"],
+        "stepforge.kernels.aot": ["golden.json"],
     },
     entry_points={
         "console_scripts": ["stepforge=stepforge.runtime.cli.main:main"],

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from stepforge.kernels import ops as kernels
 from stepforge.runtime.backends import Arrays, SideCall, StepTable
-from stepforge.runtime.backends.torch_graph import Program
+from stepforge.runtime.backends.torch.program import Program
 
 Tensor = Any  # torch.Tensor
 Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -42,7 +42,7 @@ class Starter(Protocol):
 
 class TorchLoop:
     """networks: the denoiser as calls without an adapter run it, and as those with one do. caller: what calls a function on
-    the device, `torch_cuda.Recorder` or its like for the CPU. exact: guidance rounds where diffusers' pipelines round."""
+    the device, `cuda.Recorder` or its like for the CPU. exact: guidance rounds where diffusers' pipelines round."""
 
     def __init__(
         self,

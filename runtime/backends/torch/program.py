@@ -1,4 +1,4 @@
-"""A component's ONNX graph as a plain program: nodes over named values, which passes rewrite and `torch_run` executes.
+"""A component's ONNX graph as a plain program: nodes over named values, which passes rewrite and `run` executes.
 
 Two kinds of values: tensors, and whole numbers that live on the host as NumPy arrays (shapes, and arithmetic on them). So
 nothing in a program waits for a device, and one recording of a CUDA graph holds for one set of input shapes.
@@ -23,7 +23,7 @@ HOST_FLOATS = {"Resize": (1, 2)}  # operands that are numbers for the host, alth
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    op: str  # an operator of ONNX, or one that a pass makes; see torch_ops.OPS
+    op: str  # an operator of ONNX, or one that a pass makes; see ops.OPS
     inputs: tuple[str, ...]  # "" for an operand that is left out
     outputs: tuple[str, ...]
     attributes: Mapping[str, Any] = field(default_factory=dict)

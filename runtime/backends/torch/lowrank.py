@@ -2,7 +2,7 @@
 
 A row's slot is gathered from the bank, some 100 KB a layer where the layer's values are megabytes, so every row is an
 "adapter" of the kernel: rows of one slot may then differ in strength, and the table of row blocks depends on shapes alone.
-Banks come in the kernels' layout, see `torch_banks`.
+Banks come in the kernels' layout, see `banks`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from stepforge.kernels import ops as kernels
 from stepforge.kernels import packing
-from stepforge.kernels.dispatch import dispatch
-from stepforge.kernels.layers import Layer
-from stepforge.kernels.tiles import padded_rank
+from stepforge.kernels.dispatch.choose import dispatch
+from stepforge.kernels.dispatch.layers import Layer
+from stepforge.kernels.dispatch.tiles import padded_rank
 
 Tensor = Any  # torch.Tensor
 SPAN = 16  # ranks that share one scale in the kernels' layout

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from stepforge.runtime.backends.torch_graph import Node, Program
-from stepforge.runtime.backends.torch_lora import LoraPasses
+from stepforge.runtime.backends.torch.lora import LoraPasses
+from stepforge.runtime.backends.torch.program import Node, Program
 
 LAYERS = ("Linear", "LowrankLinear")
 ON_THE_WAY = ("Reshape", "Transpose", "Add")  # from a layer to attention; Add: of a LoRA term that is not fused

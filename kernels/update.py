@@ -9,10 +9,12 @@ nothing: what their operand holds cannot leak.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, import-untyped"
+import torch
 import triton
 import triton.language as tl
 
-from stepforge.kernels.lowrank_body import rounded
+from stepforge.kernels.launch import FLOATS, Tensor, check_floats, check_packed, check_shape, require, upcast
+from stepforge.kernels.lowrank import rounded
 
 
 @triton.jit
@@ -25,7 +27,7 @@ def rounded_to(value, dtype: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["steps"])
-def guide_update(
+def guide_update_kernel(
     prediction, guidance, table, scale_in, step, state, z, sample, places, sources,
     size, steps,
     NUM_P: tl.constexpr, NUM_X: tl.constexpr, WAYS: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
@@ -82,3 +84,45 @@ def guide_update(
         tl.store(ring + ((k + 1) % NUM_X) * size + offs, latent, mask=mask)
         seen = latent * tl.load(scale_in + at * (steps + 1) + k + 1)
         tl.store(sample + at * size + offs, seen.to(sample.dtype.element_ty), mask=mask)
+
+
+def guide_update(
+    prediction: Tensor, guidance: Tensor, table: Tensor, scale_in: Tensor, step: Tensor, state: Tensor, z: Tensor,
+    sample: Tensor, places: Tensor, sources: Tensor, num_x: int, *, exact: bool = False, block: int = 1024,
+) -> None:  # fmt: skip
+    """One step of the images at `places`, in place on `state` and `sample`; shapes as in `reference.guide_update`.
+
+    `step` is read, not advanced: add 1 to it after the launch, inside the same graph. A place may stand there once.
+    """
+    images, window, size = state.shape
+    moved, ways = sources.shape
+    steps = table.shape[1]
+    require(prediction.dtype in FLOATS and sample.dtype in FLOATS, "prediction and sample must be floats")
+    require(0 < num_x < window, f"num_x is {num_x} of {window} rows; both rings need one at least")
+    require(not exact or ways == 2, f"exact guidance is of two predictions, not {ways}")
+    check_floats(guidance=guidance, table=table, scale_in=scale_in, state=state, z=z)
+    integers = (step, places, sources)
+    require(state.dtype == torch.float32, f"state must be float32, not {state.dtype}")
+    require(all(index.dtype == torch.int32 for index in integers), "step, places and sources must be int32")
+    check_shape("prediction", prediction, (prediction.shape[0], size))
+    check_shape("guidance", guidance, (images, steps, ways))
+    check_shape("table", table, (images, steps, window + 1))
+    check_shape("scale_in", scale_in, (images, steps + 1))
+    check_shape("step", step, (images,))
+    check_shape("places", places, (moved,))
+    check_shape("z", z, (images, size))
+    check_shape("sample", sample, (images, size))
+    check_packed(
+        prediction=prediction, guidance=guidance, table=table, scale_in=scale_in, step=step, state=state, z=z,
+        sample=sample, places=places, sources=sources,
+    )  # fmt: skip
+    if moved and size:
+        # the interpreter cannot round to bf16: it writes fp32, and torch rounds
+        target = sample.float() if upcast(sample.dtype) else sample
+        guide_update_kernel[(triton.cdiv(size, block), moved)](
+            prediction, guidance, table, scale_in, step, state, z, target, places, sources, size, steps,
+            NUM_P=window - num_x, NUM_X=num_x, WAYS=ways, EXACT=exact, BLOCK=block, UPCAST=upcast(prediction.dtype),
+            enable_fp_fusion=not exact,  # w·d + b in one rounding would be another result
+        )  # fmt: skip
+        if target is not sample:
+            sample.copy_(target)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from stepforge.kernels import ops as kernels
-from stepforge.runtime.backends import torch_lowrank, torch_peft
-from stepforge.runtime.backends.torch_graph import Node
+from stepforge.runtime.backends.torch import lowrank, peft
+from stepforge.runtime.backends.torch.program import Node
 from stepforge.runtime.errors import BackendError
 
 Value = Any  # torch.Tensor, np.ndarray
@@ -224,8 +224,8 @@ OPS: Mapping[str, Callable[..., Value]] = {
     # made by passes
     "Linear": lambda x, w, bias=None: F.linear(x, w, bias), "Silu": lambda x: F.silu(x), "Attention": attention,
     "GroupNorm": group_norm, "GroupNormSilu": group_norm_silu, "Geglu": lambda h: kernels.geglu(h),
-    "LowrankLinear": torch_lowrank.linear, "LowrankGeglu": torch_lowrank.geglu, "LowrankConv": torch_lowrank.conv,
-    "PeftLinear": torch_peft.linear, "PeftConv": torch_peft.conv,
+    "LowrankLinear": lowrank.linear, "LowrankGeglu": lowrank.geglu, "LowrankConv": lowrank.conv,
+    "PeftLinear": peft.linear, "PeftConv": peft.conv,
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stepforge.runtime.backends.torch_graph import Node, Program
+from stepforge.runtime.backends.torch.program import Node, Program
 
 WAVES = ("Sin", "Cos")
 # operand that the operators of layers with LoRA take in fp32

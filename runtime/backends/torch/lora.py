@@ -13,7 +13,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepforge.runtime.backends.torch_graph import Node, Program
+from stepforge.runtime.backends.torch.program import Node, Program
 
 HIGHEST_RANK = 128  # of the kernels; banks of more stay plain products
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stepforge.runtime.backends import Banks, open_backend, torch_lowrank
-from stepforge.runtime.backends.torch_banks import DeviceBanks
-from stepforge.runtime.backends.torch_graph import Node, Program
-from stepforge.runtime.backends.torch_lora import LoraPasses, Stack, View, fuse_lowrank_geglu, fuse_residual
-from stepforge.runtime.backends.torch_packed import pack_attention
-from stepforge.runtime.backends.torch_run import Runner
+from stepforge.runtime.backends import Banks, open_backend
+from stepforge.runtime.backends.torch import lowrank as torch_lowrank
+from stepforge.runtime.backends.torch.banks import DeviceBanks
+from stepforge.runtime.backends.torch.lora import LoraPasses, Stack, View, fuse_lowrank_geglu, fuse_residual
+from stepforge.runtime.backends.torch.packed import pack_attention
+from stepforge.runtime.backends.torch.program import Node, Program
+from stepforge.runtime.backends.torch.run import Runner
 from stepforge.runtime.bundle import read
 
 CPU = torch.device("cpu")

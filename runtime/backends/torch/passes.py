@@ -3,7 +3,7 @@
 exact   one PyTorch operator for each that diffusers and PEFT call, so it rounds where they round. On a CPU a network gives
         their bits, without an adapter and with one, in fp32 and in bf16, but for two things. The exporter folds the
         frequencies of timesteps' sines, one unit in the last place from PyTorch's. Several adapters together are one product
-        of all their ranks, with their strengths in B. Layers with LoRA are in `torch_peft`.
+        of all their ranks, with their strengths in B. Layers with LoRA are in `peft`.
 fast    the operators of `stepforge.kernels` besides: they compute in fp32 and round once, so results are nearer to fp32,
         and not equal to diffusers'. In fp32 only the order of sums differs.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from stepforge.runtime.backends.torch_graph import Node, Program
+from stepforge.runtime.backends.torch.program import Node, Program
 
 Tensor = Any  # torch.Tensor
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from stepforge.kernels.layers import Layer
-from stepforge.kernels.tiles import EXPAND_RANKS, ONEPASS_RANKS, block_rows, onepass_tile, padded_rank
+from stepforge.kernels.dispatch.layers import Layer
+from stepforge.kernels.dispatch.tiles import EXPAND_RANKS, ONEPASS_RANKS, block_rows, onepass_tile, padded_rank
 
 TENSOR_SHARE = 0.7  # of the tensor peak, sustained
 BANDWIDTH_SHARE = 0.8  # of the memory bandwidth, sustained

@@ -11,14 +11,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from stepforge.runtime.backends import Banks, open_backend, torch_lowrank
-from stepforge.runtime.backends import torch as backend
-from stepforge.runtime.backends import torch_passes as passes
-from stepforge.runtime.backends.torch_banks import DeviceBanks
-from stepforge.runtime.backends.torch_graph import Node, Program, read, run_passes
-from stepforge.runtime.backends.torch_lora import LoraPasses, View, drop_lora
-from stepforge.runtime.backends.torch_precision import lower
-from stepforge.runtime.backends.torch_run import Runner
+from stepforge.runtime.backends import Banks, open_backend
+from stepforge.runtime.backends.torch import backend, lowrank, passes
+from stepforge.runtime.backends.torch.banks import DeviceBanks
+from stepforge.runtime.backends.torch.lora import LoraPasses, View, drop_lora
+from stepforge.runtime.backends.torch.precision import lower
+from stepforge.runtime.backends.torch.program import Node, Program, read, run_passes
+from stepforge.runtime.backends.torch.run import Runner
 from stepforge.runtime.bundle import read as read_bundle
 from stepforge.runtime.errors import BackendError
 
@@ -322,11 +321,11 @@ def test_without_adapters_banks_change_no_bit(tiny_sd1_bundle, tiny_sd1_banks, z
 @pytest.mark.parametrize("path", ["reference", "addmm"])
 def test_both_paths_of_a_low_rank_layer(path, monkeypatch):
     """Rows with slots and strengths of their own, against the formula in fp64; fp32 sums of 8 products are within 1e-5."""
-    monkeypatch.setattr(torch_lowrank, "_choice", lambda *args: (0, path))
+    monkeypatch.setattr(lowrank, "_choice", lambda *args: (0, path))
     torch.manual_seed(6)
     x, w, bias, a, b = (torch.randn(shape) for shape in ((3, 5, 8), (6, 8), (6,), (2, 4, 8), (2, 6, 4)))
     slots, strength = torch.tensor([1, 0, 1]), torch.tensor([0.5, 2.0, -1.0]).reshape(3, 1, 1)
-    found = torch_lowrank.linear(x, w, bias, a, b, slots, strength, rank=4)
+    found = lowrank.linear(x, w, bias, a, b, slots, strength, rank=4)
     x, w, bias, a, b, strength = (value.double() for value in (x, w, bias, a, b, strength))
     expected = x @ w.T + bias + strength * (x @ a[slots].mT @ b[slots].mT)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)

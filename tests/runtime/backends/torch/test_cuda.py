@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from stepforge import Request, load
-from stepforge.runtime.backends import StepTable, open_backend, torch_cuda
-from stepforge.runtime.backends import torch as backend
-from stepforge.runtime.backends.torch_cuda import Recorder
+from stepforge.runtime.backends import StepTable, open_backend
+from stepforge.runtime.backends.torch import backend
+from stepforge.runtime.backends.torch import cuda as torch_cuda
+from stepforge.runtime.backends.torch.cuda import Recorder
 from stepforge.runtime.bundle import read
 
 on_gpu = [

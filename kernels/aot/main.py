@@ -15,17 +15,16 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from stepforge.kernels.aot.programs import Program, programs
+from stepforge.kernels.aot.sass import disassemble, entry_parameters
+from stepforge.kernels.dispatch.tiles import SHARED_LIMIT, WIDE_ARCHES
 from stepforge.kernels.launch import interpreted
-from stepforge.kernels.sass import disassemble, entry_parameters
-from stepforge.kernels.shipped import Program, programs
-from stepforge.kernels.tiles import SHARED_LIMIT, WIDE_ARCHES
 
 GOLDEN = Path(__file__).with_name("golden.json")
 Report = dict[str, Any]
@@ -194,7 +193,3 @@ def main() -> int:
         problems += changes(got, golden)
     print("\n".join(problems) or f"{len(got)} programs pass")
     return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

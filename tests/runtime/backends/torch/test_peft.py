@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from stepforge.runtime.backends import open_backend, torch_peft
-from stepforge.runtime.backends import torch as backend
+from stepforge.runtime.backends import open_backend
+from stepforge.runtime.backends.torch import backend, peft
 from stepforge.runtime.bundle import read
 from stepforge.runtime.engine.adapters import Adapters
 
@@ -83,21 +83,21 @@ def test_one_adapter_gives_the_bits_of_peft(tiny_sd1, tiny_sd1_banks, step, tmp_
 @pytest.mark.parametrize("knows", [True, False], ids=["by slot", "batched"])
 def test_both_ways_of_a_layer(knows, monkeypatch):
     """Rows with slots and strengths of their own against the formula in fp64; fp32 sums of 45 products are within 1e-5."""
-    monkeypatch.setattr(torch_peft, "knows_slots", lambda device: knows)
+    monkeypatch.setattr(peft, "knows_slots", lambda device: knows)
     torch.manual_seed(6)
     slots, strength = torch.tensor([2, 0, 2]), torch.tensor([0.5, 2.0, -1.0]).reshape(3, 1, 1)
     a, b = torch.randn(3, 16, 8), torch.randn(3, 6, 16)
     a[:, 4:], b[..., 4:] = 0, 0  # padded for the kernels
     w, bias = torch.randn(6, 8), torch.randn(6)
     for x in (torch.randn(3, 5, 8), torch.randn(3, 8)):
-        found = torch_peft.linear(x, w, bias, a, b, slots, strength, rank=4)
+        found = peft.linear(x, w, bias, a, b, slots, strength, rank=4)
         down, up = a[slots].double().mT, b[slots].double().mT
         term = strength * (x.double().reshape(3, -1, 8) @ down @ up)
         expected = x.double() @ w.double().T + bias.double() + term.reshape(found.shape)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     x, w, a = torch.randn(3, 5, 8, 6), torch.randn(6, 5, 3, 3), torch.randn(3, 16, 3, 3, 5)
     a[:, 4:] = 0
-    found = torch_peft.conv(x, w, bias, a, b, slots, strength, rank=4, stride=2, pad=1)
+    found = peft.conv(x, w, bias, a, b, slots, strength, rank=4, stride=2, pad=1)
     for row, slot in enumerate(slots.tolist()):
         merged = w.double() + strength[row].double() * torch.einsum("nr,rhwc->nchw", b[slot].double(), a[slot].double())
         expected = F.conv2d(x[row : row + 1].double(), merged, bias.double(), 2, 1)[0]

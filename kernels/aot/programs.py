@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepforge.kernels import conv_body, gated_body, geglu_body, guide_body, lowrank_body, norm_body
-from stepforge.kernels.tiles import (
+from stepforge.kernels import conv, gated, lowrank, norms, update
+from stepforge.kernels.dispatch.tiles import (
     ARCHES,
     EXPAND_RANKS,
     ONEPASS_RANKS,
@@ -64,7 +64,7 @@ class Program:
             elif arg in RUNTIME_FLOATS:
                 types[arg] = "fp32"
             elif is_pointer(self.body.__name__, arg):
-                guide = self.body.__name__ == "guide_update"
+                guide = self.body.__name__ == "guide_update_kernel"
                 integer = arg in INT32 and not (guide and arg == "table")
                 single = arg in FP32 and not (arg in ("scale",) and "apply" in self.body.__name__)
                 types[arg] = "*i32" if integer else "*fp32" if single else f"*{self.dtype}"
@@ -74,7 +74,7 @@ class Program:
 
     def aligned(self) -> list[str]:
         """Arguments that the launcher passes as multiples of 16: addresses, and what rows are made of."""
-        numbers = ANY_NUMBER + (CONV_NUMBERS if self.body.__name__ == "conv_shrink" else ())
+        numbers = ANY_NUMBER + (CONV_NUMBERS if self.body.__name__ == "conv_shrink_kernel" else ())
         return [
             arg
             for arg, kind in self.signature().items()
@@ -118,7 +118,7 @@ def linear_programs(arch: int, dtype: str) -> Iterator[Program]:
             base = (tile.block_m, tile.block_n, tile.block_k)
             up = (tile.block_m, tile.block_n, rank)
             yield Program(
-                f"onepass r{rank} m{block} {dtype} sm_{arch}", lowrank_body.onepass, arch, dtype, tile.warps, tile.stages,
+                f"onepass r{rank} m{block} {dtype} sm_{arch}", lowrank.onepass_kernel, arch, dtype, tile.warps, tile.stages,
                 {"R": rank, "LOWRANK": True, **gemm(tile), **most},
                 dots=(base, (tile.block_m, rank, tile.block_k), up, base, up), async_loads=2 * loads(tile),
             )  # fmt: skip
@@ -128,7 +128,7 @@ def linear_programs(arch: int, dtype: str) -> Iterator[Program]:
             up = (tile.block_m, tile.block_n, 16)
             for act in (0, 2):
                 yield Program(
-                    f"expand{' gelu' if act else ''} r{rank} m{block} {dtype} sm_{arch}", lowrank_body.expand, arch, dtype,
+                    f"expand{' gelu' if act else ''} r{rank} m{block} {dtype} sm_{arch}", lowrank.expand_kernel, arch, dtype,
                     tile.warps, tile.stages,
                     {"R": rank, "SPLIT": 2, "BASE": True, **gemm(tile), **most, "ACT": act, "HAS_RESIDUAL": not act},
                     dots=(base, up), async_loads=loads(tile),
@@ -136,13 +136,13 @@ def linear_programs(arch: int, dtype: str) -> Iterator[Program]:
             shape = {**gemm(tile), **{name: most[name] for name in ("GROUPED", "HAS_BIAS", "UPCAST")}}
             half = tile.block_n // 2
             yield Program(
-                f"expand_geglu r{rank} m{block} {dtype} sm_{arch}", gated_body.expand_geglu, arch, dtype, tile.warps,
+                f"expand_geglu r{rank} m{block} {dtype} sm_{arch}", gated.expand_geglu_kernel, arch, dtype, tile.warps,
                 tile.stages, {"R": rank, "SPLIT": 2, **shape},
                 dots=2 * ((block, half, up[2]), (block, half, tile.block_k)), async_loads=loads(tile),
             )  # fmt: skip
             if block == block_rows(arch)[-1]:
                 yield Program(
-                    f"add_expanded r{rank} m{block} {dtype} sm_{arch}", lowrank_body.expand, arch, dtype, tile.warps,
+                    f"add_expanded r{rank} m{block} {dtype} sm_{arch}", lowrank.expand_kernel, arch, dtype, tile.warps,
                     tile.stages, {"R": rank, "SPLIT": 1, "BASE": False, **gemm(tile), **most, "HAS_BIAS": False}, dots=(up,),
                 )  # fmt: skip
 
@@ -152,12 +152,12 @@ def shrink_programs(arch: int, dtype: str) -> Iterator[Program]:
         tile = shrink_tile(64, rank)
         shape = {"BLOCK_M": tile.block_m, "SUB": 64 // tile.block_m, "GROUPED": True, "UPCAST": False}
         yield Program(
-            f"shrink r{rank} {dtype} sm_{arch}", lowrank_body.shrink, arch, dtype, tile.warps, tile.stages,
+            f"shrink r{rank} {dtype} sm_{arch}", lowrank.shrink_kernel, arch, dtype, tile.warps, tile.stages,
             {"R": rank, "SPLIT": 2, "BLOCK_K": tile.block_k, **shape}, dots=((tile.block_m, rank, tile.block_k),),
             async_loads=tile.block_m * tile.block_k * 2 // 16 // (32 * tile.warps) * (tile.stages - 1),
         )  # fmt: skip
         yield Program(
-            f"conv_shrink r{rank} {dtype} sm_{arch}", conv_body.conv_shrink, arch, dtype, tile.warps, tile.stages,
+            f"conv_shrink r{rank} {dtype} sm_{arch}", conv.conv_shrink_kernel, arch, dtype, tile.warps, tile.stages,
             {"R": rank, "SIDE": 3, "BLOCK_K": 64, **shape}, dots=((tile.block_m, rank, 64),),
             async_loads=tile.block_m * 64 * 2 // 16 // (32 * tile.warps) * (tile.stages - 1),
         )  # fmt: skip
@@ -171,17 +171,17 @@ def other_programs(arch: int, dtype: str) -> Iterator[Program]:
         "WAYS": 2,
         "BLOCK": 1024,
         "UPCAST": False,
-    }  # rings of runtime/backends/torch_loop.py
+    }  # rings of runtime/backends/torch/loop.py
     bodies: dict[str, tuple[Any, dict[str, Any]]] = {
-        "parts_nhwc": (norm_body.parts_nhwc, {"BLOCK_P": 64, "BLOCK_C": 64}),
-        "parts_nchw": (norm_body.parts_nchw, {"BLOCK": 4096}),
-        "apply_nhwc": (norm_body.apply_nhwc, {"BLOCK_P": 64, "BLOCK_C": 64, **fused}),
-        "apply_nchw": (norm_body.apply_nchw, {"BLOCK": 4096, **fused}),
-        "geglu": (geglu_body.geglu, {"BLOCK_M": 8, "BLOCK_N": 256}),
-        "guide_update": (guide_body.guide_update, {"EXACT": False, **loop}),
-        "guide_update exact": (guide_body.guide_update, {"EXACT": True, **loop}),
+        "parts_nhwc": (norms.parts_nhwc_kernel, {"BLOCK_P": 64, "BLOCK_C": 64}),
+        "parts_nchw": (norms.parts_nchw_kernel, {"BLOCK": 4096}),
+        "apply_nhwc": (norms.apply_nhwc_kernel, {"BLOCK_P": 64, "BLOCK_C": 64, **fused}),
+        "apply_nchw": (norms.apply_nchw_kernel, {"BLOCK": 4096, **fused}),
+        "geglu": (gated.geglu_kernel, {"BLOCK_M": 8, "BLOCK_N": 256}),
+        "guide_update": (update.guide_update_kernel, {"EXACT": False, **loop}),
+        "guide_update exact": (update.guide_update_kernel, {"EXACT": True, **loop}),
     }
     if dtype == DTYPES[0]:  # reads and writes fp32 alone
-        bodies["merge_parts"] = (norm_body.merge_parts, {"BLOCK": 1024})
+        bodies["merge_parts"] = (norms.merge_parts_kernel, {"BLOCK": 1024})
     for name, (body, constants) in bodies.items():
         yield Program(f"{name} {dtype} sm_{arch}", body, arch, dtype, 4, 3, constants)

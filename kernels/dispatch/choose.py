@@ -1,4 +1,4 @@
-"""Which path runs a layer: a checked-in table, `dispatch.json`, of the choices that the cost formula makes.
+"""Which path runs a layer: a checked-in table, `table.json`, of the choices that the cost formula makes.
 
 The table holds the layers of SD1.5 and SDXL at each rank and architecture. A layer of another number of rows takes the
 nearest row count of the same weights; other weights take the formula. Nothing is timed at run time, so exported graphs
@@ -12,11 +12,11 @@ import json
 import math
 from pathlib import Path
 
-from stepforge.kernels.cost import GPU_OF_ARCH, Choice, choose
-from stepforge.kernels.layers import GATED, SD15, SDXL, Layer
-from stepforge.kernels.tiles import ARCHES, padded_rank
+from stepforge.kernels.dispatch.cost import GPU_OF_ARCH, Choice, choose
+from stepforge.kernels.dispatch.layers import GATED, SD15, SDXL, Layer
+from stepforge.kernels.dispatch.tiles import ARCHES, padded_rank
 
-TABLE = Path(__file__).with_name("dispatch.json")
+TABLE = Path(__file__).with_name("table.json")
 RANKS = (16, 32, 64, 128)
 
 
@@ -101,7 +101,3 @@ def write_table() -> None:
         lines = [f"  {json.dumps(name)}: {json.dumps(entries[name])}" for name in sorted(entries)]
         archs.append(f"{json.dumps(arch)}: {{\n" + ",\n".join(lines) + "\n}")
     TABLE.write_text("{\n" + ",\n".join(archs) + "\n}\n", "utf-8")
-
-
-if __name__ == "__main__":
-    write_table()

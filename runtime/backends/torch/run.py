@@ -1,12 +1,12 @@
-"""Runs a program, node by node. On the CPU that is all; `torch_cuda` records it."""
+"""Runs a program, node by node. On the CPU that is all; `cuda` records it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from stepforge.runtime.backends.torch_graph import Program
-from stepforge.runtime.backends.torch_ops import function
+from stepforge.runtime.backends.torch.ops import function
+from stepforge.runtime.backends.torch.program import Program
 
 Value = Any  # torch.Tensor, np.ndarray
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from stepforge.kernels.tiles import padded_rank
+from stepforge.kernels.dispatch.tiles import padded_rank
 from stepforge.runtime.backends import Arrays, Banks
-from stepforge.runtime.backends.torch_lora import Stack, View
+from stepforge.runtime.backends.torch.lora import Stack, View
 
 Tensor = Any  # torch.Tensor
 Parts = tuple[tuple[Tensor, View | None], ...]  # banks, and the view of each that is meant; None: all of it

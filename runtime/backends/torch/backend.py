@@ -20,14 +20,14 @@ import torch
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays, Graph
-from stepforge.runtime.backends import torch_passes as passes
-from stepforge.runtime.backends.torch_banks import DeviceBanks, Shared
-from stepforge.runtime.backends.torch_graph import Program, read, run_passes
-from stepforge.runtime.backends.torch_loop import RINGS, Function, TorchLoop
-from stepforge.runtime.backends.torch_lora import LoraPasses, drop_lora, fuse_lowrank_geglu, fuse_residual
-from stepforge.runtime.backends.torch_packed import pack_attention
-from stepforge.runtime.backends.torch_precision import lower
-from stepforge.runtime.backends.torch_run import Runner
+from stepforge.runtime.backends.torch import passes
+from stepforge.runtime.backends.torch.banks import DeviceBanks, Shared
+from stepforge.runtime.backends.torch.loop import RINGS, Function, TorchLoop
+from stepforge.runtime.backends.torch.lora import LoraPasses, drop_lora, fuse_lowrank_geglu, fuse_residual
+from stepforge.runtime.backends.torch.packed import pack_attention
+from stepforge.runtime.backends.torch.precision import lower
+from stepforge.runtime.backends.torch.program import Program, read, run_passes
+from stepforge.runtime.backends.torch.run import Runner
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.errors import BackendError
 
@@ -80,7 +80,7 @@ class Torch:
         bare = self._open(component, banks, with_lora=False) if banks else full
         if self._device.type == "cpu":
             return TorchGraph((bare, full), self._device, exact=not self.fast, caller=OnCpu)
-        from stepforge.runtime.backends.torch_cuda import Recorder
+        from stepforge.runtime.backends.torch.cuda import Recorder
 
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -167,7 +167,7 @@ class Network:
 
 
 class OnCpu:
-    """Calls a function of tensors as `torch_cuda.Recorder` does."""
+    """Calls a function of tensors as `cuda.Recorder` does."""
 
     def __init__(self, function: Function, *, changes: Sequence[Tensor] = ()) -> None:
         self._function = function
