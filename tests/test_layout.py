@@ -88,10 +88,9 @@ def test_modules_of_a_package_import_in_no_circle():
             module = ".".join(["stepforge", room, *path.relative_to(ROOT / room).with_suffix("").parts])
             arrows[module.removesuffix(".__init__")] = set(imports(path, types=False))
         names = set(arrows)
-        arrows = {
-            module: {n for name in found for n in (name, name.rpartition(".")[0]) if n in names and n != module}
-            for module, found in arrows.items()
-        }
+        for module, found in arrows.items():
+            homes = {name if name in names else name.rpartition(".")[0] for name in found}
+            arrows[module] = homes & names - {module}
         while leaves := [module for module, found in arrows.items() if not found & arrows.keys()]:
             for module in leaves:
                 del arrows[module]
