@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays, Backend, Graph, SideCall
-from stepforge.runtime.bundle import Bundle, Component
+from stepforge.runtime.bundle import Bundle, Component, ComponentId
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.request import Control
 
@@ -43,7 +43,7 @@ class Controls:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self._bundle, self._backend = bundle, backend
-        self._graphs: dict[str, Graph] = {}
+        self._graphs: dict[ComponentId, Graph] = {}
         self._hints: dict[tuple[str, int], tuple[list[Array], Array]] = {}
 
     def check(self, names: Sequence[str]) -> None:
@@ -60,7 +60,7 @@ class Controls:
 
     def hint(self, name: str, image: Array) -> Array:
         """An image [3, height, width] in 0..1 through the hint encoder: [C, h, w]. Runs once for a request."""
-        return np.array(self._open(f"control/{name}/hint")({"image": image[None]})["hint"][0])
+        return np.array(self._open(ComponentId("control_hint", name))({"image": image[None]})["hint"][0])
 
     def calls(self, uses: Sequence[Use], variant: str = "") -> list[SideCall]:
         """What runs for these uses. Each ControlNet is called once for all its rows, and again only for a second use in one
@@ -70,9 +70,9 @@ class Controls:
             groups.setdefault((use.name, use.turn), []).append(use)
         calls = []
         for (name, turn), group in groups.items():
-            component = f"control/{name}/residuals"
-            if f"{component}.{variant}" in self._bundle.components:
-                component = f"{component}.{variant}"
+            component = ComponentId("control_residuals", name, variant)
+            if component not in self._bundle.components:
+                component = component.whole
             inputs = {"hint": self._stacked(name, turn, group), "scale": np.stack([self._scale(use) for use in group])}
             rows = np.array([use.row for use in group], np.int32)
             calls.append(SideCall(component, self._open(component), rows, inputs))
@@ -121,14 +121,13 @@ class Controls:
 
     def _scale(self, use: Use) -> Array:
         """Strength of each residual; guess mode weakens the shallow ones, see diffusers' ControlNetModel.forward."""
-        (count,) = (
-            t.shape[1] for t in self._bundle.components[f"control/{use.name}/residuals"].inputs if t.name == "scale"
-        )
+        entry = self._bundle.components[ComponentId("control_residuals", use.name)]
+        (count,) = (t.shape[1] for t in entry.inputs if t.name == "scale")
         if use.guess_mode and not self._bundle.controls[use.name].global_pool:
             return (np.logspace(-1, 0, int(count)) * use.scale).astype(np.float32)
         return np.full(int(count), use.scale, np.float32)
 
-    def _open(self, component: str) -> Graph:
+    def _open(self, component: ComponentId) -> Graph:
         if component not in self._graphs:
             self._graphs[component] = self._backend.open(component)
         return self._graphs[component]

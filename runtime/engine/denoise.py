@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays, Backend, Graph, LoopingGraph
-from stepforge.runtime.bundle import Bundle, Component, Size
+from stepforge.runtime.bundle import Bundle, Component, ComponentId, Size
 from stepforge.runtime.engine.adapters import Adapters, row_inputs
 from stepforge.runtime.engine.controls import Controls, Use, no_residuals
 from stepforge.runtime.engine.device_loop import Places, fits
@@ -31,30 +31,28 @@ class Denoisers:
     def __init__(self, bundle: Bundle, backend: Backend, adapters: Adapters) -> None:
         self._bundle, self._backend, self._adapters = bundle, backend, adapters
         self.controls = Controls(bundle, backend)
-        self._graphs: dict[str, Graph] = {}
-        for name in bundle.components:
-            if name.startswith("denoiser/") and "." not in name:
-                self._open(name)
+        self._graphs: dict[ComponentId, Graph] = {}
+        for network in bundle.denoisers:
+            self._open(network)
         self._packed: tuple[tuple[tuple[int, Size], ...], dict[str, Array], list[Condition]] | None = None
         self._sample: Array = np.empty(0, np.float32)
-        self._loops: dict[tuple[str, tuple[int, int, int]], Places] = {}
-        self._zeros = {name: no_residuals(entry) for name, entry in bundle.components.items()}
+        self._loops: dict[tuple[ComponentId, tuple[int, int, int]], Places] = {}
+        self._zeros = {key: no_residuals(entry) for key, entry in bundle.components.items()}
 
     def __call__(self, rows: Sequence[Row]) -> Array:
         """The raw predictions, [rows, C, h, w]; valid until the next call. All rows must be of one kind, see `engine._kind`."""
         step = rows[0].slot.step
-        network = f"denoiser/{step.denoiser}"
-        name = f"{network}.{step.reuse}" if step.reuse else network
-        entry = self._bundle.components[name]
+        network = _network(rows[0].slot)
+        entry = self._bundle.components[network]
         inputs = self._inputs(rows)
         if self._adapters.banks(network) is not None:
             inputs |= row_inputs([row.slot.job.bank_slot for row in rows], [row.slot.adapter_strength for row in rows])
-        zeros, uses = self._zeros[name], self._uses(name, rows)
+        zeros, uses = self._zeros[network], self._uses(network, rows)
         calls = self.controls.calls(uses, step.reuse)
         inputs |= {**zeros, **self.controls.residuals(calls, inputs, list(zeros))}
         inputs |= _reused(rows, entry)
         known = {tensor.name for tensor in entry.inputs}
-        graph = self._open(name)
+        graph = self._open(network)
         outputs = graph({key: value for key, value in inputs.items() if key in known} if known else inputs)
         _count(uses, rows, step.reuse)  # after the call: one that fails is repeated
         _keep(rows, outputs)
@@ -62,15 +60,15 @@ class Denoisers:
 
     def rings(self, job: Job) -> tuple[int, int] | None:
         """Latents and predictions of the loop that the job's steps can run in; None if they run here."""
-        graph = self._open(f"denoiser/{job.plan.steps[0].denoiser}")
+        graph = self._open(ComponentId("denoiser", job.plan.steps[0].denoiser))
         return graph.rings if isinstance(graph, LoopingGraph) and fits(job, graph.rings) else None
 
     def step(self, rows: Sequence[Row]) -> None:
         """One whole step of the rows' slots in their loop."""
         slot = rows[0].slot
-        name = f"denoiser/{slot.step.denoiser}"
-        uses = self._uses(name, rows)
-        self._places(slot).step(rows, {**self._context(rows), **self._zeros[name]}, self.controls.calls(uses))
+        network = _network(slot)
+        uses = self._uses(network, rows)
+        self._places(slot).step(rows, {**self._context(rows), **self._zeros[network]}, self.controls.calls(uses))
         _count(uses, rows, "")
 
     def read(self, slot: Slot) -> None:
@@ -78,21 +76,21 @@ class Denoisers:
         self._places(slot).read(slot)
 
     def _places(self, slot: Slot) -> Places:
-        name = f"denoiser/{slot.step.denoiser}"
-        key = name, slot.shape
+        network = _network(slot)
+        key = network, slot.shape
         if key not in self._loops:
-            graph = self._open(name)
+            graph = self._open(network)
             assert isinstance(graph, LoopingGraph)
-            self._loops[key] = Places(graph.loop(slot.shape), has_bank=self._adapters.banks(name) is not None)
+            self._loops[key] = Places(graph.loop(slot.shape), has_bank=self._adapters.banks(network) is not None)
         return self._loops[key]
 
-    def _open(self, name: str) -> Graph:
-        if name not in self._graphs:
-            banks = self._adapters.banks(name.partition(".")[0])
+    def _open(self, network: ComponentId) -> Graph:
+        if network not in self._graphs:
+            banks = self._adapters.banks(network)
             if banks is not None:
-                banks = banks.only({tensor.name for tensor in self._bundle.components[name].inputs})
-            self._graphs[name] = self._backend.open(name, banks)
-        return self._graphs[name]
+                banks = banks.only({tensor.name for tensor in self._bundle.components[network].inputs})
+            self._graphs[network] = self._backend.open(network, banks)
+        return self._graphs[network]
 
     def _inputs(self, rows: Sequence[Row]) -> dict[str, NDArray[Any]]:
         shape = (len(rows), *rows[0].slot.shape)
@@ -119,9 +117,9 @@ class Denoisers:
         self._packed = (key, inputs, conditions)  # holds the conditions, so that ids stay theirs
         return inputs
 
-    def _uses(self, name: str, rows: Sequence[Row]) -> list[Use]:
+    def _uses(self, network: ComponentId, rows: Sequence[Row]) -> list[Use]:
         """The ControlNets of all rows, if the network takes residuals."""
-        return [use for r, row in enumerate(rows) for use in self._uses_of(r, row)] if self._zeros[name] else []
+        return [use for r, row in enumerate(rows) for use in self._uses_of(r, row)] if self._zeros[network] else []
 
     def _uses_of(self, r: int, row: Row) -> list[Use]:
         """The ControlNets of one row in its step."""
@@ -134,10 +132,15 @@ class Denoisers:
         return uses
 
 
+def _network(slot: Slot) -> ComponentId:
+    """What the slot's next step runs."""
+    return ComponentId("denoiser", slot.step.denoiser, slot.step.reuse)
+
+
 def _count(uses: Sequence[Use], rows: Sequence[Row], variant: str) -> None:
     for use in uses:
         counted = rows[use.row].slot.job.rows
-        label = f"control/{use.name}" + (f".{variant}" if variant == "deepcache" else "")
+        label = ComponentId("control_residuals", use.name, variant if variant == "deepcache" else "").label
         counted[label] = counted.get(label, 0) + 1
 
 

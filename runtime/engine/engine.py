@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Backend
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import VAE_DECODER, Bundle, ComponentId
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.denoise import Denoisers
 from stepforge.runtime.engine.state import Job, OnStep, Row, Slot, rows_of_slot
@@ -55,7 +55,7 @@ class Engine:
         self.adapters = Adapters(bundle, backend)
         self._conditioner = Conditioner(bundle, backend, self.adapters)
         self._denoisers = Denoisers(bundle, backend, self.adapters)
-        self._decoder = backend.open("vae_decoder")
+        self._decoder = backend.open(VAE_DECODER)
         self._waiting: deque[Job] = deque()
         self._running: list[Slot] = []
         self._wake = threading.Condition()
@@ -194,7 +194,7 @@ class Engine:
             used = any(step.control[index] for step in job.plan.steps)
             job.hints.append(self._denoisers.controls.hint(control.name, image) if used else np.empty(0, np.float32))
             if used:
-                label = f"control/{control.name}/hint"
+                label = ComponentId("control_hint", control.name).label
                 job.rows[label] = job.rows.get(label, 0) + 1
 
     def _pack(self) -> list[Slot]:
@@ -245,7 +245,7 @@ class Engine:
         share = (time.perf_counter() - started) / row
         for slot, need in owners.items():
             job, step = slot.job, slot.job.plan.steps[slot.k - 1]
-            name = f"{step.denoiser}.{step.reuse}" if step.reuse else step.denoiser
+            name = ComponentId("denoiser", step.denoiser, step.reuse).label
             job.rows[name] = job.rows.get(name, 0) + need
             job.seconds["denoise"] += share * need
             job.calls += 1
