@@ -261,7 +261,7 @@ def info(bundle: BundlePath, as_json: Json = False) -> None:
         "scheduler": dict(opened.scheduler),
         "source": dict(opened.source),
         "versions": dict(opened.versions),
-        "components": {name: component.graph for name, component in opened.components.items()},
+        "components": {str(key): component.graph for key, component in opened.components.items()},
         "bytes": sum(size for size, _ in opened.files.values()),
         "verdict": opened.verdict,
         "presets": dict(opened.presets),
@@ -271,12 +271,14 @@ def info(bundle: BundlePath, as_json: Json = False) -> None:
         return
     card = opened.card
     print(f"{card.name}: {card.family}, {card.width}x{card.height}, {opened.precision}, digest {opened.digest[:16]}")
-    for name, component in opened.components.items():
-        size = sum(n for file, (n, _) in opened.files.items() if file.startswith(f"{name}/"))
+    for key, component in opened.components.items():
+        size = (
+            0 if key.variant else sum(n for file, (n, _) in opened.files.items() if file.startswith(f"{key.folder}/"))
+        )
         derived = f" (+ {', '.join(component.derived)})" if component.derived else ""
         bank = component.bank
         adapters = f", {bank.slots - 1} LoRA slots of rank {bank.rank} in {len(bank.targets)} layers" if bank else ""
-        print(f"  {name:20} {size / 1e6:9.1f} MB{derived}{adapters}")
+        print(f"  {key!s:20} {size / 1e6:9.1f} MB{derived}{adapters}")
     print("  scheduler: " + ", ".join(f"{key} {value}" for key, value in opened.scheduler.items() if value is not None))
     print("  exported with: " + ", ".join(f"{key} {value}" for key, value in opened.versions.items()))
     for name, preset in opened.presets.items():

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from stepforge.runtime.bundle import ComponentId
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Plan, rows_of
@@ -163,9 +164,11 @@ def row_counts(plan: Plan, request: Request) -> dict[str, int]:
     counts: dict[str, int] = {}
     for step in plan.steps:
         rows = rows_of(step.guidance)
-        used = [(f"{step.denoiser}.{step.reuse}" if step.reuse else step.denoiser, rows)]
+        used = [(ComponentId("denoiser", step.denoiser, step.reuse).label, rows)]
         for control, scale in zip(request.controls, step.control, strict=True):
-            label = f"control/{control.name}" + (".deepcache" if step.reuse == "deepcache" else "")
+            label = ComponentId(
+                "control_residuals", control.name, step.reuse if step.reuse == "deepcache" else ""
+            ).label
             used.append((label, 0 if not scale else int(step.guidance != 0.0) if control.guess_mode else rows))
         for label, count in used:
             counts[label] = counts.get(label, 0) + count
@@ -196,17 +199,13 @@ def prices(engine: Engine, request: Request) -> dict[str, float]:
 
 
 def _denoising(result: Result) -> dict[str, int]:
-    rows = result.stats.rows
-    networks = {step.denoiser for step in result.plan.steps}
-    return {
-        label: count
-        for label, count in rows.items()
-        if label.partition(".")[0] in networks or (label.startswith("control/") and not label.endswith("/hint"))
-    }
+    """Rows of the networks that a step runs."""
+    wanted = row_counts(result.plan, result.request)
+    return {label: count for label, count in result.stats.rows.items() if label in wanted}
 
 
 def _has(engine: Engine, variant: str) -> bool:
-    return any(name.startswith("denoiser/") and name.endswith(f".{variant}") for name in engine.bundle.components)
+    return any(variant in engine.bundle.variants(denoiser) for denoiser in engine.bundle.denoisers)
 
 
 def rungs(engine: Engine, request: Request, parts: Sequence[str] = ()) -> dict[str, tuple[object, ...]]:
