@@ -23,6 +23,7 @@ from stepforge.runtime.engine.stages import Stage
 from stepforge.runtime.engine.state import Batch, Job, Trajectory, failure, stage
 from stepforge.runtime.engine.text import Conditioner
 from stepforge.runtime.errors import Cancelled, GenerationError, RequestError
+from stepforge.runtime.imaging.read import check_image
 from stepforge.runtime.request import Progress, Request
 
 log = logging.getLogger(__name__)
@@ -38,10 +39,12 @@ class Worker:
         self.decoding: Stage[Trajectory] = Stage("stepforge-decode", Decoder(bundle, backend))
 
     def check(self, request: Request) -> None:
-        """Refuse, on the caller's thread, prompts that cannot be read and ControlNets that the bundle lacks."""
+        """Refuse, on the caller's thread, prompts and images that cannot be read and ControlNets that the bundle lacks."""
         for text in (request.prompt, request.negative):
             self.conditioner.tokenize(text, request.prompt_syntax)
         self.denoisers.controls.check([control.name for control in request.controls])
+        for control in request.controls:
+            check_image(control.image)
 
     def run(self) -> None:
         """Until the scheduler is closed. However it ends, every job is settled and no new one is taken."""
