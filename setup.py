@@ -39,6 +39,7 @@ setup(
     extras_require={
         "export": EXPORT,
         "control": ["opencv-python-headless>=4.10"],  # the Canny preprocessor; Apache-2.0, needs numpy only
+        "plot": ["matplotlib>=3.8"],  # `stepforge tune --plot`
         "cuda": ["onnxruntime-gpu>=1.23"],
         "torch": [
             "torch>=2.9",  # the backend on NVIDIA GPUs; its wheels for CUDA bring Triton
@@ -56,7 +57,7 @@ setup(
             "peft>=0.18",  # trains the demo's adapters; the oracle of LoRA files
             "lycoris-lora>=3.4",  # the oracle of LyCORIS files
             "triton==3.7.1",  # kernels in its interpreter and ahead of time (golden.json); what torch 2.13 wants on CUDA
-            "matplotlib>=3.8",  # plots of benchmarks
+            "matplotlib>=3.8",  # as in the extra plot; plots of benchmarks
             "opencv-python-headless>=4.10",  # as in the extra control
             "fonttools>=4.50",  # the emoji list of the demo's training recipe
             "ruff>=0.8",  # format and lint

@@ -36,7 +36,7 @@ from stepforge.runtime.imaging.png import to_pil, to_uint8
 from stepforge.runtime.plan.compile import compile_plan
 from stepforge.runtime.plan.guiders import alignment
 from stepforge.runtime.plan.schedules import SchedulerCard
-from stepforge.runtime.tune.search import distance
+from stepforge.runtime.tune.distance import distance
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 8  # in one network call

@@ -25,8 +25,9 @@ ALSO = {  # beside those, by folder or file of runtime/
     "backends/onnxruntime.py": {"onnxruntime"},
     "backends/torch": {"torch", "onnx"},
     "lora/onnx_adapter.py": {"onnxruntime"},
-    "cli/examine.py": {"openvino"},
+    "cli/doctor.py": {"openvino"},
     "imaging/preprocess.py": {"cv2"},  # Canny, when asked for
+    "tune/plot.py": {"matplotlib"},  # when asked for
 }
 BUDGET = 400  # lines a file
 ENTRIES = 16  # a folder of code

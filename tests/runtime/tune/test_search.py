@@ -14,17 +14,10 @@ from stepforge.runtime.bundle import UNET, Component, ComponentId, ControlCard, 
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.plan.compile import compile_plan
 from stepforge.runtime.presets import resolve
-from stepforge.runtime.tune.search import (
-    FULL,
-    Candidate,
-    Guess,
-    _denoising,
-    candidates,
-    distance,
-    prices,
-    row_counts,
-    tune,
-)
+from stepforge.runtime.tune.candidate import FULL, Candidate, candidates
+from stepforge.runtime.tune.distance import distance
+from stepforge.runtime.tune.price import _denoising, prices, row_counts
+from stepforge.runtime.tune.search import Guess, tune
 
 SIZE = 64
 HINT = Image.new("RGB", (SIZE, SIZE), "red")
@@ -143,12 +136,12 @@ def test_a_limit_that_nothing_meets(bundle, prompts, capsys):
     [
         (("--limit", "0"), "--limit is 0; a distance lies between 0 and 1"),
         (("--budget", "5"), "a budget of 5 images is too small for these prompts; give at least 27"),
-        (("--parts", "guidance,magic"), "'magic' cannot be tuned; choose of guidance, tgate, deepcache, control"),
+        (("--parts", "guidance,magic"), "magic cannot be tuned; choose from guidance, tgate, deepcache, control"),
         (("--parts", "deepcache"), "deepcache cannot be tuned: export the bundle with --reuse deepcache"),
         (("--parts", "control"), "control cannot be tuned: the request has no ControlNet"),
         (("--guidance", "1"), "tune starts from one guidance weight other than 0 and 1, not 1.0"),
         (("--name", "a/b"), "preset name 'a/b' is not allowed"),
-        (("--plot", "out.jpg"), "--plot out.jpg is no .png file in an existing folder"),
+        (("--plot", "out.jpg"), "--plot out.jpg does not end in .png"),
     ],
 )
 def test_refusals(bundle, prompts, capsys, options, message):
@@ -205,8 +198,8 @@ def test_a_preset_is_its_candidate_and_its_rows_are_counted_as_the_engine_does(e
     stored = replace(engine.bundle, presets={"quick": candidate.preset(base)})
     request = resolve(replace(base, preset="quick"), stored)
     result = engine.generate(request)
-    assert row_counts(result.plan, request) == _denoising(result)
-    assert result.plan == compile_plan(candidate.apply(base), engine.scheduler)
+    assert row_counts(result.plan, request, engine.bundle) == _denoising(result)
+    assert result.plan == compile_plan(candidate.apply(base), engine.scheduler_card)
 
 
 def test_prices_solve_for_the_seconds_of_a_row(engine):
