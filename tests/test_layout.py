@@ -19,7 +19,7 @@ FLOORS = {
     ),
     "export": ("models", "lora", "graph", "build", "oracle", "parity", "cli"),
 }  # fmt: skip
-RUNTIME_IMPORTS = {"numpy", "PIL", "tokenizers", "safetensors", "typer", "rich", "stepforge"}
+RUNTIME_IMPORTS = {"numpy", "ml_dtypes", "PIL", "tokenizers", "safetensors", "typer", "rich", "stepforge"}
 ALSO = {  # beside those, by folder or file of runtime/
     "backends/openvino.py": {"openvino"},
     "backends/onnxruntime.py": {"onnxruntime"},
