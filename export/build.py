@@ -29,8 +29,12 @@ from stepforge.runtime.bundle import (
     MANIFEST,
     NAME,
     PRECISIONS,
+    TEXT_ENCODERS,
+    UNET,
+    VAE_DECODER,
     Bundle,
     Component,
+    ComponentId,
     ControlCard,
     ModelCard,
     TextEncoder,
@@ -108,7 +112,7 @@ def read_controls(source: Source, controls: Mapping[str, str | Path]) -> list[Co
         return []
     if bad := [name for name in controls if not NAME.fullmatch(name) or "." in name]:
         raise CheckpointError(f"ControlNet name {bad[0]!r} is not allowed; use letters, digits, - and _")
-    config = dict(source.empty["denoiser/unet"]().config)
+    config = dict(source.empty[UNET]().config)
     return [load_control(path, config, source.vae_scale, name) for name, path in controls.items()]
 
 
@@ -169,30 +173,30 @@ def _write(
 ) -> Bundle:
     dtype = DTYPES[precision]
     total = len(source.text_encoders) + len(controls) + 3
-    components: dict[str, Component] = {}
+    components: dict[ComponentId, Component] = {}
     stages = iter(range(total))
     encoders = []
 
-    def add(component: str, load_network: Callable[[torch.dtype], Any], make: Callable[[Any], trace.Traced]) -> Any:
+    def add(key: ComponentId, load_network: Callable[[torch.dtype], Any], make: Callable[[Any], trace.Traced]) -> Any:
         """Load one network, export it, and let go of it; keeps its config."""
-        tell(component, next(stages), total)
+        tell(str(key), next(stages), total)
         network = load_network(dtype)
         config = network.config
         traced = make(network)
-        entry = prefixed(component, trace.save(traced, folder / component))
-        if component in source.empty:
+        entry = prefixed(key, trace.save(traced, folder / key.folder))
+        if key in source.empty:
             entry = replace(entry, modules=used_modules(folder / entry.graph, modules_of(network)))
             if traced.probes:
                 entry = settle_probes(graphs_of(folder, entry), entry, control=bool(controls), reuse=reuse)
-            entry = entry if bank is None else adaptable(entry, folder, component, bank)
-        components[component] = entry
+            entry = entry if bank is None else adaptable(entry, folder, key, bank)
+        components[key] = entry
         del network
         release()
         return config
 
-    for index, (loader, tokens) in enumerate(zip(source.text_encoders, source.tokenizers, strict=True)):
-        suffix = f"_{index + 1}" if index else ""
-        encoders.append(_tokenizer(tokens, folder, suffix))
+    texts = list(zip(source.text_encoders, source.tokenizers, strict=True))
+    for key, (loader, tokens) in zip(TEXT_ENCODERS, texts, strict=False):
+        encoders.append(_tokenizer(tokens, folder, key))
         length = encoders[-1].max_length
 
         def make(network: Any, length: int = length) -> trace.Traced:
@@ -200,14 +204,14 @@ def _write(
                 raise CheckpointError(f"the tokenizer makes {length} tokens, the text encoder takes {longest}")
             return trace.text_encoder(network, length, penultimate=source.family == "sdxl")
 
-        add(f"text_encoder{suffix}", loader, make)
+        add(key, loader, make)
     probe = bool(controls or reuse.names)
-    unet = add("denoiser/unet", source.unet, lambda network: trace.denoiser(network, probe=probe))
+    unet = add(UNET, source.unet, lambda network: trace.denoiser(network, probe=probe))
     components |= _variants(folder, components, reuse.names)
     for control in controls:
-        tell(f"control/{control.name}", next(stages), total)
+        tell(ComponentId("control_residuals", control.name).label, next(stages), total)
         components |= _control(control, folder, dtype, reuse)
-    vae = add("vae_decoder", lambda dtype: _vae(source, dtype), trace.vae_decoder)
+    vae = add(VAE_DECODER, lambda dtype: _vae(source, dtype), trace.vae_decoder)
     _check_fit(unet, vae, components)
     scale = 2 ** (len(vae.block_out_channels) - 1)
     height, width = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else unet.sample_size
@@ -246,22 +250,24 @@ def _write(
     return bundle
 
 
-def _variants(folder: Path, components: Mapping[str, Component], names: Sequence[str]) -> dict[str, Component]:
-    """The reuse variants of the denoiser, by component."""
-    cut = cut_variants(folder, components["denoiser/unet"], names)
-    return {f"denoiser/unet.{name}": entry for name, entry in cut.items()}
+def _variants(
+    folder: Path, components: Mapping[ComponentId, Component], names: Sequence[str]
+) -> dict[ComponentId, Component]:
+    """The reuse variants of the denoiser."""
+    cut = cut_variants(folder, components[UNET], names)
+    return {replace(UNET, variant=name): entry for name, entry in cut.items()}
 
 
-def _control(control: ControlSource, folder: Path, dtype: torch.dtype, reuse: Reuse) -> dict[str, Component]:
+def _control(control: ControlSource, folder: Path, dtype: torch.dtype, reuse: Reuse) -> dict[ComponentId, Component]:
     """A ControlNet's components. Where the denoiser skips, the residuals beyond DeepCache's branch have no reader."""
     network = control.network(dtype)
     parts = {}
-    for part, traced in zip(("hint", "residuals"), split(network), strict=True):
-        component = f"control/{control.name}/{part}"
-        parts[component] = entry = prefixed(component, trace.save(traced, folder / component))
-        if part == "residuals" and reuse.deepcache is not None:
+    keys = ComponentId("control_hint", control.name), ComponentId("control_residuals", control.name)
+    for key, traced in zip(keys, split(network), strict=True):
+        parts[key] = entry = prefixed(key, trace.save(traced, folder / key.folder))
+        if key.role == "control_residuals" and reuse.deepcache is not None:
             unread = [t.name for t in entry.outputs if int(t.name.removeprefix(RESIDUAL)) > reuse.deepcache]
-            parts[f"{component}.deepcache"] = variant(folder, entry, "deepcache", (), unread)
+            parts[replace(key, variant="deepcache")] = variant(folder, entry, "deepcache", (), unread)
     del network
     release()
     return parts
@@ -271,9 +277,9 @@ def graphs_of(folder: Path, entry: Component) -> list[Path]:
     return [folder / graph for graph in (entry.graph, *entry.derived.values())]
 
 
-def adaptable(entry: Component, folder: Path, component: str, bank: BankOptions) -> Component:
+def adaptable(entry: Component, folder: Path, key: ComponentId, bank: BankOptions) -> Component:
     """The component with LoRA banks as inputs of its graphs, which are rewritten in the bundle's folder."""
-    narrow = bank.targets == "transformer" and component.startswith("denoiser/")
+    narrow = bank.targets == "transformer" and key.role == "denoiser"
     targets = transformer_only(entry.modules) if narrow else entry.modules
     banks, tensors = add_bank(graphs_of(folder, entry), targets, bank.slots + 1, bank.rank)
     return replace(entry, bank=banks, inputs=(*entry.inputs, *tensors))
@@ -286,29 +292,28 @@ def with_banks(plain: str | Path, out: str | Path, bank: BankOptions) -> Bundle:
     with staged(out) as folder:
         shutil.copytree(source.path, folder, dirs_exist_ok=True)
         components = {
-            name: adaptable(entry, folder, name, bank) if entry.modules else entry
-            for name, entry in source.components.items()
+            key: adaptable(entry, folder, key, bank) if entry.modules else entry
+            for key, entry in source.components.items()
         }
-        variants = [name.removeprefix("denoiser/unet.") for name in components if name.startswith("denoiser/unet.")]
-        components |= _variants(folder, components, variants)
+        components |= _variants(folder, components, source.variants(UNET))
         files = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in source.files}
         bundle = replace(source, path=folder, components=components, files=files, verdict=None)
         write_manifest(bundle)
     return replace(bundle, path=out)
 
 
-def prefixed(component: str, entry: Component) -> Component:
+def prefixed(key: ComponentId, entry: Component) -> Component:
     """A component whose graphs are named from the bundle's root."""
-    derived = {backend: f"{component}/{graph}" for backend, graph in entry.derived.items()}
-    return replace(entry, graph=f"{component}/{entry.graph}", derived=derived)
+    derived = {backend: f"{key.folder}/{graph}" for backend, graph in entry.derived.items()}
+    return replace(entry, graph=f"{key.folder}/{entry.graph}", derived=derived)
 
 
-def _tokenizer(tokens: Path, folder: Path, suffix: str) -> TextEncoder:
+def _tokenizer(tokens: Path, folder: Path, encoder: ComponentId) -> TextEncoder:
     text, card = tokenizer_json(tokens)
-    path = f"tokenizer{suffix}/tokenizer.json"
+    path = f"{encoder.name.replace('text_encoder', 'tokenizer')}/tokenizer.json"
     (folder / path).parent.mkdir()
     (folder / path).write_text(text, encoding="utf-8")
-    return TextEncoder(component=f"text_encoder{suffix}", tokenizer=path, **card)
+    return TextEncoder(name=encoder.name, tokenizer=path, **card)
 
 
 def _vae(source: Source, dtype: torch.dtype) -> Any:
@@ -319,12 +324,10 @@ def _vae(source: Source, dtype: torch.dtype) -> Any:
     return source.vae(dtype)
 
 
-def _check_fit(unet: Any, vae: Any, components: dict[str, Component]) -> None:
+def _check_fit(unet: Any, vae: Any, components: Mapping[ComponentId, Component]) -> None:
     if unet.in_channels != vae.latent_channels:
         raise CheckpointError(f"the UNet takes {unet.in_channels} channels, the VAE makes {vae.latent_channels}")
-    widths = [
-        component.outputs[0].shape[-1] for name, component in components.items() if name.startswith("text_encoder")
-    ]
+    widths = [entry.outputs[0].shape[-1] for key, entry in components.items() if key.role == "text_encoder"]
     if sum(int(width) for width in widths) != unet.cross_attention_dim:
         raise CheckpointError(
             f"the text encoders make {' + '.join(map(str, widths))} numbers a token, the UNet takes "

@@ -14,19 +14,20 @@ ROOMS = ("kernels", "runtime", "export")
 # Packages and modules of a room, ground floor first: each imports those that stand before it, never one behind it.
 FLOORS = {
     "runtime": (
-        "errors", "files", "grammar", "plan", "imaging", "bundle", "lora", "request", "presets", "backends",
+        "errors", "files", "grammar", "bundle", "plan", "imaging", "lora", "request", "presets", "backends",
         "engine", "load", "tune", "cli", "__main__",
     ),
     "export": ("models", "lora", "graph", "build", "oracle", "parity", "cli"),
 }  # fmt: skip
-RUNTIME_IMPORTS = {"numpy", "PIL", "tokenizers", "safetensors", "typer", "rich", "stepforge"}
+RUNTIME_IMPORTS = {"numpy", "ml_dtypes", "PIL", "tokenizers", "safetensors", "typer", "rich", "stepforge"}
 ALSO = {  # beside those, by folder or file of runtime/
     "backends/openvino.py": {"openvino"},
     "backends/onnxruntime.py": {"onnxruntime"},
     "backends/torch": {"torch", "onnx"},
     "lora/onnx_adapter.py": {"onnxruntime"},
-    "cli/examine.py": {"openvino"},
+    "cli/doctor.py": {"openvino"},
     "imaging/preprocess.py": {"cv2"},  # Canny, when asked for
+    "tune/plot.py": {"matplotlib"},  # when asked for
 }
 BUDGET = 400  # lines a file
 ENTRIES = 16  # a folder of code

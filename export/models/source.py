@@ -20,7 +20,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 
 from stepforge.export.models.scheduler import scheduler_card
-from stepforge.runtime.bundle import NAME, sha256
+from stepforge.runtime.bundle import NAME, UNET, ComponentId, sha256
 from stepforge.runtime.errors import BundleError, CheckpointError
 
 Loader = Callable[[torch.dtype], Any]  # dtype of the weights -> network on the CPU, in eval mode
@@ -68,14 +68,12 @@ class Source:
     tokenizers: tuple[Path, ...]  # folders, one for each text encoder
     scheduler: Mapping[str, Any]  # scheduler_config.json, with _class_name
     provenance: Mapping[str, Any]  # kind, file, sha256 of each weight file
-    empty: Mapping[
-        str, Callable[[], Any]
-    ]  # component of the bundle that a LoRA may change -> its network without weights
+    empty: Mapping[ComponentId, Callable[[], Any]]  # networks that a LoRA may change, without weights
     vae_scale: int  # pixels per latent
     force_zeros_for_empty_prompt: bool = False
 
     @property
-    def adaptable(self) -> dict[str, Loader]:
+    def adaptable(self) -> dict[ComponentId, Loader]:
         """The loaders of the networks in `empty`."""
         return dict(zip(self.empty, (self.unet, *self.text_encoders), strict=True))
 
@@ -145,8 +143,8 @@ def _folder(path: Path, prediction_type: str | None) -> Source:
             "sha256": {f.relative_to(path).as_posix(): sha256(f) for name in sorted(files) for f in files[name]},
         },
         empty={
-            "denoiser/unet": lambda: empty_unet(unet_config),
-            **encoders,
+            UNET: lambda: empty_unet(unet_config),
+            **{ComponentId("text_encoder", name): build for name, build in encoders.items()},
         },
         vae_scale=2 ** (len(vae_config.get("block_out_channels", (64,))) - 1),
         # the pipeline class's default, where an SDXL model does not say

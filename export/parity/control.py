@@ -16,7 +16,7 @@ from stepforge.export.graph.rewire import RESIDUAL
 from stepforge.export.models.controlnet import ControlSource
 from stepforge.export.models.source import Source
 from stepforge.runtime.backends import Backend
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.imaging.preprocess import hint_of
@@ -82,14 +82,14 @@ def component_errors(
     from stepforge.export.parity.verify import relative_error
 
     network = net.network(torch.float32)
-    prefix = f"control/{net.name}"
+    hint_encoder, residuals = ComponentId("control_hint", net.name), ComponentId("control_residuals", net.name)
     image = hint_of(hint, "none", bundle.card.width, bundle.card.height)[None].repeat(2, axis=0)
-    encoded = np.array(backend.open(f"{prefix}/hint")({"image": image})["hint"])
+    encoded = np.array(backend.open(hint_encoder)({"image": image})["hint"])
     pixels = torch.from_numpy(image)
     flipped = pixels.flip(1) if network.config.controlnet_conditioning_channel_order == "bgr" else pixels
-    yield f"{prefix}/hint", relative_error(encoded, network.controlnet_cond_embedding(flipped).numpy())
+    yield str(hint_encoder), relative_error(encoded, network.controlnet_cond_embedding(flipped).numpy())
     plan = engine.plan(Request(prompt="", steps=steps))
-    entry = bundle.components[f"{prefix}/residuals"]
+    entry = bundle.components[residuals]
     random = np.random.default_rng(0)
     texts = {
         tensor.name: random.standard_normal((2, *_fixed(tensor.shape[1:])), dtype=np.float32)
@@ -97,7 +97,7 @@ def component_errors(
         if tensor.name in ("encoder_hidden_states", "text_embeds")
     }
     count = len(entry.outputs)
-    graph = backend.open(f"{prefix}/residuals")
+    graph = backend.open(residuals)
     for index in sorted({0, len(plan.steps) // 2, len(plan.steps) - 1}):
         step = plan.steps[index]
         latents = reference.latents[max(0, index - 1)]
@@ -122,7 +122,7 @@ def component_errors(
         outputs = graph(inputs)
         ours = [np.asarray(outputs[f"{RESIDUAL}{i}"]).ravel() for i in range(count)]
         theirs = [value.numpy().ravel() for value in (*down, mid)]
-        yield f"{prefix}/residuals t={step.t:g}", relative_error(np.concatenate(ours), np.concatenate(theirs))
+        yield f"{residuals} t={step.t:g}", relative_error(np.concatenate(ours), np.concatenate(theirs))
 
 
 def _fixed(shape: Sequence[int | str]) -> list[int]:

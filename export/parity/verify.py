@@ -28,7 +28,7 @@ from stepforge.export.lora.merge import read_all, with_adapters
 from stepforge.export.models.source import Source, load
 from stepforge.export.parity import control as parity_control
 from stepforge.runtime.backends import AUTO, Arrays, Backend, Graph, open_backend
-from stepforge.runtime.bundle import Bundle, read, write_manifest
+from stepforge.runtime.bundle import UNET, VAE_DECODER, Bundle, ComponentId, read, write_manifest
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.engine.adapters import no_adapter
 from stepforge.runtime.engine.controls import no_residuals
@@ -234,12 +234,12 @@ class _OpenOnce:
     def __init__(self, inner: Backend) -> None:
         self.name, self.precision, self.versions = inner.name, inner.precision, inner.versions
         self._inner = inner
-        self._graphs: dict[str, Graph] = {}
+        self._graphs: dict[ComponentId, Graph] = {}
 
-    def bank_dtype(self, component: str) -> Any:
+    def bank_dtype(self, component: ComponentId) -> Any:
         return self._inner.bank_dtype(component)
 
-    def open(self, component: str, banks: Arrays | None = None) -> Graph:
+    def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
         if component not in self._graphs:
             self._graphs[component] = self._inner.open(component, banks)
         return self._graphs[component]
@@ -271,26 +271,26 @@ def component_errors(
     bundle: Bundle, pipeline: Any, backend: Backend, reference: Reference, prompt: str, steps: int, engine: Engine
 ) -> Iterator[tuple[str, float]]:
     """Each network on the same inputs: text encoders on the prompt, denoiser along the trajectory, decoder at its end."""
-    encoders = {"text_encoder": (pipeline.text_encoder, pipeline.tokenizer)}
+    networks = [(pipeline.text_encoder, pipeline.tokenizer)]
     if bundle.card.family == "sdxl":
-        encoders["text_encoder_2"] = (pipeline.text_encoder_2, pipeline.tokenizer_2)
+        networks.append((pipeline.text_encoder_2, pipeline.tokenizer_2))
     contexts, pooled = [], None
-    for name, (network, tokenizer) in encoders.items():
+    for key, (network, tokenizer) in zip(bundle.text_encoders, networks, strict=True):
         ids = tokenizer(
             ["", prompt], padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
             return_tensors="pt",
         ).input_ids  # fmt: skip
         expected = network(ids, output_hidden_states=True)
         hidden = expected.hidden_states[-2] if bundle.card.family == "sdxl" else expected[0]
-        outputs = backend.open(name)({"input_ids": ids.numpy(), **_no_adapter(bundle, name)})
-        yield name, relative_error(outputs["hidden_states"], hidden.numpy())
+        outputs = backend.open(key)({"input_ids": ids.numpy(), **_no_adapter(bundle, key)})
+        yield key.label, relative_error(outputs["hidden_states"], hidden.numpy())
         if "pooled" in outputs:
             pooled = expected[0]
-            yield f"{name} pooled", relative_error(outputs["pooled"], pooled.numpy())
+            yield f"{key.label} pooled", relative_error(outputs["pooled"], pooled.numpy())
         contexts.append(hidden)
     context = torch.cat(contexts, dim=-1)
     plan = engine.plan(Request(prompt="", steps=steps))
-    denoiser = backend.open("denoiser/unet")
+    denoiser = backend.open(UNET)
     for index in sorted({0, len(plan.steps) // 2, len(plan.steps) - 1}):
         step = plan.steps[index]
         latents = reference.latents[index - 1] if index else reference.latents[0]
@@ -298,7 +298,7 @@ def component_errors(
         timestep = torch.full((2,), step.t)
         inputs = {
             "sample": sample.numpy(), "timestep": timestep.numpy(), "encoder_hidden_states": context.numpy(),
-            **_no_adapter(bundle, "denoiser/unet"), **no_residuals(bundle.components["denoiser/unet"]),
+            **_no_adapter(bundle, UNET), **no_residuals(bundle.components[UNET]),
         }  # fmt: skip
         conditions = {}
         if pooled is not None:
@@ -309,10 +309,10 @@ def component_errors(
         yield f"denoiser t={step.t:g}", relative_error(denoiser(inputs)["prediction"], expected.numpy())
     latents = reference.latents[-1][None]
     expected = pipeline.vae.decode(torch.from_numpy(latents) / pipeline.vae.config.scaling_factor).sample
-    yield "vae_decoder", relative_error(backend.open("vae_decoder")({"latents": latents})["pixels"], expected.numpy())
+    yield VAE_DECODER.label, relative_error(backend.open(VAE_DECODER)({"latents": latents})["pixels"], expected.numpy())
 
 
-def _no_adapter(bundle: Bundle, component: str) -> Arrays:
+def _no_adapter(bundle: Bundle, component: ComponentId) -> Arrays:
     return no_adapter(2) if bundle.components[component].bank is not None else {}
 
 

@@ -113,7 +113,7 @@ class Worker:
         share = (time.perf_counter() - started) / len(batch.rows)
         for trajectory, span in zip(batch.trajectories, batch.spans, strict=True):
             job, rows = trajectory.job, span.stop - span.start
-            job.count(batch.label, rows)
+            job.count(batch.network.label, rows)
             job.seconds["denoise"] += share * rows
             job.calls += 1
         for trajectory, span in zip(batch.trajectories, batch.spans, strict=True):

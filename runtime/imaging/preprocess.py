@@ -98,7 +98,8 @@ class Recipe:
 
 def parse(text: str) -> Recipe:
     """Raises RequestError with the grammar."""
-    name, numbers, resize = "", (), ""
+    name, resize = "", ""
+    numbers: tuple[float, ...] = ()
     try:
         for part in split(text, "+"):
             if part in RESIZES and not resize:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,30 +28,43 @@ def read_image(source: str | Path | bytes | Image.Image | NDArray[Any]) -> Image
     Files are PNG, JPEG or WebP by content, whatever their name. Arrays are uint8 or floats in 0..1, [h, w, 3] or [h, w].
     Raises RequestError for anything else, before a large file is decoded.
     """
-    return _from_array(source) if isinstance(source, np.ndarray) else _using(source, _decoded)
+    if isinstance(source, np.ndarray):
+        _check_array(source)
+        return _from_array(source)
+    with _opened(source) as image:
+        return _decoded(image)
 
 
-def check_image(source: str | Path | bytes | Image.Image | NDArray[Any]) -> None:
-    """Raises RequestError as `read_image` would, by what a file's header says: nothing is decoded."""
+def check_image(source: object) -> None:
+    """Raise RequestError for what `read_image` refuses by its type, its header or its size; nothing is decoded."""
     if isinstance(source, np.ndarray):
         _check_array(source)
     else:
-        _using(source, _check_header)
+        with _opened(source):
+            pass
 
 
-T = TypeVar("T")
+def on_black(image: Image.Image) -> Image.Image:
+    """RGB. Hints are light on black: what is transparent was not drawn (Pillow would show the colours hidden there)."""
+    if image.mode != "RGBA":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
 
 
-def _using(source: Any, use: Callable[[Image.Image, str], T]) -> T:
-    """What `use` makes of the opened picture and its name; whatever goes wrong as a RequestError."""
+@contextmanager
+def _opened(source: Any) -> Iterator[Image.Image]:
+    """An image whose header is read and allowed. Whatever Pillow runs into becomes RequestError."""
     what = f"image {printable(source)}" if isinstance(source, str | Path) else "the image"
     try:
         if isinstance(source, Image.Image):
-            return use(source, what)
-        with Image.open(_opened(source, what), formats=FORMATS) as image:
-            return use(image, what)
+            _check_header(source, what)
+            yield source
+        else:
+            with Image.open(_file(source, what), formats=FORMATS) as image:
+                _check_header(image, what)
+                yield image
     except UnidentifiedImageError as error:
-        if is_lfs_pointer(source if isinstance(source, str | Path) else bytes(source)):  # type: ignore[arg-type]
+        if is_lfs_pointer(source if isinstance(source, str | Path) else bytes(source)):
             raise RequestError(f"{what} is a Git LFS pointer, not the image; run `git lfs pull`") from error
         raise RequestError(f"{what} is not a PNG, JPEG or WebP image") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -62,14 +76,7 @@ def _using(source: Any, use: Callable[[Image.Image, str], T]) -> T:
         raise RequestError(f"{what} cannot be read: {printable(text)}") from error
 
 
-def on_black(image: Image.Image) -> Image.Image:
-    """RGB. Hints are light on black: what is transparent was not drawn (Pillow would show the colours hidden there)."""
-    if image.mode != "RGBA":
-        return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
-
-
-def _opened(source: Any, what: str) -> Any:
+def _file(source: Any, what: str) -> Any:
     """What Pillow opens: a path or a stream of bytes."""
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(source)
@@ -89,8 +96,7 @@ def _check_header(image: Image.Image, what: str) -> None:
         raise RequestError(f"{what} has pixels of mode {image.mode}; give 8 bits a channel, or grey of 16 bits")
 
 
-def _decoded(image: Image.Image, what: str) -> Image.Image:
-    _check_header(image, what)
+def _decoded(image: Image.Image) -> Image.Image:
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BITS:  # Pillow would clip them; depth maps are often such
@@ -115,7 +121,6 @@ def _check_array(array: NDArray[Any]) -> None:
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
-    _check_array(array)
     if array.dtype != np.uint8:
         array = np.rint(array.astype(np.float64) * 255).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")

@@ -17,24 +17,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from stepforge.runtime.bundle import Module
+from stepforge.runtime.bundle import TEXT_ENCODERS, ComponentId, Module
 
-DENOISER = "denoiser/unet"
 LONGEST = 512  # characters of a name; the longest of a model have about 100
-Place = tuple[str, str]  # component of the bundle, path of a module in it
-PREFIXES: dict[str, tuple[str, ...]] = {  # prefix of a key -> components that it can mean
-    "lora_unet_": (DENOISER,),
-    "lora_te1_": ("text_encoder",),
-    "lora_te2_": ("text_encoder_2",),
-    "lora_te_": ("text_encoder",),
-    "unet.": (DENOISER,),
-    "text_encoder.": ("text_encoder",),
-    "text_encoder_2.": ("text_encoder_2",),
-    "model.diffusion_model.": (DENOISER,),
-    "diffusion_model.": (DENOISER,),
-    "base_model.model.": (DENOISER, "text_encoder", "text_encoder_2"),
-    "lycoris_": (DENOISER, "text_encoder", "text_encoder_2"),
-    "": (DENOISER, "text_encoder", "text_encoder_2"),
+Place = tuple[ComponentId, str]  # network of the bundle, path of a module in it
+FIRST, SECOND = TEXT_ENCODERS
+PREFIXES: dict[
+    str, tuple[ComponentId | None, ...]
+] = {  # prefix of a key -> networks that it can mean; None: any denoiser
+    "lora_unet_": (None,),
+    "lora_te1_": (FIRST,),
+    "lora_te2_": (SECOND,),
+    "lora_te_": (FIRST,),
+    "unet.": (None,),
+    "text_encoder.": (FIRST,),
+    "text_encoder_2.": (SECOND,),
+    "model.diffusion_model.": (None,),
+    "diffusion_model.": (None,),
+    "base_model.model.": (None, FIRST, SECOND),
+    "lycoris_": (None, FIRST, SECOND),
+    "": (None, FIRST, SECOND),
 }
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
@@ -51,15 +53,16 @@ MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
 class Names:
-    """The modules of one model under all their names."""
+    """The modules of one model under all their names. Trainers call every denoiser "unet": with several experts, the one
+    whose shapes fit is meant."""
 
-    def __init__(self, modules: Mapping[str, Iterable[Module]]) -> None:
-        """modules: component of a bundle -> its modules."""
-        self._places: dict[str, dict[str, Place | None]] = {}
+    def __init__(self, modules: Mapping[ComponentId, Iterable[Module]]) -> None:
+        """modules: network of a bundle -> its modules."""
+        self._places: dict[ComponentId, dict[str, Place | None]] = {}
         for component, entries in modules.items():
             table = self._places.setdefault(component, {})
             paths = [module.path for module in entries]
-            sgm = dict(_sgm(paths)) if component == DENOISER else {}
+            sgm = dict(_sgm(paths)) if component.role == "denoiser" else {}
             for path in paths:
                 for name in _names(path, sgm.get(path), component):
                     for alias in (name, name.replace(".", "_")):
@@ -67,15 +70,17 @@ class Names:
                         table[alias] = (
                             (component, path) if table.get(alias, (component, path)) == (component, path) else None
                         )
+        self._denoisers = tuple(component for component in self._places if component.role == "denoiser")
 
     def find(self, name: str) -> list[Place]:
-        """The modules that a key, cut before its ending, can mean; a name of several components gives several."""
+        """The modules that a key, cut before its ending, can mean; a name of several networks gives several."""
         if len(name) > LONGEST:
             return []
-        for prefix, components in PREFIXES.items():
+        for prefix, meant in PREFIXES.items():
             if not name.startswith(prefix):
                 continue
             rest = name.removeprefix(prefix)
+            components = [c for m in meant for c in (self._denoisers if m is None else (m,))]
             places = [
                 place
                 for component in components
@@ -87,11 +92,11 @@ class Names:
         return []
 
 
-def _names(path: str, sgm: str | None, component: str) -> Iterator[str]:
+def _names(path: str, sgm: str | None, component: ComponentId) -> Iterator[str]:
     yield path
     if sgm is not None:
         yield sgm
-    if component.startswith("text_encoder"):
+    if component.role == "text_encoder":
         yield f"text_model.{path}"  # transformers dropped this prefix in 5.6; files keep it
 
 

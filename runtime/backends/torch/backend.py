@@ -28,7 +28,7 @@ from stepforge.runtime.backends.torch.packed import pack_attention
 from stepforge.runtime.backends.torch.precision import lower
 from stepforge.runtime.backends.torch.program import Program, read, run_passes
 from stepforge.runtime.backends.torch.run import Runner
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
 Tensor = Any  # torch.Tensor
@@ -45,7 +45,11 @@ FAST = (passes.fuse_norm_silu, passes.fuse_geglu)
 ALWAYS_FP32 = ("text_encoder",)
 # SDXL's decoder exceeds the range of fp16.
 NOT_FP16 = ("vae_decoder",)
-RECORDED = ("denoiser/", "control/")  # called in every step; the others are called once a request
+RECORDED = (
+    "denoiser",
+    "control_hint",
+    "control_residuals",
+)  # called in every step; the others are called once a request
 SHARED_FROM = 1024  # elements: larger constants of one weights file are held once
 
 
@@ -71,10 +75,10 @@ class Torch:
         self._banks: Shared = {}
         self._pool: Any = None  # of memory, for all recorded networks: the engine runs one of them at a time
 
-    def bank_dtype(self, component: str) -> type[np.float32] | type[np.uint16]:
+    def bank_dtype(self, component: ComponentId) -> type[np.float32] | type[np.uint16]:
         return np.uint16 if self._dtype_of(component) == torch.bfloat16 else np.float32
 
-    def open(self, component: str, banks: Arrays | None = None) -> Graph:
+    def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
         """A component with banks is opened twice over the same weights: calls without an adapter run it without banks."""
         full = self._open(component, banks or {}, with_lora=True)
         bare = self._open(component, banks, with_lora=False) if banks else full
@@ -84,11 +88,11 @@ class Torch:
 
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        pool = self._pool if component.startswith(RECORDED) else None
+        pool = self._pool if component.role in RECORDED else None
         caller = functools.partial(Recorder, device=self._device, pool=pool)
         return TorchGraph((bare, full), self._device, exact=not self.fast, caller=caller)
 
-    def _open(self, component: str, banks: Arrays, *, with_lora: bool) -> Network:
+    def _open(self, component: ComponentId, banks: Arrays, *, with_lora: bool) -> Network:
         dtype = self._dtype_of(component)
         path = self._bundle.file(self._bundle.components[component].graph)
         program = read(path)
@@ -118,8 +122,8 @@ class Torch:
             channels_last(program)
         return Network(runner, placed, exact_fp32=self._device.type == "cuda" and dtype == torch.float32)
 
-    def _dtype_of(self, component: str) -> Any:
-        if component.startswith(ALWAYS_FP32) or (self.precision == "fp16" and component.startswith(NOT_FP16)):
+    def _dtype_of(self, component: ComponentId) -> Any:
+        if component.role in ALWAYS_FP32 or (self.precision == "fp16" and component.role in NOT_FP16):
             return torch.float32
         return DTYPES[self.precision]
 

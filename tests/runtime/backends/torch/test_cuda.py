@@ -14,7 +14,7 @@ from stepforge.runtime.backends import StepTable, open_backend
 from stepforge.runtime.backends.torch import backend
 from stepforge.runtime.backends.torch import cuda as torch_cuda
 from stepforge.runtime.backends.torch.cuda import Recorder
-from stepforge.runtime.bundle import read
+from stepforge.runtime.bundle import UNET, read
 
 on_gpu = [
     pytest.mark.gpu,
@@ -55,7 +55,7 @@ def denoiser_inputs(rows, height=16, width=24, banks=False):
 
 def filled(bundle, opened):
     """Banks of random numbers, in the type that the backend wants."""
-    entry = bundle.components["denoiser/unet"]
+    entry = bundle.components[UNET]
     random = np.random.RandomState(1)
     banks = {}
     for tensor in entry.inputs:
@@ -65,7 +65,7 @@ def filled(bundle, opened):
             values = (values.view(np.uint32) & 0xFFFF0000).view(
                 np.float32
             )  # numbers of bf16: all precisions get the same
-            is_bf16 = opened.bank_dtype("denoiser/unet") == np.uint16
+            is_bf16 = opened.bank_dtype(UNET) == np.uint16
             banks[tensor.name] = (values.view(np.uint32) >> 16).astype(np.uint16) if is_bf16 else values
     return banks
 
@@ -76,10 +76,10 @@ def filled(bundle, opened):
 def test_a_denoiser_with_banks_agrees_with_the_cpu(tiny_sd1_banks, name, precision, monkeypatch):
     bundle, inputs = read(tiny_sd1_banks), denoiser_inputs(3, banks=True)
     opened = open_backend(name, bundle, precision=precision)
-    found = np.array(opened.open("denoiser/unet", filled(bundle, opened))(inputs)["prediction"])
+    found = np.array(opened.open(UNET, filled(bundle, opened))(inputs)["prediction"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cpu = open_backend("torch-exact", bundle, precision="fp32")
-    truth = cpu.open("denoiser/unet", filled(bundle, cpu))(inputs)["prediction"]
+    truth = cpu.open(UNET, filled(bundle, cpu))(inputs)["prediction"]
     assert np.linalg.norm(found - truth) <= LIMITS[precision] * np.linalg.norm(truth)
 
 
@@ -89,9 +89,9 @@ def test_a_replay_gives_the_bits_of_the_eager_call(tiny_sd1_banks, name, monkeyp
     bundle = read(tiny_sd1_banks)
     opened = open_backend(name, bundle, precision="bf16")
     banks = filled(bundle, opened)
-    recorded = opened.open("denoiser/unet", banks)
+    recorded = opened.open(UNET, banks)
     monkeypatch.setattr(backend, "RECORDED", ())
-    eager = opened.open("denoiser/unet", banks)
+    eager = opened.open(UNET, banks)
     for rows, height in ((2, 16), (3, 16), (2, 32), (2, 16)):
         inputs = denoiser_inputs(rows, height, banks=True)
         assert np.array_equal(np.array(recorded(inputs)["prediction"]), eager(inputs)["prediction"])
@@ -102,7 +102,7 @@ def test_a_replay_gives_the_bits_of_the_eager_call(tiny_sd1_banks, name, monkeyp
 def test_nothing_waits_for_the_device_while_a_network_runs(tiny_sd1_banks, name):
     bundle = read(tiny_sd1_banks)
     opened = open_backend(name, bundle, precision="bf16")
-    graph = opened.open("denoiser/unet", filled(bundle, opened))
+    graph = opened.open(UNET, filled(bundle, opened))
     inputs = denoiser_inputs(2, banks=True)
     graph(inputs)
     given = {key: torch.from_numpy(value).cuda() for key, value in inputs.items()}
@@ -162,7 +162,7 @@ def test_whole_steps_are_those_of_the_host(tiny_sd1_banks, name, precision, monk
 def test_a_whole_step_waits_for_nothing(tiny_sd1_banks, name):
     bundle = read(tiny_sd1_banks)
     opened = open_backend(name, bundle, precision="bf16")
-    loop = opened.open("denoiser/unet", filled(bundle, opened)).loop((4, 16, 16))
+    loop = opened.open(UNET, filled(bundle, opened)).loop((4, 16, 16))
     steps = StepTable(
         np.linspace(999, 1, 9, dtype=np.float32), np.ones(10, np.float32), np.tile(np.float32([3, -2]), (9, 1)),
         np.full((9, 9), 0.1, np.float32), np.ones(9, np.float32),

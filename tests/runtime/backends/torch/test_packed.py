@@ -16,13 +16,14 @@ from stepforge.runtime.backends.torch.lora import LoraPasses, Stack, View, fuse_
 from stepforge.runtime.backends.torch.packed import pack_attention
 from stepforge.runtime.backends.torch.program import Node, Program
 from stepforge.runtime.backends.torch.run import Runner
-from stepforge.runtime.bundle import read
+from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, ComponentId, read
 
 CPU = torch.device("cpu")
 BANKS = (".lora_A", ".lora_B")
+DEEPCACHE = ComponentId("denoiser", "unet", "deepcache")
 
 
-def opened(path, name="torch", component="denoiser/unet", seed=1):
+def opened(path, name="torch", component=UNET, seed=1):
     """A component with banks of random numbers, slot 0 of zeros; and the banks."""
     bundle = read(path)
     entry = bundle.components[component]
@@ -79,7 +80,7 @@ def test_weights_of_layers_that_run_as_one_are_held_once(tiny_sd1_control_bundle
     bundle = read(tiny_sd1_control_bundle)
     backend = open_backend("torch", bundle, precision="fp32", threads=1)
     programs = []
-    for name in ("denoiser/unet", "denoiser/unet.deepcache"):
+    for name in (UNET, DEEPCACHE):
         entry = bundle.components[name]
         banks = {t.name: np.zeros(t.shape, np.float32) for t in entry.inputs if t.name.endswith(BANKS)}
         graph = backend.open(name, banks)
@@ -236,8 +237,7 @@ def test_the_fast_tier_agrees_with_the_exact_one(tiny_sd1_control_bundle, slots)
     assert all(relative(found[name], value) <= 1e-5 for name, value in truth.items())
     inputs["deep"] = truth["deep"]
     truth, found = (
-        opened(tiny_sd1_control_bundle, name, "denoiser/unet.deepcache")[0](inputs)["prediction"]
-        for name in ("torch-exact", "torch")
+        opened(tiny_sd1_control_bundle, name, DEEPCACHE)[0](inputs)["prediction"] for name in ("torch-exact", "torch")
     )
     assert relative(found, truth) <= 1e-5
 
@@ -245,7 +245,7 @@ def test_the_fast_tier_agrees_with_the_exact_one(tiny_sd1_control_bundle, slots)
 def test_a_text_encoder_with_biases_agrees_with_the_exact_one(tiny_sd1_banks):
     inputs = {"input_ids": np.arange(154).reshape(2, 77) % 500, "adapter": np.array([2, 1])}
     inputs["adapter_strength"] = np.array([0.7, -0.5], np.float32).reshape(-1, 1, 1)
-    fast, exact = (opened(tiny_sd1_banks, name, "text_encoder")[0] for name in ("torch", "torch-exact"))
+    fast, exact = (opened(tiny_sd1_banks, name, TEXT_ENCODERS[0])[0] for name in ("torch", "torch-exact"))
     layers = [node for node in fast.networks[True].program.nodes if node.op == "LowrankLinear"]
     assert sum(node.attributes.get("slices") == 3 and node.inputs[2] != "" for node in layers) >= 2
     for name, truth in exact(inputs).items():

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from stepforge.runtime.backends import open_backend
 from stepforge.runtime.backends.torch import backend, peft
-from stepforge.runtime.bundle import read
+from stepforge.runtime.bundle import UNET, read
 from stepforge.runtime.engine.adapters import Adapters
 
 LAYERS = r".*(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out|conv\d?|conv_(in|out|shortcut)|time_emb_proj|linear_\d)"
@@ -63,8 +63,8 @@ def test_one_adapter_gives_the_bits_of_peft(tiny_sd1, tiny_sd1_banks, step, tmp_
     opened = open_backend("torch-exact", bundle, precision=precision, threads=1)
     adapters = Adapters(bundle, opened)
     read_layers = adapters.load("a", tmp_path / "a.safetensors").layers
-    assert {path for _, path in read_layers} == set(bundle.components["denoiser/unet"].bank.targets)
-    graph = opened.open("denoiser/unet", adapters.banks("denoiser/unet"))
+    assert {path for _, path in read_layers} == set(bundle.components[UNET].bank.targets)
+    graph = opened.open(UNET, adapters.banks(UNET))
     assert not {"MatMul", "Gather"} & {node.op for node in graph.networks[True].program.nodes}
     plain = np.array(graph({**step, **rows_of([0, 0, 0], 0)})["prediction"])
     sample, timestep, context = (torch.from_numpy(value) for value in step.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from stepforge.runtime.backends.torch.lora import LoraPasses, View, drop_lora
 from stepforge.runtime.backends.torch.precision import lower
 from stepforge.runtime.backends.torch.program import Node, Program, read, run_passes
 from stepforge.runtime.backends.torch.run import Runner
+from stepforge.runtime.bundle import UNET, VAE_DECODER
 from stepforge.runtime.bundle import read as read_bundle
 from stepforge.runtime.errors import BackendError
 
@@ -310,10 +312,10 @@ def test_without_adapters_banks_change_no_bit(tiny_sd1_bundle, tiny_sd1_banks, z
     outputs = []
     for path in (tiny_sd1_bundle, tiny_sd1_banks):
         bundle = read_bundle(path)
-        entry = bundle.components["denoiser/unet"]
+        entry = bundle.components[UNET]
         banks = {t.name: np.ones(t.shape, np.float32) for t in entry.inputs if t.name.endswith((".lora_A", ".lora_B"))}
         rows = {"adapter": np.zeros(2, np.int64), "adapter_strength": np.ones((2, 1, 1), np.float32)} if banks else {}
-        graph = open_backend(name, bundle, precision="fp32", threads=1).open("denoiser/unet", banks)
+        graph = open_backend(name, bundle, precision="fp32", threads=1).open(UNET, banks)
         outputs.append(np.array(graph({**zero_step, **rows})["prediction"]))
     assert np.array_equal(*outputs)
 
@@ -406,8 +408,8 @@ def test_the_exact_tier_gives_the_bits_of_diffusers(tiny_sd1, tiny_sd1_bundle, z
     with torch.no_grad():
         expected = unet(sample.to(dtype), timestep, context.to(dtype)).sample.float().numpy()
         pixels = vae.decode((sample * (1 / vae.config.scaling_factor)).to(dtype)).sample.float().numpy()
-    assert np.array_equal(opened.open("denoiser/unet")(zero_step)["prediction"], expected)
-    assert np.array_equal(opened.open("vae_decoder")({"latents": zero_step["sample"]})["pixels"], pixels)
+    assert np.array_equal(opened.open(UNET)(zero_step)["prediction"], expected)
+    assert np.array_equal(opened.open(VAE_DECODER)({"latents": zero_step["sample"]})["pixels"], pixels)
 
 
 def test_tiers_differ_in_rounding_only(tiny_sd1_bundle, zero_step):
@@ -416,7 +418,7 @@ def test_tiers_differ_in_rounding_only(tiny_sd1_bundle, zero_step):
     inputs = {**zero_step, "timestep": np.array([999, 500], np.float32)}
     outputs = {}
     for name, precision in (("torch-exact", "fp32"), ("torch", "fp32"), ("torch-exact", "bf16"), ("torch", "bf16")):
-        graph = open_backend(name, bundle, precision=precision, threads=1).open("denoiser/unet")
+        graph = open_backend(name, bundle, precision=precision, threads=1).open(UNET)
         outputs[name, precision] = np.array(graph(inputs)["prediction"], np.float64)
     truth = outputs["torch-exact", "fp32"]
     error = {key: np.linalg.norm(value - truth) / np.linalg.norm(truth) for key, value in outputs.items()}
@@ -435,14 +437,14 @@ def test_every_pattern_of_a_whole_network_is_found(tiny_sd1_control_bundle):
         found = ops_of(program)
         layers = sum(node.attributes.get("slices", 1) for node in program.nodes if node.op == "LowrankLinear")
         assert not {"Softmax", "InstanceNormalization", "GroupNorm", "Gelu", "Gemm"} & set(found), name
-        assert found["MatMul"] == found["Gather"] or not banks or name == "text_encoder"
-        assert name.startswith(("text", "vae", "control")) or layers >= 8
-    assert ops_of(opened.open("denoiser/unet", None).networks[True].program)["LowrankLinear"] == 0
+        assert found["MatMul"] == found["Gather"] or not banks or name.role == "text_encoder"
+        assert name.role != "denoiser" or layers >= 8
+    assert ops_of(opened.open(UNET, None).networks[True].program)["LowrankLinear"] == 0
 
 
 def test_variants_hold_their_weights_once(tiny_sd1_control_bundle):
     opened = open_backend("torch", read_bundle(tiny_sd1_control_bundle), precision="fp32", threads=1)
-    whole, variant = (opened.open(f"denoiser/unet{end}").networks[True].program.constants for end in ("", ".deepcache"))
+    whole, variant = (opened.open(replace(UNET, variant=v)).networks[True].program.constants for v in ("", "deepcache"))
     large = [name for name, value in variant.items() if isinstance(value, torch.Tensor) and value.numel() >= 1024]
     assert large
     assert all(variant[name] is whole[name] for name in large)

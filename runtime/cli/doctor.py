@@ -1,17 +1,23 @@
-"""What this machine can run, and what is wrong with it."""
+"""`stepforge doctor`: what this machine can run, and what is wrong with it."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from stepforge.runtime.backends import AUTO, available_threads, choose, open_backend
 from stepforge.runtime.bundle import read
+from stepforge.runtime.cli import options
 from stepforge.runtime.errors import StepforgeError
+from stepforge.runtime.files import printable
 
 LIBRARIES = ("numpy", "pillow", "tokenizers", "onnxruntime", "openvino")
 OFFLINE = ("torch", "diffusers", "transformers", "safetensors", "onnxscript")
@@ -24,6 +30,21 @@ class Finding:
     subject: str
     ok: bool
     text: str
+
+
+def doctor(
+    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="Also check and load this bundle.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Say what this machine can run, and what is wrong."""
+    findings = examine(bundle)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.subject}: {printable(finding.text, 500)}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
 
 
 def examine(bundle: Path | None = None) -> list[Finding]:
