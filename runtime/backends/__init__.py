@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from stepforge.runtime.backends.gpu import torch_on_gpu
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
@@ -25,7 +26,10 @@ BACKENDS = {
     "torch-exact": "stepforge.runtime.backends.torch:TorchExact",
     "fake": "stepforge.runtime.backends.fake:Fake",
 }
-AUTO = ("openvino", "onnxruntime")  # best first, on a CPU (benchmarks/bench_denoiser.py)
+AUTO = (
+    "openvino",
+    "onnxruntime",
+)  # best first, on a CPU; on a CUDA GPU torch comes before them (benchmarks/bench_denoiser.py)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FP16 = ("torch", "torch-exact")  # backends that compute in fp16
 
@@ -160,13 +164,18 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
 
 def choose() -> tuple[str, str]:
     """What "auto" means on this machine, and why the better ones were passed over."""
+    runs, reason = torch_on_gpu()
+    if runs:
+        return "torch", reason
     missing: list[str] = []
     for name in AUTO:
         if importlib.util.find_spec(name) is not None:
             why = f"{', '.join(missing)} not installed" if missing else "the fastest one for a CPU"
-            return name, why
+            return name, f"{why}; torch: {reason}"
         missing.append(name)
-    raise BackendError(f"no backend is installed; pip install one of {', '.join(AUTO)}")
+    raise BackendError(
+        f"no backend is installed; pip install one of {', '.join(AUTO)}, or torch for a CUDA GPU ({reason})"
+    )
 
 
 def available_threads() -> int:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from stepforge.runtime.backends import AUTO, available_threads, choose, open_backend
+from stepforge.runtime.backends.gpu import torch_on_gpu
 from stepforge.runtime.bundle import read
 from stepforge.runtime.cli import options
 from stepforge.runtime.errors import StepforgeError
@@ -68,9 +69,13 @@ def examine(bundle: Path | None = None) -> list[Finding]:
         findings.append(Finding("backend", False, str(error)))
     findings += _openvino()
     if _version("torch") and _version("onnx"):
-        findings.append(
-            Finding("torch backend", True, "can run; never chosen by auto (CPU: slow; CUDA: not measured yet)")
+        runs, reason = torch_on_gpu()
+        text = (
+            f"runs on {reason}; auto takes it"
+            if runs
+            else f"can run on the CPU, slowly; auto does not take it: {reason}"
         )
+        findings.append(Finding("torch backend", True, text))
     if bundle is not None:
         findings += _bundle(bundle)
     return findings
