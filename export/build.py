@@ -17,13 +17,15 @@ from typing import Any
 import torch
 
 from stepforge.export.graph import trace
-from stepforge.export.graph.bank import TARGETS, add_bank, modules_of, transformer_only, used_modules
+from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, used_modules
 from stepforge.export.graph.control import split
 from stepforge.export.graph.rewire import RESIDUAL, Reuse, cut_variants, settle_probes, variant
 from stepforge.export.lora.merge import read_all, with_adapters
 from stepforge.export.models.controlnet import ControlSource, load_control
+from stepforge.export.models.load import load
+from stepforge.export.models.networks import modules_of
 from stepforge.export.models.scheduler import scheduler_card
-from stepforge.export.models.source import Source, load
+from stepforge.export.models.source import Source
 from stepforge.export.models.tokenizer import tokenizer_json
 from stepforge.runtime.bundle import (
     MANIFEST,

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from transformers import CLIPTokenizer
 
 from stepforge.export.lora.merge import read_all, with_adapters
-from stepforge.export.models.source import Source, load
+from stepforge.export.models.load import load
+from stepforge.export.models.source import Source
 from stepforge.export.parity import control as parity_control
 from stepforge.runtime.backends import AUTO, Arrays, Backend, Graph, open_backend
 from stepforge.runtime.bundle import Bundle, read, write_manifest

@@ -16,8 +16,9 @@ import torch
 from stepforge.export.build import graphs_of
 from stepforge.export.cli import parse_controls
 from stepforge.export.graph import trace
-from stepforge.export.graph.bank import add_bank, modules_of, used_modules
+from stepforge.export.graph.bank import add_bank, used_modules
 from stepforge.export.graph.rewire import Reuse, cut_variants, settle_probes
+from stepforge.export.models.networks import modules_of
 from stepforge.runtime.bundle import Component
 from stepforge.runtime.engine.adapters import Buffers, no_adapter, row_inputs
 from stepforge.runtime.engine.controls import no_residuals

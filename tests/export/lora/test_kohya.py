@@ -21,7 +21,7 @@ from diffusers.utils.state_dict_utils import (
 )
 from safetensors.torch import save_file
 
-from stepforge.export.graph.bank import modules_of
+from stepforge.export.models.networks import modules_of
 from stepforge.runtime.lora.names import DENOISER, Names
 
 SDXL = {

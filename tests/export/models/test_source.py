@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepforge.export.build import check_out, export_bundle, staged
-from stepforge.export.models.source import load, opened
+from stepforge.export.models.load import load
+from stepforge.export.models.weights import opened
 from stepforge.runtime.errors import BundleError, CheckpointError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -161,6 +162,26 @@ def test_header_lengths_that_begin_like_pickle(tmp_path: Path, start: bytes) -> 
     assert path.read_bytes().startswith(start)
     with opened(path) as file:
         assert list(file.keys()) == ["a"]
+
+
+@pytest.mark.parametrize("name", [UNET, "unet/config.json", "tokenizer/vocab.json"])
+def test_git_lfs_pointers_are_named_as_such(model: Path, name: str) -> None:
+    (model / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer, not the weights: run git lfs pull$"):
+        export_bundle(model, model.parent / "out")
+    assert not (model.parent / "out").exists()
+
+
+def test_quantized_weights_are_refused(model: Path) -> None:
+    edit_weights(
+        model / UNET, lambda state: state.update({"conv_in.weight": state["conv_in.weight"].to(torch.float8_e4m3fn)})
+    )
+    refuse(model, "conv_in.weight is stored as torch.float8_e4m3fn; quantized weights are not read")
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
+    refuse(tmp_path / ("long" * 99), "cannot be read: File name too long")
+    refuse(Path("/proc/self/mem"), "cannot be read: Input/output error")
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.gguf"])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from stepforge import Engine, GenerationError, Request, RequestError, load
 from stepforge.export.build import export_bundle
-from stepforge.export.models.source import load as load_model
+from stepforge.export.models.load import load as load_model
 from stepforge.export.parity.verify import LIMITS, psnr, reference_pipeline, relative_error
 from stepforge.runtime.backends import open_backend
 from stepforge.runtime.bundle import read
