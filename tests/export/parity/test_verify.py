@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stepforge.export.parity.verify import MAX_PSNR, psnr, relative_error, verify
+from stepforge.export.parity.measures import MAX_PSNR, psnr, relative_error
+from stepforge.export.parity.verify import verify
 from stepforge.runtime.bundle import read, sha256, write_manifest
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.errors import CheckpointError
