@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stepforge.runtime.bundle import Bundle
-    from stepforge.runtime.engine import Engine
+    from stepforge.runtime.engine import Engine, Outcome
     from stepforge.runtime.errors import (
         AdapterError,
         BackendError,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         Cancelled,
         CheckpointError,
         GenerationError,
+        QueueFull,
         RequestError,
         StepforgeError,
     )
@@ -45,7 +46,9 @@ HOMES = {
     "Control": "request",
     "Engine": "engine",
     "GenerationError": "errors",
+    "Outcome": "engine",
     "Progress": "request",
+    "QueueFull": "errors",
     "Request": "request",
     "RequestError": "errors",
     "Result": "request",
@@ -66,7 +69,9 @@ __all__ = [
     "Control",
     "Engine",
     "GenerationError",
+    "Outcome",
     "Progress",
+    "QueueFull",
     "Request",
     "RequestError",
     "Result",

@@ -181,3 +181,10 @@ def available_threads() -> int:
     except (OSError, ValueError):  # no cgroup v2, or the quota is "max"
         pass
     return cores
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an engine library's error says that memory ran out. Each has a class or a wording of its own."""
+    text = str(error).lower()
+    signs = ("out of memory", "bad_alloc", "failed to allocate", "cannot allocate", "not enough memory")
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)

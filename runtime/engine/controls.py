@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +13,13 @@ from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays, Backend, Graph, SideCall
 from stepforge.runtime.bundle import Bundle, Component
+from stepforge.runtime.engine.state import Batch, Job
 from stepforge.runtime.errors import RequestError
+from stepforge.runtime.imaging.preprocess import hint_of
 from stepforge.runtime.request import Control
 
 Array = NDArray[np.float32]
+CACHED_BYTES = 64 << 20  # of encoded hints, least recently used first
 
 
 def no_residuals(denoiser: Component) -> dict[str, Array]:
@@ -27,12 +32,12 @@ def no_residuals(denoiser: Component) -> dict[str, Array]:
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
+class ControlUse:
     """One ControlNet in one row of a batch."""
 
     row: int
     name: str
-    turn: int  # of those of this name in the row
+    occurrence: int  # 0-based, when a row uses one ControlNet several times
     hint: Array  # [C, h, w]
     scale: float
     guess_mode: bool
@@ -44,7 +49,8 @@ class Controls:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self._bundle, self._backend = bundle, backend
         self._graphs: dict[str, Graph] = {}
-        self._hints: dict[tuple[str, int], tuple[list[Array], Array]] = {}
+        self._stacks: dict[tuple[str, int], tuple[list[Array], Array]] = {}
+        self._encoded_hints: OrderedDict[tuple[str, tuple[int, ...], str], Array] = OrderedDict()
 
     def check(self, names: Sequence[str]) -> None:
         """Raises RequestError if the bundle lacks one."""
@@ -58,25 +64,62 @@ class Controls:
         """Whether it runs in conditional rows only: in guess mode, which diffusers' pipelines turn on for pooled residuals."""
         return control.guess_mode or self._bundle.controls[control.name].global_pool
 
-    def hint(self, name: str, image: Array) -> Array:
-        """An image [3, height, width] in 0..1 through the hint encoder: [C, h, w]. Runs once for a request."""
-        return np.array(self._open(f"control/{name}/hint")({"image": image[None]})["hint"][0])
+    def prepare(self, job: Job) -> None:
+        """Draw a job's hint images, and run the hint encoder of each ControlNet that some step uses."""
+        hints, digests = [], []
+        for index, control in enumerate(job.request.controls):
+            image = hint_of(control.image, control.preprocessor, job.size.width, job.size.height)
+            digests.append(hashlib.sha256(image.tobytes()).hexdigest())
+            used = any(step.control[index] for step in job.plan.steps)
+            hints.append(self._encoded(control.name, image, digests[-1]) if used else np.empty(0, np.float32))
+            if used:
+                job.count(f"control/{control.name}/hint", 1)
+        job.hints, job.hint_digests = hints, digests
 
-    def calls(self, uses: Sequence[Use], variant: str = "") -> list[SideCall]:
+    def _encoded(self, name: str, image: Array, digest: str) -> Array:
+        """An image [3, height, width] in 0..1 through the hint encoder: [C, h, w]; kept by the image's digest."""
+        key = name, image.shape, digest
+        if key not in self._encoded_hints:
+            hint = np.array(self._open(f"control/{name}/hint")({"image": image[None]})["hint"][0])
+            self._encoded_hints[key] = hint
+            while sum(hint.nbytes for hint in self._encoded_hints.values()) > CACHED_BYTES:
+                self._encoded_hints.popitem(last=False)
+            return hint
+        self._encoded_hints.move_to_end(key)
+        return self._encoded_hints[key]
+
+    def calls(self, uses: Sequence[ControlUse], variant: str = "") -> list[SideCall]:
         """What runs for these uses. Each ControlNet is called once for all its rows, and again only for a second use in one
         row. variant: the denoiser's."""
-        groups: dict[tuple[str, int], list[Use]] = {}
+        groups: dict[tuple[str, int], list[ControlUse]] = {}
         for use in uses:
-            groups.setdefault((use.name, use.turn), []).append(use)
+            groups.setdefault((use.name, use.occurrence), []).append(use)
         calls = []
-        for (name, turn), group in groups.items():
+        for (name, occurrence), group in groups.items():
             component = f"control/{name}/residuals"
             if f"{component}.{variant}" in self._bundle.components:
                 component = f"{component}.{variant}"
-            inputs = {"hint": self._stacked(name, turn, group), "scale": np.stack([self._scale(use) for use in group])}
+            inputs = {
+                "hint": self._stacked(name, occurrence, group),
+                "scale": np.stack([self._scale(use) for use in group]),
+            }
             rows = np.array([use.row for use in group], np.int32)
             calls.append(SideCall(component, self._open(component), rows, inputs))
         return calls
+
+    def uses(self, batch: Batch) -> list[ControlUse]:
+        """The ControlNets of all rows in their steps."""
+        return [use for r in range(len(batch.rows)) for use in self._uses_of(batch, r)]
+
+    def _uses_of(self, batch: Batch, r: int) -> list[ControlUse]:
+        uses: list[ControlUse] = []
+        row = batch.rows[r]
+        job, step = row.trajectory.job, row.trajectory.step
+        for control, hint, scale in zip(job.request.controls, job.hints, step.control, strict=True):
+            if scale and (row.is_cond or not self.cond_only(control)):
+                occurrence = sum(use.name == control.name for use in uses)
+                uses.append(ControlUse(r, control.name, occurrence, hint, scale, control.guess_mode))
+        return uses
 
     def residuals(self, calls: Sequence[SideCall], inputs: Arrays, wanted: Sequence[str]) -> dict[str, Array]:
         """Sum of the residuals of all calls for each row of `inputs`; nothing if there is none.
@@ -110,16 +153,16 @@ class Controls:
                 own[name] = inputs[name] if every else inputs[name][call.rows]
         return call.graph({name: own[name] for name in names})
 
-    def _stacked(self, name: str, turn: int, group: Sequence[Use]) -> Array:
+    def _stacked(self, name: str, occurrence: int, group: Sequence[ControlUse]) -> Array:
         """The hints of a call, [rows, C, h, w], some MB a row; the same array while the same hints come back."""
         hints = [use.hint for use in group]
-        before, stacked = self._hints.get((name, turn), ([], np.empty(0, np.float32)))
+        before, stacked = self._stacks.get((name, occurrence), ([], np.empty(0, np.float32)))
         if len(before) != len(hints) or any(a is not b for a, b in zip(before, hints, strict=True)):
             stacked = np.stack(hints)
-            self._hints[name, turn] = hints, stacked
+            self._stacks[name, occurrence] = hints, stacked
         return stacked
 
-    def _scale(self, use: Use) -> Array:
+    def _scale(self, use: ControlUse) -> Array:
         """Strength of each residual; guess mode weakens the shallow ones, see diffusers' ControlNetModel.forward."""
         (count,) = (
             t.shape[1] for t in self._bundle.components[f"control/{use.name}/residuals"].inputs if t.name == "scale"

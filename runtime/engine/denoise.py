@@ -7,6 +7,7 @@ activations. ControlNets run first, for the rows that name them; their residuals
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +17,14 @@ from numpy.typing import NDArray
 from stepforge.runtime.backends import Arrays, Backend, Graph, LoopingGraph
 from stepforge.runtime.bundle import Bundle, Component, Size
 from stepforge.runtime.engine.adapters import Adapters, row_inputs
-from stepforge.runtime.engine.controls import Controls, Use, no_residuals
-from stepforge.runtime.engine.device_loop import Places, fits
-from stepforge.runtime.engine.state import Job, Row, Slot
+from stepforge.runtime.engine.controls import Controls, ControlUse, no_residuals
+from stepforge.runtime.engine.device_loop import DevicePool, can_run_on_device
+from stepforge.runtime.engine.state import Batch, Job, Row, Trajectory
 from stepforge.runtime.engine.text import Condition
 
 Array = NDArray[np.float32]
 KEPT = re.compile(r"deep|text_\d+")  # inputs of variants; text_embeds is SDXL's pooled prompt
+MOST_POOLS = 8  # networks times latent shapes whose images a device holds; idle ones go first
 
 
 class Denoisers:
@@ -37,54 +39,60 @@ class Denoisers:
                 self._open(name)
         self._packed: tuple[tuple[tuple[int, Size], ...], dict[str, Array], list[Condition]] | None = None
         self._sample: Array = np.empty(0, np.float32)
-        self._loops: dict[tuple[str, tuple[int, int, int]], Places] = {}
+        self._pools: OrderedDict[tuple[str, tuple[int, int, int]], DevicePool] = OrderedDict()
         self._zeros = {name: no_residuals(entry) for name, entry in bundle.components.items()}
 
-    def __call__(self, rows: Sequence[Row]) -> Array:
-        """The raw predictions, [rows, C, h, w]; valid until the next call. All rows must be of one kind, see `engine._kind`."""
-        step = rows[0].slot.step
+    def __call__(self, batch: Batch) -> Array:
+        """The raw predictions, [rows, C, h, w]; valid until the next call."""
+        step, rows = batch.step, batch.rows
         network = f"denoiser/{step.denoiser}"
         name = f"{network}.{step.reuse}" if step.reuse else network
         entry = self._bundle.components[name]
         inputs = self._inputs(rows)
         if self._adapters.banks(network) is not None:
-            inputs |= row_inputs([row.slot.job.bank_slot for row in rows], [row.slot.adapter_strength for row in rows])
-        zeros, uses = self._zeros[name], self._uses(name, rows)
+            strengths = [row.trajectory.adapter_strength for row in rows]
+            inputs |= row_inputs([row.trajectory.job.bank_slot for row in rows], strengths)
+        zeros = self._zeros[name]
+        uses = self.controls.uses(batch) if zeros else []
         calls = self.controls.calls(uses, step.reuse)
         inputs |= {**zeros, **self.controls.residuals(calls, inputs, list(zeros))}
-        inputs |= _reused(rows, entry)
+        inputs |= _reused(batch, entry)
         known = {tensor.name for tensor in entry.inputs}
         graph = self._open(name)
         outputs = graph({key: value for key, value in inputs.items() if key in known} if known else inputs)
         _count(uses, rows, step.reuse)  # after the call: one that fails is repeated
-        _keep(rows, outputs)
+        _keep(batch, outputs)
         return outputs["prediction"]
 
     def rings(self, job: Job) -> tuple[int, int] | None:
         """Latents and predictions of the loop that the job's steps can run in; None if they run here."""
         graph = self._open(f"denoiser/{job.plan.steps[0].denoiser}")
-        return graph.rings if isinstance(graph, LoopingGraph) and fits(job, graph.rings) else None
+        return graph.rings if isinstance(graph, LoopingGraph) and can_run_on_device(job, graph.rings) else None
 
-    def step(self, rows: Sequence[Row]) -> None:
-        """One whole step of the rows' slots in their loop."""
-        slot = rows[0].slot
-        name = f"denoiser/{slot.step.denoiser}"
-        uses = self._uses(name, rows)
-        self._places(slot).step(rows, {**self._context(rows), **self._zeros[name]}, self.controls.calls(uses))
-        _count(uses, rows, "")
+    def step(self, batch: Batch) -> None:
+        """One whole step of the batch's images in their loop."""
+        name = f"denoiser/{batch.step.denoiser}"
+        uses = self.controls.uses(batch) if self._zeros[name] else []
+        inputs = {**self._context(batch.rows), **self._zeros[name]}
+        self._pool(batch.trajectories[0]).step(batch, inputs, self.controls.calls(uses))
+        _count(uses, batch.rows, "")
 
-    def read(self, slot: Slot) -> None:
-        """Bring the state of a slot from its loop."""
-        self._places(slot).read(slot)
+    def read(self, trajectory: Trajectory) -> None:
+        """Bring the state of an image from its loop."""
+        self._pool(trajectory).read(trajectory)
 
-    def _places(self, slot: Slot) -> Places:
-        name = f"denoiser/{slot.step.denoiser}"
-        key = name, slot.shape
-        if key not in self._loops:
+    def _pool(self, trajectory: Trajectory) -> DevicePool:
+        name = f"denoiser/{trajectory.job.plan.steps[0].denoiser}"  # those of one loop run one network
+        key = name, trajectory.shape
+        if key not in self._pools:
             graph = self._open(name)
             assert isinstance(graph, LoopingGraph)
-            self._loops[key] = Places(graph.loop(slot.shape), has_bank=self._adapters.banks(name) is not None)
-        return self._loops[key]
+            idle = [other for other, pool in self._pools.items() if pool.is_idle]
+            for other in idle[: max(0, len(self._pools) + 1 - MOST_POOLS)]:
+                del self._pools[other]
+            self._pools[key] = DevicePool(graph.loop(trajectory.shape), has_bank=self._adapters.banks(name) is not None)
+        self._pools.move_to_end(key)
+        return self._pools[key]
 
     def _open(self, name: str) -> Graph:
         if name not in self._graphs:
@@ -95,76 +103,54 @@ class Denoisers:
         return self._graphs[name]
 
     def _inputs(self, rows: Sequence[Row]) -> dict[str, NDArray[Any]]:
-        shape = (len(rows), *rows[0].slot.shape)
+        shape = (len(rows), *rows[0].trajectory.shape)
         if self._sample.shape != shape:  # kept between ticks: a fresh array of some MB costs its page faults each time
             self._sample = np.empty(shape, np.float32)
         timestep = np.empty(len(rows), np.float32)
         for r, row in enumerate(rows):
-            step = row.slot.step
-            np.multiply(row.slot.x, np.float32(step.scale_in), out=self._sample[r].reshape(-1))
+            step = row.trajectory.step
+            np.multiply(row.trajectory.x, np.float32(step.scale_in), out=self._sample[r].reshape(-1))
             timestep[r] = step.t
         return {"sample": self._sample, "timestep": timestep, **self._context(rows)}
 
     def _context(self, rows: Sequence[Row]) -> dict[str, Array]:
         """Prompt inputs of the rows; kept while the same rows come back, as they do on most steps."""
-        key = tuple((id(row.condition), row.slot.job.size) for row in rows)
+        key = tuple((id(row.condition), row.trajectory.job.size) for row in rows)
         if self._packed is not None and self._packed[0] == key:
             return self._packed[1]
         conditions = [row.condition for row in rows]
         inputs = {"encoder_hidden_states": np.stack([condition.context for condition in conditions])}
         if conditions[0].pooled is not None:
             inputs["text_embeds"] = np.stack([c.pooled for c in conditions if c.pooled is not None])
-            sizes = [(row.slot.job.size.height, row.slot.job.size.width) for row in rows]
+            sizes = [(row.trajectory.job.size.height, row.trajectory.job.size.width) for row in rows]
             inputs["time_ids"] = np.array([[h, w, 0, 0, h, w] for h, w in sizes], np.float32)
         self._packed = (key, inputs, conditions)  # holds the conditions, so that ids stay theirs
         return inputs
 
-    def _uses(self, name: str, rows: Sequence[Row]) -> list[Use]:
-        """The ControlNets of all rows, if the network takes residuals."""
-        return [use for r, row in enumerate(rows) for use in self._uses_of(r, row)] if self._zeros[name] else []
 
-    def _uses_of(self, r: int, row: Row) -> list[Use]:
-        """The ControlNets of one row in its step."""
-        uses: list[Use] = []
-        job = row.slot.job
-        for control, hint, scale in zip(job.request.controls, job.hints, row.slot.step.control, strict=True):
-            if scale and (row.is_cond or not self.controls.cond_only(control)):
-                turn = sum(use.name == control.name for use in uses)
-                uses.append(Use(r, control.name, turn, hint, scale, control.guess_mode))
-        return uses
-
-
-def _count(uses: Sequence[Use], rows: Sequence[Row], variant: str) -> None:
+def _count(uses: Sequence[ControlUse], rows: Sequence[Row], variant: str) -> None:
     for use in uses:
-        counted = rows[use.row].slot.job.rows
         label = f"control/{use.name}" + (f".{variant}" if variant == "deepcache" else "")
-        counted[label] = counted.get(label, 0) + 1
+        rows[use.row].trajectory.job.count(label, 1)
 
 
-def _reused(rows: Sequence[Row], entry: Component) -> dict[str, Array]:
+def _reused(batch: Batch, entry: Component) -> dict[str, Array]:
     """Kept activations of the rows' images as inputs of a variant."""
-    names = [t.name for t in entry.inputs if KEPT.fullmatch(t.name)]
-    if not names:
-        return {}
-    roles: dict[Slot, list[bool]] = {}
-    for row in rows:
-        roles.setdefault(row.slot, []).append(row.is_cond)
     inputs = {}
-    for name in names:
-        blocks = [slot.recall(name, wanted) for slot, wanted in roles.items()]
+    for name in (t.name for t in entry.inputs if KEPT.fullmatch(t.name)):
+        blocks = [
+            trajectory.recall(name, [row.is_cond for row in batch.rows[span]])
+            for trajectory, span in zip(batch.trajectories, batch.spans, strict=True)
+        ]
         inputs[name] = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
     return inputs
 
 
-def _keep(rows: Sequence[Row], outputs: Arrays) -> None:
+def _keep(batch: Batch, outputs: Arrays) -> None:
     """Let each image keep what its later steps will reuse of this one."""
-    first = 0
-    while first < len(rows):
-        slot = rows[first].slot
-        last = first + sum(row.slot is slot for row in rows[first : first + 2])
-        for what in slot.job.recordings[slot.k]:
-            roles = [row.is_cond for row in rows[first:last]]
+    for trajectory, span in zip(batch.trajectories, batch.spans, strict=True):
+        roles = [row.is_cond for row in batch.rows[span]]
+        for what in trajectory.job.recordings[trajectory.k]:
             for name, value in outputs.items():
                 if name == what or (what == "text" and name.startswith("text_")):
-                    slot.remember(name, roles, value[first:last])
-        first = last
+                    trajectory.remember(name, roles, value[span])

@@ -1,4 +1,4 @@
-"""Images whose whole steps run in the backend: which requests qualify, where each image stands, what a step is told."""
+"""Images whose whole steps run in the backend: which requests qualify, where each image lies, what a step is told."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays, Loop, SideCall, StepTable
-from stepforge.runtime.engine.state import Job, Row, Slot
+from stepforge.runtime.engine.state import Batch, Job, Trajectory
 from stepforge.runtime.plan.guiders import Guider
 
 Array = NDArray[np.float32]
 
 
-def fits(job: Job, rings: tuple[int, int]) -> bool:
+def can_run_on_device(job: Job, rings: tuple[int, int]) -> bool:
     """Whether a job's plan is a table and nothing else: linear guidance of one network, without reuse."""
     steps = job.plan.steps
     return (
@@ -27,9 +27,9 @@ def fits(job: Job, rings: tuple[int, int]) -> bool:
     )
 
 
-def step_table(slot: Slot) -> StepTable:
-    steps = slot.job.plan.steps
-    adapters = slot.job.adapters
+def step_table(trajectory: Trajectory) -> StepTable:
+    steps = trajectory.job.plan.steps
+    adapters = trajectory.job.adapters
     strength = 0.0 if adapters is None else adapters.strength
 
     def column(values: Sequence[Any]) -> Array:
@@ -39,54 +39,57 @@ def step_table(slot: Slot) -> StepTable:
         t=column([step.t for step in steps]),
         scale_in=column([*(step.scale_in for step in steps), 1.0]),
         guidance=column([(step.guidance, 1.0 - step.guidance) for step in steps]),
-        table=slot.table,
+        table=trajectory.table,
         adapter_strength=column([strength * step.adapters for step in steps]),
     )
 
 
-class Places:
+class DevicePool:
     """The images of one loop, by place; those of ended requests make room. has_bank: the network takes LoRA slots."""
 
     def __init__(self, loop: Loop, *, has_bank: bool) -> None:
         self.loop, self._has_bank = loop, has_bank
-        self._images: list[Slot | None] = []
-        self._last: tuple[tuple[Slot, bool], ...] = ()
+        self._images: list[Trajectory] = []
+        self._last: tuple[tuple[Trajectory, bool], ...] = ()
         self._told: tuple[Any, ...] = ()
 
-    def step(self, rows: Sequence[Row], inputs: Arrays, sides: Sequence[SideCall]) -> None:
-        """One step of the images that the rows belong to; all their rows are there."""
-        key = tuple((row.slot, row.is_cond) for row in rows)
+    @property
+    def is_idle(self) -> bool:
+        """No image of the pool has steps left."""
+        return all(image.has_ended for image in self._images)
+
+    def step(self, batch: Batch, inputs: Arrays, sides: Sequence[SideCall]) -> None:
+        """One step of the batch's images."""
+        key = tuple((row.trajectory, row.is_cond) for row in batch.rows)
         if key != self._last:
-            self._told, self._last = self._tell(rows), key
+            self._told, self._last = self._tell(batch), key
         places, sources, owners, adapter = self._told
-        noise = {self._place(row.slot): z for row in rows if (z := row.slot.draw()) is not None}
+        noise = {self._place(image): z for image in batch.trajectories if (z := image.draw()) is not None}
         self.loop.step(places, sources, owners, {**inputs, **adapter}, noise, sides)
 
-    def read(self, slot: Slot) -> None:
+    def read(self, image: Trajectory) -> None:
         """Bring an image's state to the host."""
-        slot.state[:-1] = self.loop.get(self._place(slot))
+        image.state[:-1] = self.loop.get(self._place(image))
 
-    def _tell(self, rows: Sequence[Row]) -> tuple[Any, ...]:
-        slots = list(dict.fromkeys(row.slot for row in rows))
-        for slot in slots:
-            if slot not in self._images:
-                self._put(slot)
-        sources = np.zeros((len(slots), 2), np.int32)
-        for r, row in enumerate(rows):
-            sources[slots.index(row.slot), 0 if row.is_cond else 1] = r
-        owners = np.array([self._place(row.slot) for row in rows], np.int32)
+    def _tell(self, batch: Batch) -> tuple[Any, ...]:
+        for image in batch.trajectories:
+            if image not in self._images:
+                self._put(image)
+        sources = np.zeros((len(batch.trajectories), 2), np.int32)
+        for i, span in enumerate(batch.spans):
+            for r in range(span.start, span.stop):
+                sources[i, 0 if batch.rows[r].is_cond else 1] = r
+        places = np.array([self._place(image) for image in batch.trajectories], np.int32)
+        counts = [span.stop - span.start for span in batch.spans]
         adapter: Mapping[str, NDArray[np.int64]] = {}
         if self._has_bank:
-            adapter = {"adapter": np.array([row.slot.job.bank_slot for row in rows], np.int64)}
-        return np.array([self._place(slot) for slot in slots], np.int32), sources, owners, adapter
+            adapter = {"adapter": np.array([row.trajectory.job.bank_slot for row in batch.rows], np.int64)}
+        return places, sources, np.repeat(places, counts), adapter
 
-    def _place(self, slot: Slot) -> int:
-        return self._images.index(slot)
+    def _place(self, image: Trajectory) -> int:
+        return self._images.index(image)
 
-    def _put(self, slot: Slot) -> None:
-        ended = [place for place, image in enumerate(self._images) if image is None or image.has_ended]
-        if not ended:
-            self._images.append(None)
-        place = ended[0] if ended else len(self._images) - 1
-        self.loop.put(place, slot.state[:-1], step_table(slot))
-        self._images[place] = slot
+    def _put(self, image: Trajectory) -> None:
+        place = next((place for place, other in enumerate(self._images) if other.has_ended), len(self._images))
+        self.loop.put(place, image.state[:-1], step_table(image))
+        self._images[place : place + 1] = [image]

@@ -1,25 +1,28 @@
-"""What the engine keeps of a request while it runs: a `Job`, a `Slot` for each of its images, and a slot's `Row`s."""
+"""The engine's nouns: a `Job` is a request that runs, a `Trajectory` one image on its way, a `Batch` one network call."""
 
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime.bundle import Size
 from stepforge.runtime.engine.adapters import NONE, AdapterSet
+from stepforge.runtime.engine.future import RequestFuture
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.engine.text import Condition
+from stepforge.runtime.errors import GenerationError, StepforgeError
 from stepforge.runtime.plan import Plan, Step
 from stepforge.runtime.plan.guiders import parse as parse_guider
 from stepforge.runtime.plan.reuse import recordings
-from stepforge.runtime.request import Progress, Request, Result
+from stepforge.runtime.request import Progress, Request
 
 Array = NDArray[np.float32]
 OnStep = Callable[[Progress], None]
@@ -33,45 +36,81 @@ class Job:
         request: Request,
         plan: Plan,
         size: Size,
-        on_step: OnStep | None,
+        future: RequestFuture,
+        *,
+        on_step: OnStep | None = None,
         adapters: AdapterSet | None = None,
-        hint_images: Sequence[Array] = (),
     ) -> None:
-        self.request, self.plan, self.size, self.on_step, self.adapters = request, plan, size, on_step, adapters
-        self.hint_images = hint_images  # one for each ControlNet, [3, height, width] in 0..1
-        self.hints: list[Array] = []  # of the hint encoders, made when the job starts
-        self.recordings = recordings(plan.steps)
+        # set when the request is submitted
+        self.request, self.plan, self.size, self.future = request, plan, size, future
+        self.on_step, self.adapters = on_step, adapters
         self.guider = parse_guider(request.guider)
-        self.bank_slot = NONE  # where the adapters stand while the job runs
-        self.future: Future[Result] = Future()
+        self.recordings = recordings(plan.steps)
+        self.submitted = time.perf_counter()
+        # set when it is admitted
+        self.is_prepared = False
+        self.bank_slot = NONE
         self.cond: Condition | None = None
         self.uncond: Condition | None = None
-        self.pending = request.images  # images not decoded yet
+        self.hints: Sequence[Array] = ()  # encoded, one a ControlNet; empty where no step uses it
+        self.hint_digests: Sequence[str] = ()
+        self.started = 0  # images that have become trajectories
+        # filled as images end
         self.latents: list[Array | None] = [None] * request.images
         self.pixels: list[NDArray[np.uint8] | None] = [None] * request.images
         self.rows: dict[str, int] = {}
         self.seconds = {"prompt": 0.0, "denoise": 0.0, "decode": 0.0}
         self.calls = 0
-        self.submitted = time.perf_counter()
-        self._lock = threading.Lock()  # the decoder's thread and the engine's may both settle a job
 
     @property
     def is_over(self) -> bool:
         """Cancelled by the caller, or failed: its remaining work is dropped."""
         return self.future.done()
 
-    def settle(self, outcome: Result | BaseException) -> None:
-        """Give the caller the first outcome; later ones, and those of a cancelled request, are dropped."""
-        with self._lock:
-            if self.future.done() or not self.future.set_running_or_notify_cancel():
-                return
-            if isinstance(outcome, BaseException):
-                self.future.set_exception(outcome)
-            else:
-                self.future.set_result(outcome)
+    @property
+    def is_decoded(self) -> bool:
+        return all(pixels is not None for pixels in self.pixels)
+
+    def fail(self, stage: str, error: BaseException) -> None:
+        """End the request: with an error of ours as it is, with others as one line that names the stage."""
+        self.future.settle(error if isinstance(error, StepforgeError) else failure(stage, error))
+
+    def count(self, label: str, rows: int) -> None:
+        self.rows[label] = self.rows.get(label, 0) + rows
 
 
-class Slot:
+def failure(stage: str, error: BaseException) -> GenerationError:
+    """One line without the engine library's trace; the error itself is its cause."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    found = GenerationError(
+        f"the {stage} failed: {type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
+    )
+    found.__cause__ = error
+    return found
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Errors of the block that are not ours name the stage."""
+    try:
+        yield
+    except StepforgeError:
+        raise
+    except BaseException as error:
+        raise failure(name, error) from error
+
+
+class Kind(NamedTuple):
+    """Trajectories of one kind can share a network call."""
+
+    denoiser: str
+    reuse: str
+    on_device: bool
+    shape: tuple[int, int, int]
+    tokens: int
+
+
+class Trajectory:
     """One image of a job on its way through the plan.
 
     `state` holds the latents and predictions of the plan's window as rows of one matrix, in ring order, and fresh noise
@@ -84,10 +123,11 @@ class Slot:
     def __init__(self, job: Job, index: int, shape: tuple[int, int, int], rings: tuple[int, int] | None = None) -> None:
         self.job, self.index, self.shape = job, index, shape
         self.k = 0
-        self.in_loop = rings is not None
+        self.on_device = rings is not None
         plan = job.plan
+        # two latents at least: the one before an update stays readable after it
         self.num_x, self.num_p = rings or (
-            max(len(step.keep) for step in plan.steps),
+            max(2, *(len(step.keep) for step in plan.steps)),
             max(len(step.gain) for step in plan.steps),
         )
         self.table = np.zeros((len(plan.steps), self.num_x + self.num_p + 1), np.float32)
@@ -107,19 +147,84 @@ class Slot:
 
     @property
     def step(self) -> Step:
-        """The row of the plan that comes next."""
+        """The step of the plan that comes next."""
         return self.job.plan.steps[self.k]
 
     @property
     def weight(self) -> float:
-        """The guidance weight of the next step: the plan's, unless the guider has found that 1 will do."""
+        """Guidance weight of the next step: the plan's, unless the guider has found that 1 will do."""
         return self.guide.weight(self.step)
 
     @property
     def adapter_strength(self) -> float:
-        """Of the next step's rows."""
+        """Strength of the next step's rows."""
         adapters = self.job.adapters
         return 0.0 if adapters is None else adapters.strength * self.step.adapters
+
+    @property
+    def kind(self) -> Kind:
+        assert self.job.cond is not None
+        step = self.step
+        return Kind(step.denoiser, step.reuse, self.on_device, self.shape, len(self.job.cond.context))
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the image."""
+        return self.job.size.width * self.job.size.height
+
+    @property
+    def is_done(self) -> bool:
+        return self.k == len(self.table)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.is_done or self.job.is_over
+
+    def rows(self) -> list[Row]:
+        """Rows that the next evaluation needs, the conditional one first."""
+        job, w = self.job, self.weight
+        wanted = ((job.cond, True, w != 0.0), (job.uncond, False, w != 1.0))
+        return [Row(self, condition, is_cond) for condition, is_cond, use in wanted if use and condition is not None]
+
+    @property
+    def x(self) -> Array:
+        """The current latent, flat."""
+        latent: Array = self.state[self.k % self.num_x]
+        return latent
+
+    @property
+    def p(self) -> Array:
+        """Place of the current step's guided prediction, flat."""
+        prediction: Array = self.state[self.num_x + self.k % self.num_p]
+        return prediction
+
+    def draw(self) -> Array | None:
+        """Fresh noise of the next step, flat, if it wants any; the same if asked again."""
+        if not self.table[self.k, -1]:
+            return None
+        if self._drawn != self.k:
+            self.state[-1], self._drawn = self.generator.normal(self.shape).reshape(-1), self.k
+        noise: Array = self.state[-1]
+        return noise
+
+    def advance(self) -> None:
+        """x_{k+1} = Σ keep·x + Σ gain·p + noise·z."""
+        self.draw()
+        latent = self.table[self.k] @ self.state
+        self.k += 1
+        self.x[:] = latent
+
+    def latents(self) -> Array:
+        """A copy of the current latent, [C, h, w]."""
+        return self.x.reshape(self.shape).copy()
+
+    def denoised(self) -> Array:
+        """Estimate of the clean latent that the last step made, [C, h, w]."""
+        k = self.k - 1
+        a, b = self.job.plan.steps[k].denoised
+        x, p = self.state[k % self.num_x], self.state[self.num_x + k % self.num_p]
+        estimate: Array = (np.float32(a) * x + np.float32(b) * p).reshape(self.shape)
+        return estimate
 
     def remember(self, name: str, roles: list[bool], values: Array) -> None:
         """Keep a copy of activations, [rows, ...], for later steps; roles: whether each row is the conditional one."""
@@ -141,54 +246,55 @@ class Slot:
             return self._means[name]
         return values[[kept.index(role) for role in roles]]
 
-    @property
-    def is_done(self) -> bool:
-        return self.k == len(self.table)
-
-    @property
-    def has_ended(self) -> bool:
-        return self.is_done or self.job.is_over
-
-    @property
-    def x(self) -> Array:
-        """The current latent, flat."""
-        latent: Array = self.state[self.k % self.num_x]
-        return latent
-
-    @property
-    def p(self) -> Array:
-        """Where the current step's guided prediction goes, flat."""
-        prediction: Array = self.state[self.num_x + self.k % self.num_p]
-        return prediction
-
-    def draw(self) -> Array | None:
-        """The next step's fresh noise, flat, if it wants any; the same if asked again."""
-        if not self.table[self.k, -1]:
-            return None
-        if self._drawn != self.k:
-            self.state[-1], self._drawn = self.generator.normal(self.shape).reshape(-1), self.k
-        noise: Array = self.state[-1]
-        return noise
-
-    def advance(self) -> None:
-        """x_{k+1} = Σ keep·x + Σ gain·p + noise·z."""
-        self.draw()
-        latent = self.table[self.k] @ self.state
-        self.k += 1
-        self.x[:] = latent
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a network call. A slot's rows stand together, the conditional one first."""
+    """One row of a network call."""
 
-    slot: Slot
+    trajectory: Trajectory
     condition: Condition
     is_cond: bool
 
 
-def rows_of_slot(slot: Slot) -> list[Row]:
-    """The rows that the slot's next evaluation needs."""
-    job, w = slot.job, slot.weight
-    wanted = ((job.cond, True, w != 0.0), (job.uncond, False, w != 1.0))
-    return [Row(slot, condition, is_cond) for condition, is_cond, use in wanted if use and condition is not None]
+@dataclass(frozen=True)
+class Batch:
+    """Trajectories of one kind, and their rows in one network call."""
+
+    trajectories: tuple[Trajectory, ...]
+    rows: tuple[Row, ...]
+    spans: tuple[slice, ...]  # rows of each trajectory
+
+    @classmethod
+    def of(cls, trajectories: Iterable[Trajectory]) -> Batch:
+        chosen = tuple(trajectories)
+        rows: list[Row] = []
+        spans = []
+        for trajectory in chosen:
+            own = trajectory.rows()
+            spans.append(slice(len(rows), len(rows) + len(own)))
+            rows += own
+        return cls(chosen, tuple(rows), tuple(spans))
+
+    @cached_property
+    def kind(self) -> Kind:
+        return self.trajectories[0].kind
+
+    @property
+    def step(self) -> Step:
+        """A step whose network and variant are those of all rows."""
+        return self.trajectories[0].step
+
+    @property
+    def label(self) -> str:
+        """The network as `Stats.rows` names it."""
+        return f"{self.step.denoiser}.{self.step.reuse}" if self.step.reuse else self.step.denoiser
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all rows."""
+        return len(self.rows) * self.trajectories[0].pixels
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """Two batches of about as many trajectories."""
+        middle = (len(self.trajectories) + 1) // 2
+        return Batch.of(self.trajectories[:middle]), Batch.of(self.trajectories[middle:])

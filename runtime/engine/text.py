@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,10 @@ from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.engine.adapters import NONE, Adapters, AdapterSet, row_inputs
 from stepforge.runtime.engine.prompts import ClipTokenizer, TokenChunks, apply_weights, pad_chunks
 
-CACHED_PROMPTS = 256
+if TYPE_CHECKING:
+    from stepforge.runtime.engine.state import Job
+
+CACHED_BYTES = 256 << 20  # of encoded prompts, least recently used first; SDXL's take 0.6 MB for each 77 tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +27,10 @@ class Condition:
 
     context: NDArray[np.float32]  # [tokens, dim]
     pooled: NDArray[np.float32] | None = None  # [p], SDXL
+
+    @property
+    def nbytes(self) -> int:
+        return self.context.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
 
 class Conditioner:
@@ -39,11 +46,19 @@ class Conditioner:
         self._graphs = [backend.open(e.component, adapters.banks(e.component)) for e in encoders]
         self._banked = [bundle.components[e.component].bank is not None for e in encoders]
         self._cache: OrderedDict[Hashable, Condition] = OrderedDict()
+        self._cached = 0  # bytes
         self.rows = 0  # text encoder rows run so far
 
     def tokenize(self, prompt: str, syntax: str) -> list[TokenChunks]:
         """One TokenChunks for each text encoder. Raises RequestError for a prompt that cannot be read."""
         return [tokenizer.encode(prompt, syntax=syntax) for tokenizer in self._tokenizers]
+
+    def prepare(self, job: Job) -> None:
+        """Conditions of a job's prompts; the negative one only if some step runs it."""
+        request, before = job.request, self.rows
+        negative = request.negative if any(step.guidance != 1.0 for step in job.plan.steps) else None
+        job.cond, job.uncond = self(request.prompt, negative, request.prompt_syntax, job.adapters, job.bank_slot)
+        job.count("text_encoder", self.rows - before)
 
     def __call__(
         self, prompt: str, negative: str | None, syntax: str, adapters: AdapterSet | None = None, slot: int = NONE
@@ -86,7 +101,11 @@ class Conditioner:
                 pooled = np.array(outputs["pooled"][0])
             self.rows += len(chunks.ids)
         condition = Condition(np.concatenate(contexts, axis=-1), pooled)
-        self._cache[key] = condition
-        if len(self._cache) > CACHED_PROMPTS:
-            self._cache.popitem(last=False)
+        self._keep(key, condition)
         return condition
+
+    def _keep(self, key: Hashable, condition: Condition) -> None:
+        self._cache[key] = condition
+        self._cached += condition.nbytes
+        while self._cached > CACHED_BYTES and len(self._cache) > 1:
+            self._cached -= self._cache.popitem(last=False)[1].nbytes

@@ -342,12 +342,12 @@ def _pool(
     engine: Engine, base: Request, worth: Mapping[str, float], ladder: Mapping[str, Sequence[object]]
 ) -> dict[Candidate, tuple[int, float]]:
     """Rows and cost of every combination, cheapest first; of those that compile to one plan, the simplest."""
-    whole = compile_plan(base, engine.scheduler)
+    whole = compile_plan(base, engine.scheduler_card)
     rows = (whole.steps, whole.init_noise)
     plans: dict[object, tuple[Candidate, tuple[int, float]]] = {}
     for candidate in candidates(ladder):
         request = candidate.apply(base)
-        plan = compile_plan(request, engine.scheduler, rows)
+        plan = compile_plan(request, engine.scheduler_card, rows)
         cost = sum(count * worth[label] for label, count in row_counts(plan, request).items())
         plans.setdefault(plan.steps, (candidate, (plan.rows, cost)))
     return dict(sorted(plans.values(), key=lambda entry: entry[1][1]))

@@ -15,7 +15,8 @@ from stepforge.runtime.backends import open_backend, torch_cuda, torch_loop
 from stepforge.runtime.backends import torch as torch_backend
 from stepforge.runtime.bundle import read
 from stepforge.runtime.engine import Engine
-from stepforge.runtime.engine import device_loop as loops
+from stepforge.runtime.engine.device_loop import step_table
+from stepforge.runtime.engine.future import RequestFuture
 from stepforge.runtime.errors import Cancelled, GenerationError
 from stepforge.runtime.request import Control
 
@@ -31,7 +32,7 @@ def close(a, b):
 
 def on_host(monkeypatch):
     """Engines made after this run no loops."""
-    monkeypatch.setattr("stepforge.runtime.engine.denoise.fits", lambda job, rings: False)
+    monkeypatch.setattr("stepforge.runtime.engine.denoise.can_run_on_device", lambda job, rings: False)
 
 
 class Counted(torch_loop.TorchLoop):
@@ -226,7 +227,7 @@ def test_a_nan_harms_only_its_request(tiny_sd1_bundle, monkeypatch):
     good = Request(**{**ASK, "guidance": 1.0}, seed=3)
     with load(tiny_sd1_bundle, backend="torch", precision="fp32") as engine:
         alone = engine.generate(good).latents
-        encode = engine._conditioner.__call__
+        encode = engine._worker.conditioner.__call__
 
         def poisoned(prompt, *rest):
             cond, uncond = encode(prompt, *rest)
@@ -234,7 +235,7 @@ def test_a_nan_harms_only_its_request(tiny_sd1_bundle, monkeypatch):
                 cond.context[:] = np.nan
             return cond, uncond
 
-        monkeypatch.setattr(type(engine._conditioner), "__call__", lambda self, *given: poisoned(*given))
+        monkeypatch.setattr(type(engine._worker.conditioner), "__call__", lambda self, *given: poisoned(*given))
         futures = [engine.submit(Request(**{**ASK, "prompt": "bad", "guidance": 1.0})), engine.submit(good)]
         with pytest.raises(GenerationError, match="not finite"):
             futures[0].result()
@@ -358,16 +359,15 @@ def test_recordings_hold_whole_steps(tiny_sd1_bundle, host, recorded):
 
 def test_a_plan_is_told_in_full(tiny_sd1_bundle):
     """`step_table` against the plan, entry by entry."""
-    from stepforge.runtime.engine.state import Job, Slot
+    from stepforge.runtime.engine.state import Job, Trajectory
     from stepforge.runtime.plan.compile import compile_plan
 
     bundle = read(tiny_sd1_bundle)
     request = Request(**{**ASK, "guidance": [0.0, 2.5, 1.0, 4.0]}, sampler="dpmpp_2m_sde")
     with Engine(bundle, open_backend("fake", bundle)) as engine:
-        plan = compile_plan(request, engine.scheduler)
-    job = Job(request, plan, bundle.card.size(request.width, request.height), None)
-    slot = Slot(job, 0, (4, 8, 8), (3, 5))
-    told = loops.step_table(slot)
+        plan = compile_plan(request, engine.scheduler_card)
+    job = Job(request, plan, bundle.card.size(request.width, request.height), RequestFuture(lambda: None))
+    told = step_table(Trajectory(job, 0, (4, 8, 8), (3, 5)))
     steps = plan.steps
     assert told.t.tolist() == [np.float32(step.t) for step in steps]
     assert told.scale_in[:-1].tolist() == [np.float32(step.scale_in) for step in steps]

@@ -9,7 +9,8 @@ import pytest
 from stepforge import Cancelled, Engine, GenerationError, Request, RequestError, load
 from stepforge.runtime.backends.fake import Fake, fake_bundle
 from stepforge.runtime.bundle import Size
-from stepforge.runtime.engine.state import Job, Slot
+from stepforge.runtime.engine.future import RequestFuture
+from stepforge.runtime.engine.state import Job, Trajectory
 from stepforge.runtime.plan.compile import compile_plan
 from stepforge.runtime.plan.schedules import SchedulerCard
 
@@ -99,27 +100,27 @@ def test_guidance_is_linear_in_the_weight(engine):
 
 
 def test_update_equals_the_definition():
-    """The ring of `Slot` against the sum written out, for every window length of the samplers."""
+    """The ring of a trajectory against the sum written out, for every window length of the samplers."""
     card = SchedulerCard.from_dict(fake_bundle().scheduler)
     random = np.random.RandomState(0)
     for sampler in ("ddim", "pndm", "unipc", "dpmpp_3m", "lms", "heun", "euler_a"):
         request = Request(prompt="", sampler=sampler, steps=8)
         plan = compile_plan(request, card)
-        job = Job(request, plan, Size(64, 64), None)
-        slot = Slot(job, 0, (4, 8, 8))
-        x, p = [slot.x.astype(np.float64)], []
+        job = Job(request, plan, Size(64, 64), RequestFuture(lambda: None))
+        image = Trajectory(job, 0, (4, 8, 8))
+        x, p = [image.x.astype(np.float64)], []
         for step in plan.steps:
             p.append(random.standard_normal(x[0].shape))
-            slot.p[:] = p[-1]
-            k = slot.k
-            slot.advance()
+            image.p[:] = p[-1]
+            k = image.k
+            image.advance()
             expected = sum(c * x[k - i] for i, c in enumerate(step.keep))
             expected = expected + sum(c * p[k - j] for j, c in enumerate(step.gain))
             if step.noise:
-                expected = expected + step.noise * slot.state[-1]
+                expected = expected + step.noise * image.state[-1]
             scale = np.abs(expected).max() + sum(abs(c) * np.abs(x[k - i]).max() for i, c in enumerate(step.keep))
-            assert np.abs(slot.x - expected).max() <= 1e-6 * scale, (sampler, k)
-            x.append(slot.x.astype(np.float64))
+            assert np.abs(image.x - expected).max() <= 1e-6 * scale, (sampler, k)
+            x.append(image.x.astype(np.float64))
 
 
 def test_cancelled_request_stops(engine):
@@ -147,7 +148,7 @@ def test_a_nan_harms_only_its_request():
     good = Request(prompt="good", steps=4, guidance=1.0)
     backend = Recorder(poison)
     with Engine(fake_bundle(SIZE), backend) as engine:
-        mark = engine._conditioner("bad", None, "a1111")[0].context
+        mark = engine._worker.conditioner("bad", None, "a1111")[0].context
         futures = [engine.submit(Request(prompt="bad", steps=4, guidance=1.0)), engine.submit(good)]
         with pytest.raises(GenerationError, match="not finite after step 1"):
             futures[0].result()

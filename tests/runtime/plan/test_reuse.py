@@ -232,7 +232,7 @@ def engines(tiny_sd1_control_bundle: Path) -> Iterator[dict[str, Engine]]:
 
 
 def contexts(engine: Engine, request: Request) -> dict[bool, torch.Tensor]:
-    cond, uncond = engine._conditioner(request.prompt, request.negative, request.prompt_syntax)
+    cond, uncond = engine._worker.conditioner(request.prompt, request.negative, request.prompt_syntax)
     assert uncond is not None
     return {role: torch.from_numpy(c.context[None].copy()) for role, c in ((True, cond), (False, uncond))}
 
