@@ -17,7 +17,7 @@ FLOORS = {
         "errors", "grammar", "plan", "imaging", "bundle", "lora", "request", "metadata", "presets", "backends",
         "engine", "load", "tune", "cli", "__main__",
     ),
-    "export": ("models", "lora", "graph", "build", "oracle", "parity", "cli"),
+    "export": ("models", "lora", "graph", "publish", "build", "oracle", "parity", "cli"),
 }  # fmt: skip
 RUNTIME_IMPORTS = {"numpy", "PIL", "tokenizers", "safetensors", "typer", "rich", "stepforge"}
 ALSO = {  # beside those, by folder or file of runtime/

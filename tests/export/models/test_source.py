@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stepforge.export.build import check_out, export_bundle, staged
+from stepforge.export.build import export_bundle
 from stepforge.export.models.load import load
 from stepforge.export.models.weights import opened
-from stepforge.runtime.errors import BundleError, CheckpointError
+from stepforge.runtime.errors import CheckpointError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -477,36 +477,6 @@ def test_single_file_lacks_weights(tiny_sd1: Path, tmp_path: Path) -> None:
     path = to_original(tiny_sd1, tmp_path / "m.safetensors")
     edit_weights(path, lambda state: state.pop("model.diffusion_model.middle_block.2.out_layers.3.weight"))
     refuse(path, "lacks mid_block.resnets.1.conv2.weight")
-
-
-# The output
-
-
-def test_output_is_complete_or_absent(tiny_sd1: Path, tmp_path: Path) -> None:
-    def fail() -> None:
-        with staged(tmp_path / "out") as folder:
-            (folder / "half").write_text("")
-            raise ValueError("stop")
-
-    with pytest.raises(ValueError, match="stop"):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(CheckpointError, match="precision 'fp8' is unknown; choose one of fp32, fp16"):
-        export_bundle(tiny_sd1, tmp_path / "out", precision="fp8")
-
-
-def test_output_replaces_only_bundles(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("precious")
-    with pytest.raises(BundleError, match="exists"):
-        check_out(tmp_path / "out", overwrite=False)
-    with pytest.raises(BundleError, match="is not a bundle"):
-        check_out(tmp_path / "out", overwrite=True)
-    (tmp_path / "out" / "bundle.json").write_text("{}")
-    check_out(tmp_path / "out", overwrite=True)
-    with staged(tmp_path / "out") as folder:
-        (folder / "bundle.json").write_text("new")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "bundle.json"]
 
 
 def test_tokenizer_longer_than_the_encoder(model: Path, tmp_path: Path) -> None:
