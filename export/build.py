@@ -31,8 +31,12 @@ from stepforge.export.publish import check_out, staged
 from stepforge.runtime.bundle import (
     MANIFEST,
     NAME,
+    TEXT_ENCODERS,
+    UNET,
+    VAE_DECODER,
     Bundle,
     Component,
+    ComponentId,
     ControlCard,
     ModelCard,
     TextEncoder,
@@ -110,7 +114,7 @@ def read_controls(source: Source, controls: Mapping[str, str | Path]) -> list[Co
         return []
     if bad := [name for name in controls if not NAME.fullmatch(name) or "." in name]:
         raise CheckpointError(f"ControlNet name {bad[0]!r} is not allowed; use letters, digits, - and _")
-    config = dict(source.empty["denoiser/unet"]().config)
+    config = dict(source.empty[UNET]().config)
     return [load_control(path, config, source.vae_scale, name) for name, path in controls.items()]
 
 
@@ -129,7 +133,7 @@ class _Export:
     ) -> None:
         self.source, self.controls, self.folder, self.precision = source, controls, folder, precision
         self.dtype, self.bank, self.reuse = DTYPES[precision], bank, reuse
-        self.components: dict[str, Component] = {}
+        self.components: dict[ComponentId, Component] = {}
         self.progress, self.done, self.stages = progress, 0, len(source.text_encoders) + len(controls) + 3
 
     def run(self, name: str) -> Bundle:
@@ -150,20 +154,20 @@ class _Export:
             self.progress(stage, self.done, self.stages)
         self.done += 1
 
-    def add(self, component: str, loader: Loader, make: Callable[[Any], trace.Traced]) -> Any:
+    def add(self, key: ComponentId, loader: Loader, make: Callable[[Any], trace.Traced]) -> Any:
         """Load one network, export it, and let go of it; returns its config."""
-        self.tell(component)
+        self.tell(str(key))
         network = loader(self.dtype)
         config = network.config
         traced = make(network)
-        entry = prefixed(component, trace.save(traced, self.folder / component))
-        if component in self.source.empty:
+        entry = prefixed(key, trace.save(traced, self.folder / key.folder))
+        if key in self.source.empty:
             entry = replace(entry, modules=used_modules(self.folder / entry.graph, modules_of(network)))
             if traced.probes:
                 graphs = graphs_of(self.folder, entry)
                 entry = resolve_probes(graphs, entry, control=bool(self.controls), reuse=self.reuse)
-            entry = entry if self.bank is None else adaptable(entry, self.folder, component, self.bank)
-        self.components[component] = entry
+            entry = entry if self.bank is None else adaptable(entry, self.folder, key, self.bank)
+        self.components[key] = entry
         del network
         release()
         return config
@@ -171,37 +175,40 @@ class _Export:
     def text_encoders(self) -> tuple[TextEncoder, ...]:
         """Tokenizers and text encoders; cards of both."""
         cards = []
-        for index, (loader, tokens) in enumerate(zip(self.source.text_encoders, self.source.tokenizers, strict=True)):
-            card = _tokenizer(tokens, self.folder, f"_{index + 1}" if index else "")
+        networks = list(zip(self.source.text_encoders, self.source.tokenizers, strict=True))
+        for key, (loader, tokens) in zip(TEXT_ENCODERS, networks, strict=False):
+            card = _tokenizer(tokens, self.folder, key)
             make = partial(_text_encoder, card=card, penultimate=self.source.family == "sdxl")
-            self.add(card.component, loader, make)
+            self.add(key, loader, make)
             cards.append(card)
         return tuple(cards)
 
     def denoiser(self) -> Any:
         """The denoiser and its reuse variants; the denoiser's config."""
         probe = bool(self.controls or self.reuse.names)
-        config = self.add("denoiser/unet", self.source.unet, lambda network: trace.denoiser(network, probe=probe))
+        config = self.add(UNET, self.source.unet, lambda network: trace.denoiser(network, probe=probe))
         self.components |= _variants(self.folder, self.components, self.reuse.names)
         return config
 
     def control(self, control: ControlSource) -> None:
         """A ControlNet's two components. Where the denoiser skips, residuals beyond DeepCache's branch have no reader."""
-        self.tell(f"control/{control.name}")
+        keys = ComponentId("control_hint", control.name), ComponentId("control_residuals", control.name)
+        self.tell(keys[1].label)
         network = control.network(self.dtype)
-        for part, traced in zip(("hint", "residuals"), split(network), strict=True):
-            component = f"control/{control.name}/{part}"
-            entry = prefixed(component, trace.save(traced, self.folder / component))
-            self.components[component] = entry
-            if part == "residuals" and self.reuse.deepcache is not None:
+        for key, traced in zip(keys, split(network), strict=True):
+            entry = prefixed(key, trace.save(traced, self.folder / key.folder))
+            self.components[key] = entry
+            if key.role == "control_residuals" and self.reuse.deepcache is not None:
                 unread = [t.name for t in entry.outputs if int(t.name.removeprefix(RESIDUAL)) > self.reuse.deepcache]
-                self.components[f"{component}.deepcache"] = variant(self.folder, entry, "deepcache", (), unread)
+                self.components[replace(key, variant="deepcache")] = variant(
+                    self.folder, entry, "deepcache", (), unread
+                )
         del network
         release()
 
     def decoder(self) -> Any:
         """The VAE decoder; the VAE's config."""
-        return self.add("vae_decoder", lambda dtype: _vae(self.source, dtype), trace.vae_decoder)
+        return self.add(VAE_DECODER, lambda dtype: _vae(self.source, dtype), trace.vae_decoder)
 
     def card(self, name: str, encoders: tuple[TextEncoder, ...], unet: Any, vae: Any) -> ModelCard:
         scale = self.source.vae_scale
@@ -252,19 +259,21 @@ def _text_encoder(network: Any, card: TextEncoder, *, penultimate: bool) -> trac
     return trace.text_encoder(network, card.max_length, penultimate=penultimate)
 
 
-def _variants(folder: Path, components: Mapping[str, Component], names: Sequence[str]) -> dict[str, Component]:
-    """The reuse variants of the denoiser, by component."""
-    cut = cut_variants(folder, components["denoiser/unet"], names)
-    return {f"denoiser/unet.{name}": entry for name, entry in cut.items()}
+def _variants(
+    folder: Path, components: Mapping[ComponentId, Component], names: Sequence[str]
+) -> dict[ComponentId, Component]:
+    """The reuse variants of the denoiser."""
+    cut = cut_variants(folder, components[UNET], names)
+    return {replace(UNET, variant=name): entry for name, entry in cut.items()}
 
 
 def graphs_of(folder: Path, entry: Component) -> list[Path]:
     return [folder / graph for graph in (entry.graph, *entry.derived.values())]
 
 
-def adaptable(entry: Component, folder: Path, component: str, bank: BankOptions) -> Component:
+def adaptable(entry: Component, folder: Path, key: ComponentId, bank: BankOptions) -> Component:
     """The component with LoRA banks as inputs of its graphs, which are rewritten in the bundle's folder."""
-    narrow = bank.targets == "transformer" and component.startswith("denoiser/")
+    narrow = bank.targets == "transformer" and key.role == "denoiser"
     targets = transformer_only(entry.modules) if narrow else entry.modules
     banks, tensors = add_bank(graphs_of(folder, entry), targets, bank.slots + 1, bank.rank)
     return replace(entry, bank=banks, inputs=(*entry.inputs, *tensors))
@@ -277,29 +286,28 @@ def with_banks(plain: str | Path, out: str | Path, bank: BankOptions) -> Bundle:
     with staged(out) as folder:
         shutil.copytree(source.path, folder, dirs_exist_ok=True)
         components = {
-            name: adaptable(entry, folder, name, bank) if entry.modules else entry
-            for name, entry in source.components.items()
+            key: adaptable(entry, folder, key, bank) if entry.modules else entry
+            for key, entry in source.components.items()
         }
-        variants = [name.removeprefix("denoiser/unet.") for name in components if name.startswith("denoiser/unet.")]
-        components |= _variants(folder, components, variants)
+        components |= _variants(folder, components, source.variants(UNET))
         (folder / MANIFEST).unlink()
         bundle = replace(source, path=folder, components=components, files=_hashed(folder), verdict=None)
         write_manifest(bundle)
     return replace(bundle, path=out)
 
 
-def prefixed(component: str, entry: Component) -> Component:
+def prefixed(key: ComponentId, entry: Component) -> Component:
     """A component whose graphs are named from the bundle's root."""
-    derived = {backend: f"{component}/{graph}" for backend, graph in entry.derived.items()}
-    return replace(entry, graph=f"{component}/{entry.graph}", derived=derived)
+    derived = {backend: f"{key.folder}/{graph}" for backend, graph in entry.derived.items()}
+    return replace(entry, graph=f"{key.folder}/{entry.graph}", derived=derived)
 
 
-def _tokenizer(tokens: Path, folder: Path, suffix: str) -> TextEncoder:
+def _tokenizer(tokens: Path, folder: Path, encoder: ComponentId) -> TextEncoder:
     text, card = tokenizer_json(tokens)
-    path = f"tokenizer{suffix}/tokenizer.json"
+    path = f"{encoder.name.replace('text_encoder', 'tokenizer')}/tokenizer.json"
     (folder / path).parent.mkdir()
     (folder / path).write_text(text, encoding="utf-8")
-    return TextEncoder(component=f"text_encoder{suffix}", tokenizer=path, **card)
+    return TextEncoder(name=encoder.name, tokenizer=path, **card)
 
 
 def _vae(source: Source, dtype: torch.dtype) -> Any:
@@ -310,12 +318,10 @@ def _vae(source: Source, dtype: torch.dtype) -> Any:
     return source.vae(dtype)
 
 
-def _check_fit(unet: Any, vae: Any, components: dict[str, Component]) -> None:
+def _check_fit(unet: Any, vae: Any, components: Mapping[ComponentId, Component]) -> None:
     if unet.in_channels != vae.latent_channels:
         raise CheckpointError(f"the UNet takes {unet.in_channels} channels, the VAE makes {vae.latent_channels}")
-    widths = [
-        component.outputs[0].shape[-1] for name, component in components.items() if name.startswith("text_encoder")
-    ]
+    widths = [entry.outputs[0].shape[-1] for key, entry in components.items() if key.role == "text_encoder"]
     if sum(int(width) for width in widths) != unet.cross_attention_dim:
         raise CheckpointError(
             f"the text encoders make {' + '.join(map(str, widths))} numbers a token, the UNet takes "

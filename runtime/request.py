@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from PIL import Image
 
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.imaging import preprocess
+from stepforge.runtime.imaging.read import MAX_SIDE
+from stepforge.runtime.imaging.save import save_result
 from stepforge.runtime.lora.layers import MAX_STRENGTH
 from stepforge.runtime.plan import Plan, guiders, reuse
 from stepforge.runtime.plan.guidance import Guidance, parse
 
 MAX_STEPS = 1000
 MAX_IMAGES = 64
-MAX_SIDE = 4096  # pixels; above this one latent's attention alone exceeds any memory that we know of
 MAX_SEED = 2**64 - 1
 MAX_SCALE = 10.0  # of ControlNet residuals
 
@@ -32,7 +34,7 @@ class Control:
     """
 
     name: str  # of a ControlNet in the bundle
-    image: Any  # path, bytes, PIL image or array: see preprocess.read_hint
+    image: Any  # path, bytes, PIL image or array: see imaging.read
     preprocessor: str = "none"  # see preprocess.py
     scale: float | tuple[float, ...] = 1.0  # of its residuals; a list gives one number an evaluation
     start: float = 0.0
@@ -212,3 +214,15 @@ class Result:
     digest: str  # of the bundle
     adapters: Mapping[str, str] = field(default_factory=dict)  # name -> sha256 of its file
     hints: tuple[str, ...] = ()  # sha256 of each ControlNet's hint image, float32 [3, height, width]
+
+    def save(self, path: str | Path, *, overwrite: bool = False, metadata: bool = True) -> list[Path]:
+        """Write the images as PNG files, each in one atomic step, and return their paths.
+
+            result.save("cat.png")          one image
+            result.save("out")              a folder: out/00000-7.png, out/00001-8.png, ... (index and seed)
+            result.save("cat-{seed}.png")   a pattern; {index} and {seed} take format codes such as {index:03d}
+
+        Missing folders are made. metadata: write the request into each file, so that it can be drawn again.
+        Raises RequestError, before anything is written, if a name is refused or taken; OSError if writing fails.
+        """
+        return save_result(self, path, overwrite=overwrite, metadata=metadata)

@@ -13,7 +13,7 @@ import torch
 from stepforge.export.models.networks import modules_of, named_modules
 from stepforge.export.models.source import Source
 from stepforge.export.models.weights import Loader
-from stepforge.runtime.bundle import Module
+from stepforge.runtime.bundle import ComponentId, Module
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.adapter import Adapter, read_adapter
 from stepforge.runtime.lora.layers import Layer, delta
@@ -36,7 +36,7 @@ def read_all(source: Source, files: Sequence[tuple[Path, float]]) -> list[Merged
     return merged
 
 
-def source_modules(source: Source) -> dict[str, tuple[Module, ...]]:
+def source_modules(source: Source) -> dict[ComponentId, tuple[Module, ...]]:
     """Component -> its modules, from empty networks: no weights are read."""
     return {component: modules_of(build()) for component, build in source.empty.items()}
 
@@ -46,13 +46,13 @@ def with_adapters(source: Source, merged: Sequence[Merged]) -> Source:
     if not merged:
         return source
 
-    def loader(component: str, load: Loader) -> Loader:
+    def loader(component: ComponentId, load: Loader) -> Loader:
         mine = [
             ({path: layer for (where, path), layer in one.adapter.layers.items() if where == component}, one.strength)
             for one in merged
             if component in one.adapter.components
         ]
-        return lambda dtype: merge(load(torch.float32), mine, component).to(dtype) if mine else load(dtype)
+        return lambda dtype: merge(load(torch.float32), mine, str(component)).to(dtype) if mine else load(dtype)
 
     unet, *text_encoders = (loader(component, load) for component, load in source.adaptable.items())
     return replace(

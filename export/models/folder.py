@@ -11,7 +11,7 @@ from stepforge.export.models import tokenizer
 from stepforge.export.models.networks import empty_clip, empty_unet, empty_vae
 from stepforge.export.models.source import Source
 from stepforge.export.models.weights import Loader, fill, read_json, read_weights, refuse_code, weight_files
-from stepforge.runtime.bundle import sha256
+from stepforge.runtime.bundle import UNET, ComponentId, sha256
 from stepforge.runtime.errors import CheckpointError
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -70,7 +70,10 @@ def read_folder(path: Path, prediction_type: str | None) -> Source:
             "file": path.resolve().name,
             "sha256": {f.relative_to(path).as_posix(): sha256(f) for name in sorted(files) for f in files[name]},
         },
-        empty={"denoiser/unet": lambda: empty_unet(unet_config), **encoders},
+        empty={
+            UNET: lambda: empty_unet(unet_config),
+            **{ComponentId("text_encoder", name): build for name, build in encoders.items()},
+        },
         vae_scale=2 ** (len(vae_config.get("block_out_channels", (64,))) - 1),
         # the pipeline class's default, where an SDXL model does not say
         force_zeros_for_empty_prompt=xl and bool(index.get("force_zeros_for_empty_prompt", True)),

@@ -17,7 +17,8 @@ import torch
 from stepforge.export.models.networks import empty_clip, empty_unet, empty_vae
 from stepforge.export.models.source import Source
 from stepforge.export.models.weights import Loader, Shapes, fill, opened, read_weights, shapes_of
-from stepforge.runtime.bundle import sha256
+from stepforge.runtime import bundle
+from stepforge.runtime.bundle import TEXT_ENCODERS, sha256
 from stepforge.runtime.errors import CheckpointError
 
 UNET = "model.diffusion_model."
@@ -77,10 +78,10 @@ def read_single_file(path: Path, tokenizer: Path | None, prediction_type: str | 
         | ({"rescale_betas_zero_snr": True} if "ztsnr" in shapes and family == "sdxl" else {}),
         provenance={"kind": "single-file", "file": path.name, "sha256": {path.name: sha256(path)}},
         empty={
-            "denoiser/unet": lambda: empty_unet(unet),
+            bundle.UNET: lambda: empty_unet(unet),
             **{
-                "text_encoder" + (f"_{index + 1}" if index else ""): partial(empty_clip, config, projection=index == 1)
-                for index, config in enumerate(texts)
+                key: partial(empty_clip, config, projection=index == 1)
+                for index, (key, config) in enumerate(zip(TEXT_ENCODERS, texts, strict=False))
             },
         },
         vae_scale=2 ** (len(vae["block_out_channels"]) - 1),

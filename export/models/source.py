@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stepforge.export.models.weights import Loader
+from stepforge.runtime.bundle import ComponentId
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +23,11 @@ class Source:
     tokenizers: tuple[Path, ...]  # folders, one for each text encoder
     scheduler: Mapping[str, Any]  # scheduler_config.json, with _class_name
     provenance: Mapping[str, Any]  # kind, file, sha256 of each weight file
-    empty: Mapping[str, Callable[[], Any]]  # component that a LoRA may change -> its network without weights
+    empty: Mapping[ComponentId, Callable[[], Any]]  # networks that a LoRA may change, without weights
     vae_scale: int  # pixels per latent
     force_zeros_for_empty_prompt: bool = False
 
     @property
-    def adaptable(self) -> dict[str, Loader]:
+    def adaptable(self) -> dict[ComponentId, Loader]:
         """The loaders of the networks in `empty`."""
         return dict(zip(self.empty, (self.unet, *self.text_encoders), strict=True))

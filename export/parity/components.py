@@ -11,7 +11,7 @@ import torch
 from stepforge.export.parity.measures import relative_error
 from stepforge.export.parity.reference import Array, Reference, References, Settings
 from stepforge.runtime.backends import Arrays, Backend
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import UNET, VAE_DECODER, Bundle, ComponentId
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.engine.adapters import no_adapter
 from stepforge.runtime.engine.controls import no_residuals
@@ -30,38 +30,34 @@ def component_errors(
     reference = references.plain[prompt]
     states: list[torch.Tensor] = []
     pooled = None
-    for name, network, tokenizer in _encoders(pipeline):
+    networks = [(pipeline.text_encoder, pipeline.tokenizer)]
+    if bundle.card.family == "sdxl":
+        networks.append((pipeline.text_encoder_2, pipeline.tokenizer_2))
+    for key, (network, tokenizer) in zip(bundle.text_encoders, networks, strict=True):
         ids = tokenizer(
             ["", prompt], padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
             return_tensors="pt",
         ).input_ids  # fmt: skip
         expected = network(ids, output_hidden_states=True)
         states.append(expected.hidden_states[-2] if bundle.card.family == "sdxl" else expected[0])
-        outputs = backend.open(name)({"input_ids": ids.numpy(), **_no_adapter(bundle, name)})
-        yield name, relative_error(outputs["hidden_states"], states[-1].numpy())
+        outputs = backend.open(key)({"input_ids": ids.numpy(), **_no_adapter(bundle, key)})
+        yield key.label, relative_error(outputs["hidden_states"], states[-1].numpy())
         if "pooled" in outputs:
             pooled = expected[0]
-            yield f"{name} pooled", relative_error(outputs["pooled"], pooled.numpy())
+            yield f"{key.label} pooled", relative_error(outputs["pooled"], pooled.numpy())
     texts = {"encoder_hidden_states": torch.cat(states, dim=-1).numpy()}
     texts |= {} if pooled is None else {"text_embeds": pooled.numpy()}
     yield from _denoiser_errors(bundle, pipeline.unet, backend, probes(engine, reference, settings), texts)
     latents = reference.latents[-1][None]
     pixels = pipeline.vae.decode(torch.from_numpy(latents) / pipeline.vae.config.scaling_factor).sample
-    yield "vae_decoder", relative_error(backend.open("vae_decoder")({"latents": latents})["pixels"], pixels.numpy())
-
-
-def _encoders(pipeline: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Component, network and tokenizer of each text encoder."""
-    yield "text_encoder", pipeline.text_encoder, pipeline.tokenizer
-    if hasattr(pipeline, "text_encoder_2"):
-        yield "text_encoder_2", pipeline.text_encoder_2, pipeline.tokenizer_2
+    yield VAE_DECODER.label, relative_error(backend.open(VAE_DECODER)({"latents": latents})["pixels"], pixels.numpy())
 
 
 def _denoiser_errors(
     bundle: Bundle, unet: Any, backend: Backend, at: Sequence[Probe], texts: Arrays
 ) -> Iterator[tuple[str, float]]:
-    denoiser = backend.open("denoiser/unet")
-    fixed = {**_no_adapter(bundle, "denoiser/unet"), **no_residuals(bundle.components["denoiser/unet"])}
+    denoiser = backend.open(UNET)
+    fixed = {**_no_adapter(bundle, UNET), **no_residuals(bundle.components[UNET])}
     for step, latents in at:
         inputs = denoiser_inputs(bundle, step, latents, texts)
         expected = unet(*positional(inputs), added_cond_kwargs=conditions(inputs)).sample
@@ -99,5 +95,5 @@ def conditions(inputs: Arrays) -> dict[str, torch.Tensor] | None:
     return {name: torch.from_numpy(inputs[name]) for name in names} or None
 
 
-def _no_adapter(bundle: Bundle, component: str) -> Arrays:
+def _no_adapter(bundle: Bundle, component: ComponentId) -> Arrays:
     return no_adapter(2) if bundle.components[component].bank is not None else {}

@@ -16,7 +16,7 @@ from stepforge.export.parity.components import Probe, conditions, denoiser_input
 from stepforge.export.parity.measures import relative_error
 from stepforge.export.parity.reference import References, Settings
 from stepforge.runtime.backends import Arrays, Backend
-from stepforge.runtime.bundle import Bundle, Component
+from stepforge.runtime.bundle import Bundle, Component, ComponentId
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.imaging.preprocess import hint_of
@@ -45,14 +45,14 @@ def control_errors(
 ) -> Iterator[tuple[str, float]]:
     """The hint encoder, and all residuals together, along the first prompt's trajectory: name and error of each."""
     network = net.network(torch.float32)
-    prefix = f"control/{net.name}"
+    hint_encoder, residuals = ComponentId("control_hint", net.name), ComponentId("control_residuals", net.name)
     image = hint_of(references.hint, "none", bundle.card.width, bundle.card.height)[None].repeat(2, axis=0)
-    encoded = np.array(backend.open(f"{prefix}/hint")({"image": image})["hint"])
+    encoded = np.array(backend.open(hint_encoder)({"image": image})["hint"])
     pixels = torch.from_numpy(image)
     flipped = pixels.flip(1) if network.config.controlnet_conditioning_channel_order == "bgr" else pixels
-    yield f"{prefix}/hint", relative_error(encoded, network.controlnet_cond_embedding(flipped).numpy())
-    entry = bundle.components[f"{prefix}/residuals"]
-    graph = backend.open(f"{prefix}/residuals")
+    yield str(hint_encoder), relative_error(encoded, network.controlnet_cond_embedding(flipped).numpy())
+    entry = bundle.components[residuals]
+    graph = backend.open(residuals)
     names = [f"{RESIDUAL}{index}" for index in range(len(entry.outputs))]
     at: Sequence[Probe] = probes(engine, references.plain[settings.prompts[0]], settings)
     for step, latents in at:
@@ -61,7 +61,7 @@ def control_errors(
         outputs = graph({**inputs, "hint": encoded, "scale": np.ones((2, len(names)), np.float32)})
         ours = np.concatenate([np.asarray(outputs[name]).ravel() for name in names])
         theirs = np.concatenate([value.numpy().ravel() for value in (*down, mid)])
-        yield f"{prefix}/residuals t={step.t:g}", relative_error(ours, theirs)
+        yield f"{residuals} t={step.t:g}", relative_error(ours, theirs)
 
 
 def _random_texts(entry: Component) -> Arrays:

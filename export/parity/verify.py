@@ -29,7 +29,7 @@ from stepforge.export.parity.control import control_errors, exported_controls
 from stepforge.export.parity.measures import psnr, relative_error
 from stepforge.export.parity.reference import Array, Reference, References, Settings, run_references
 from stepforge.runtime.backends import AUTO, Arrays, Backend, Graph, open_backend
-from stepforge.runtime.bundle import Bundle, read, write_manifest
+from stepforge.runtime.bundle import Bundle, ComponentId, read, write_manifest
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.errors import BackendError, CheckpointError
 from stepforge.runtime.request import Control, Progress, Request
@@ -175,12 +175,12 @@ class _OpenOnce:
     def __init__(self, inner: Backend) -> None:
         self.name, self.precision, self.versions = inner.name, inner.precision, inner.versions
         self._inner = inner
-        self._graphs: dict[str, Graph] = {}
+        self._graphs: dict[ComponentId, Graph] = {}
 
-    def bank_dtype(self, component: str) -> Any:
+    def bank_dtype(self, component: ComponentId) -> Any:
         return self._inner.bank_dtype(component)
 
-    def open(self, component: str, banks: Arrays | None = None) -> Graph:
+    def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
         if component not in self._graphs:
             self._graphs[component] = self._inner.open(component, banks)
         return self._graphs[component]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepforge.runtime.errors import RequestError
+from stepforge.runtime.files import is_lfs_pointer, printable
 from stepforge.runtime.lora.layers import MAX_STRENGTH
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ def read_requests(
             if not isinstance(values, dict) or not values.keys() <= known or "prompt" not in values:
                 raise ValueError(f"an object with prompt and any of {', '.join(sorted(known - {'prompt'}))} is needed")
             requests.append(Request(**{**options, **_found_beside(request_file, values)}))
-        except (ValueError, TypeError) as error:
-            raise RequestError(f"{request_file}, line {number}: {error}") from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RequestError(f"{printable(request_file)}, line {number}: {error}") from error
     return requests
 
 
@@ -53,18 +54,28 @@ def read_lines(file: Path) -> list[tuple[int, str]]:
     """The lines of a file that are not empty, with their numbers."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"cannot read {file}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"cannot read {printable(file)}: it is not UTF-8 text") from error
+    except OSError as error:
+        raise RequestError(f"cannot read {printable(file)}: {error.strerror}") from error
+    if is_lfs_pointer(file):
+        raise RequestError(f"{printable(file)} is a Git LFS pointer, not the file; run `git lfs pull`")
     if not (found := [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]):
-        raise RequestError(f"{file} has no prompts")
+        raise RequestError(f"{printable(file)} has no prompts")
     return found
 
 
-def parse_adapter(text: str) -> tuple[str, Path, float]:
-    """[NAME=]FILE[:STRENGTH] -> name, file and strength; the file's own name if none is given."""
-    name, equals, rest = text.partition("=")
-    file, strength = file_and_strength(rest if equals else text)
-    return name if equals else file.stem, file, strength
+def parse_adapters(texts: Sequence[str]) -> dict[str, tuple[Path, float]]:
+    """[NAME=]FILE[:STRENGTH] -> file and strength by name; the file's own name if none is given. Raises RequestError."""
+    adapters: dict[str, tuple[Path, float]] = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        file, strength = file_and_strength(rest if equals else text)
+        name = name if equals else file.stem
+        if name in adapters:
+            raise RequestError(f"the adapter {printable(name)} is given twice; name one of the two, as in NAME=FILE")
+        adapters[name] = (file, strength)
+    return adapters
 
 
 def parse_numbers(name: str, text: str | None, kind: type) -> Any:
@@ -73,7 +84,7 @@ def parse_numbers(name: str, text: str | None, kind: type) -> Any:
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise RequestError(f"--{name} {text!r} is not a list of numbers such as 999,850,700") from None
+        raise RequestError(f"--{name} {printable(text)} is not a list of numbers such as 999,850,700") from None
 
 
 def parse_controls(texts: Sequence[str], preprocessor: str, window: str, guess_mode: bool) -> list[dict[str, Any]]:
@@ -85,24 +96,16 @@ def parse_controls(texts: Sequence[str], preprocessor: str, window: str, guess_m
         times = None
     if times is None:
         raise RequestError(
-            f"--control-window {window!r} is not understood; give two fractions of the steps such as 0..0.6"
+            f"--control-window {printable(window)} is not understood; give two fractions of the steps such as 0..0.6"
         )
     controls = []
     for text in texts:
         name, equals, rest = text.partition("=")
         if not equals or not rest:
-            raise RequestError(f"--control {text!r} is not understood; give NAME=IMAGE or NAME=IMAGE:SCALE")
+            raise RequestError(f"--control {printable(text)} is not understood; give NAME=IMAGE or NAME=IMAGE:SCALE")
         image, scale = file_and_strength(rest)
-        controls.append(
-            {
-                "name": name,
-                "image": image,
-                "scale": scale,
-                "preprocessor": preprocessor,
-                "guess_mode": guess_mode,
-                **times,
-            }
-        )
+        given = {"name": name, "image": image, "scale": scale, "preprocessor": preprocessor, "guess_mode": guess_mode}
+        controls.append({**given, **times})
     return controls
 
 
@@ -115,6 +118,7 @@ def file_and_strength(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
     if not abs(strength) <= MAX_STRENGTH:
         raise RequestError(
-            f"the strength of {path} is {number}; it lies between -{MAX_STRENGTH:g} and {MAX_STRENGTH:g}"
+            f"the strength of {printable(path)} is {printable(number)}; "
+            f"it lies between -{MAX_STRENGTH:g} and {MAX_STRENGTH:g}"
         )
     return Path(path if colon else text), strength

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from stepforge.runtime.cli.table import print_table
+from stepforge.runtime.cli import options
+from stepforge.runtime.cli.output import print_table
 
 lora = typer.Typer(help="Look into LoRA files, and convert them.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -18,10 +19,15 @@ lora = typer.Typer(help="Look into LoRA files, and convert them.", no_args_is_he
 @lora.command()
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors file, or a PEFT folder.")],
-    bundle: Annotated[Path | None, typer.Option(help="Say what each layer does to this bundle's model.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    bundle: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Say what each layer does to this bundle's model.")
+    ] = None,
+    as_json: options.Json = False,
 ) -> None:
-    """Say what becomes of every layer in a LoRA file: bound at run time, merged only, or refused, and why."""
+    """Say what becomes of each layer in a LoRA file.
+
+    It is bound at run time, merged at export only, or refused, with the reason.
+    """
     from stepforge.runtime.load import open_bundle
     from stepforge.runtime.lora.report import report
 
@@ -32,12 +38,12 @@ def inspect(
     print_table(
         [
             {
-                "layer": _shown(f"{row.component} {row.module}" if row.component else row.name),
+                "layer": f"{row.component} {row.module}" if row.component else row.name,
                 "kind": row.kind or "-",
                 "rank": "-" if row.rank is None else row.rank,
                 "scale": "-" if row.scale is None else row.scale,
                 "fate": row.fate,
-                "reason": _shown(row.reason),
+                "reason": row.reason,
             }
             for row in rows
         ],
@@ -45,9 +51,3 @@ def inspect(
     )
     fates = Counter(row.fate for row in rows)
     print(f"{len(rows)} layers: " + ", ".join(f"{count} {fate}" for fate, count in fates.most_common()))
-
-
-def _shown(text: str) -> str:
-    """Names come with the file: no control characters reach the terminal, and no line grows without end."""
-    plain = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return plain if len(plain) <= 100 else plain[:97] + "..."

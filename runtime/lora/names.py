@@ -16,39 +16,42 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from stepforge.runtime.bundle import Module
+from stepforge.runtime.bundle import TEXT_ENCODERS, ComponentId, Module
 from stepforge.runtime.lora.ldm_names import ldm_names
 
-DENOISER = "denoiser/unet"
 LONGEST = 512  # characters of a name; the longest of a model have about 100
-Place = tuple[str, str]  # component of the bundle, path of a module in it
-PREFIXES: dict[str, tuple[str, ...]] = {  # prefix of a key -> components that it can mean
-    "lora_unet_": (DENOISER,),
-    "lora_te1_": ("text_encoder",),
-    "lora_te2_": ("text_encoder_2",),
-    "lora_te_": ("text_encoder",),
-    "unet.": (DENOISER,),
-    "text_encoder.": ("text_encoder",),
-    "text_encoder_2.": ("text_encoder_2",),
-    "model.diffusion_model.": (DENOISER,),
-    "diffusion_model.": (DENOISER,),
-    "base_model.model.": (DENOISER, "text_encoder", "text_encoder_2"),
-    "lycoris_": (DENOISER, "text_encoder", "text_encoder_2"),
-    "": (DENOISER, "text_encoder", "text_encoder_2"),
+Place = tuple[ComponentId, str]  # network of the bundle, path of a module in it
+FIRST, SECOND = TEXT_ENCODERS
+PREFIXES: dict[
+    str, tuple[ComponentId | None, ...]
+] = {  # prefix of a key -> networks that it can mean; None: any denoiser
+    "lora_unet_": (None,),
+    "lora_te1_": (FIRST,),
+    "lora_te2_": (SECOND,),
+    "lora_te_": (FIRST,),
+    "unet.": (None,),
+    "text_encoder.": (FIRST,),
+    "text_encoder_2.": (SECOND,),
+    "model.diffusion_model.": (None,),
+    "diffusion_model.": (None,),
+    "base_model.model.": (None, FIRST, SECOND),
+    "lycoris_": (None, FIRST, SECOND),
+    "": (None, FIRST, SECOND),
 }
 OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
 class Names:
-    """The modules of one model under all their names."""
+    """The modules of one model under all their names. Trainers call every denoiser "unet": with several experts, the one
+    whose shapes fit is meant."""
 
-    def __init__(self, modules: Mapping[str, Iterable[Module]]) -> None:
-        """modules: component of a bundle -> its modules."""
-        self._places: dict[str, dict[str, Place | None]] = {}
+    def __init__(self, modules: Mapping[ComponentId, Iterable[Module]]) -> None:
+        """modules: network of a bundle -> its modules."""
+        self._places: dict[ComponentId, dict[str, Place | None]] = {}
         for component, entries in modules.items():
             table = self._places.setdefault(component, {})
             paths = [module.path for module in entries]
-            original = ldm_names(paths) if component == DENOISER else {}
+            original = ldm_names(paths) if component.role == "denoiser" else {}
             for path in paths:
                 for name in _names(path, original.get(path), component):
                     for alias in (name, name.replace(".", "_")):
@@ -56,15 +59,17 @@ class Names:
                         table[alias] = (
                             (component, path) if table.get(alias, (component, path)) == (component, path) else None
                         )
+        self._denoisers = tuple(component for component in self._places if component.role == "denoiser")
 
     def find(self, name: str) -> list[Place]:
-        """The modules that a key, cut before its ending, can mean; a name of several components gives several."""
+        """The modules that a key, cut before its ending, can mean; a name of several networks gives several."""
         if len(name) > LONGEST:
             return []
-        for prefix, components in PREFIXES.items():
+        for prefix, meant in PREFIXES.items():
             if not name.startswith(prefix):
                 continue
             rest = name.removeprefix(prefix)
+            components = [c for m in meant for c in (self._denoisers if m is None else (m,))]
             places = [
                 place
                 for component in components
@@ -76,11 +81,11 @@ class Names:
         return []
 
 
-def _names(path: str, original: str | None, component: str) -> Iterator[str]:
+def _names(path: str, original: str | None, component: ComponentId) -> Iterator[str]:
     yield path
     if original is not None:
         yield original
-    if component.startswith("text_encoder"):
+    if component.role == "text_encoder":
         yield f"text_model.{path}"  # transformers dropped this prefix in 5.6; files keep it
 
 
