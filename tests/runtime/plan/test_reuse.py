@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from stepforge import Engine, Request, RequestError, load
-from stepforge.export.parity.verify import LIMITS, relative_error
+from stepforge.export.parity.measures import relative_error
+from stepforge.export.parity.verify import LIMITS
 from stepforge.runtime.backends.fake import fake_bundle
 from stepforge.runtime.bundle import UNET, Bundle, ComponentId, read
 from stepforge.runtime.engine.noise import Generator
