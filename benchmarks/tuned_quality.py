@@ -54,8 +54,8 @@ def row(results: list[Result], full: list[Result], wanted: np.ndarray, worth: di
     plan = results[0].plan
     away = [distance(a.images[0], b.images[0]) for a, b in zip(results, full, strict=True)]
     return {
-        "guidance": results[0].request.guidance,
-        "reuse": results[0].request.reuse,
+        "guidance": results[0].request.to_dict()["guidance"],
+        "reuse": str(results[0].request.reuse),
         "rows": plan.rows,
         "cost": round(sum(n * worth[label] for label, n in row_counts(plan, results[0].request).items()), 2),
         "distance": round(float(np.mean(away)), 4),

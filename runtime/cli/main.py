@@ -336,8 +336,8 @@ def _files(out: Path, requests: list[Request], overwrite: bool) -> list[list[Pat
 
 
 def _write(results: list[Result], files: list[list[Path]], metadata: bool, overwrite: bool) -> None:
-    from stepforge.runtime.imaging.png import save_png
     from stepforge.runtime.imaging.metadata import describe_image
+    from stepforge.runtime.imaging.png import save_png
 
     for result, paths in zip(results, files, strict=True):
         for index, path in enumerate(paths):
@@ -348,7 +348,6 @@ def _write(results: list[Result], files: list[list[Path]], metadata: bool, overw
 
 def _write_sheet(results: list[Result], path: Path, columns: int | None, overwrite: bool) -> None:
     from stepforge.runtime.imaging.png import save_png
-    from stepforge.runtime.imaging.sheet import Sheet
 
     pictures = [image for result in results for image in result.images]
     labels = [_label(result.request) for result in results for _ in result.images]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,23 @@ WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 WITHOUT_ALPHA = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV")
 
 
-def read_image(source: str | Path | bytes | Image.Image | NDArray[Any]) -> Image.Image:
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An upright RGB or RGBA picture as a value: immutable, compared by its pixels."""
+
+    mode: str
+    width: int
+    height: int
+    pixels: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, source: Image.Image | NDArray[Any]) -> Picture:
+        """A copy, checked and converted as `read_image` does."""
+        image = read_image(source)
+        return cls(image.mode, image.width, image.height, image.tobytes())
+
+
+def read_image(source: str | Path | bytes | Picture | Image.Image | NDArray[Any]) -> Image.Image:
     """Upright by its EXIF tag, at most MAX_SIDE pixels a side; RGB or, where some of it is transparent, RGBA.
 
     Files are PNG, JPEG or WebP by content, whatever their name. Arrays are uint8 or floats in 0..1, [h, w, 3] or [h, w].
@@ -28,6 +45,8 @@ def read_image(source: str | Path | bytes | Image.Image | NDArray[Any]) -> Image
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
+    if isinstance(source, Picture):
+        return Image.frombytes(source.mode, (source.width, source.height), source.pixels)
     what = f"image {printable(source)}" if isinstance(source, str | Path) else "the image"
     try:
         if isinstance(source, Image.Image):

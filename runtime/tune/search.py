@@ -22,6 +22,8 @@ from stepforge.runtime.engine import Engine
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Plan, rows_of
 from stepforge.runtime.plan.compile import compile_plan
+from stepforge.runtime.plan.guidance import parse_guidance
+from stepforge.runtime.plan.reuse import Reuse
 from stepforge.runtime.request import Request, Result
 
 SIDE = 32  # pixels of the compared pictures
@@ -65,7 +67,8 @@ class Candidate:
         """The request with this plan."""
         assert isinstance(request.guidance, float)
         controls = tuple(replace(control, start=0.0, end=self.control_end) for control in request.controls)
-        return replace(request, guidance=self.guidance(request.guidance), reuse=self.reuse, controls=controls)
+        guidance, reuse = parse_guidance(self.guidance(request.guidance)), Reuse.parse(self.reuse)
+        return replace(request, guidance=guidance, reuse=reuse, controls=controls)
 
     def preset(self, request: Request) -> dict[str, object]:
         """As presets.py stores it."""
@@ -181,7 +184,7 @@ def prices(engine: Engine, request: Request) -> dict[str, float]:
     probe = replace(request, steps=min(request.steps, PROBE_STEPS), images=max(1, engine.max_rows // 2), preset="")
     kinds = ["", *(reuse for reuse in ("deepcache(5)", "tgate(0.2)") if _has(engine, reuse.partition("(")[0]))]
     sets = [(), *((replace(c, scale=1.0, start=0.0, end=1.0, sigma=None),) for c in request.controls)]
-    requests = [replace(probe, reuse=kind, controls=controls) for kind, controls in product(kinds, sets)]
+    requests = [replace(probe, reuse=Reuse.parse(kind), controls=controls) for kind, controls in product(kinds, sets)]
     rows, seconds = [], []
     for one in requests:
         results = [engine.generate(one) for _ in range(PROBE_RUNS)]
