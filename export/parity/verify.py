@@ -28,7 +28,7 @@ from stepforge.export.lora.merge import read_all, with_adapters
 from stepforge.export.models.source import Source, load
 from stepforge.export.parity import control as parity_control
 from stepforge.runtime.backends import AUTO, Arrays, Backend, Graph, open_backend
-from stepforge.runtime.bundle import UNET, VAE_DECODER, Bundle, ComponentId, read, write_manifest
+from stepforge.runtime.bundle import UNET, VAE_DECODER, Bundle, ComponentId, read, update
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.engine.adapters import no_adapter
 from stepforge.runtime.engine.controls import no_residuals
@@ -155,7 +155,7 @@ def verify(
                 checks += _check(engine, request, reference, f"with ControlNet {name}", limits)
     verdict = _verdict(checks, references[0], again, prompts, steps, guidance, seed)
     if store:
-        write_manifest(replace(bundle, verdict=verdict))
+        update(bundle, lambda now: replace(now, verdict=verdict))
     return verdict
 
 
