@@ -63,14 +63,18 @@ def main() -> None:
         for index in range(1, args.requests + 1):
             width, height = order.choice(shapes)
             images = order.randint(1, 3)
-            engine.generate(Request(prompt="x", steps=args.steps, width=width, height=height, images=images, seed=index))
+            engine.generate(
+                Request(prompt="x", steps=args.steps, width=width, height=height, images=images, seed=index)
+            )
             if index % 30 == 0:
                 gc.collect()
                 found[index] = resident()
                 print(f"{index:5} requests: {found[index]:6} MB", flush=True)
         after = seconds(engine)
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    print(json.dumps({"mb": found, "after_close": resident(), "seconds_20_steps": [before, after], "machine": machine()}))
+    print(
+        json.dumps({"mb": found, "after_close": resident(), "seconds_20_steps": [before, after], "machine": machine()})
+    )
 
 
 if __name__ == "__main__":

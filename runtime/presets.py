@@ -39,7 +39,7 @@ def store(bundle: Bundle, name: str, values: Mapping[str, Any]) -> Bundle:
         preset = Preset.from_dict(values)
     except ValueError as error:
         raise RequestError(str(error)) from error
-    Control(name="preset", image=None, **_given(start=preset.control_start, end=preset.control_end))
+    Control(name="preset", image=b"", **_given(start=preset.control_start, end=preset.control_end))
     Request(prompt="", **_given(guidance=preset.guidance, guider=preset.guider, reuse=preset.reuse))
     return update(bundle, lambda now: replace(now, presets={**now.presets, name: preset}))
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepforge.export.lora.merge import named_modules, source_modules
-from stepforge.export.models.source import load
+from stepforge.export.lora.merge import source_modules
+from stepforge.export.models.load import load
+from stepforge.export.models.networks import named_modules
 from stepforge.runtime.bundle import ComponentId
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.adapter import read_adapter

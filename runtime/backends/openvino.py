@@ -10,14 +10,12 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from stepforge.runtime.backends import Arrays, first_line
+from stepforge.runtime.backends import ALWAYS_FP32, Arrays, reason
 from stepforge.runtime.backends.compile_cache import CompileCache
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
 PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
-# Text encoders cost nothing beside the denoiser, and every step depends on them: they stay in fp32.
-ALWAYS_FP32 = ("text_encoder",)  # roles
 
 
 class OpenVino:
@@ -65,7 +63,7 @@ class OpenVino:
                 network = self._with_bf16_inputs(path, banks) if banks and precision == "bf16" else path
                 compiled = self._core.compile_model(network, "CPU", config)
         except (RuntimeError, OSError) as error:
-            raise BackendError(f"openvino cannot load {entry.graph}: {first_line(error)}") from error
+            raise BackendError(f"openvino cannot load {entry.graph}: {reason(error, -1)}") from error
         return _Graph(compiled, [tensor.name for tensor in entry.outputs], banks or {})
 
     def _with_bf16_inputs(self, graph: Path, names: Iterable[str]) -> openvino.Model:

@@ -3,10 +3,10 @@
 from stepforge.runtime.bundle.format import (
     MANIFEST,
     NAME,
-    PRECISIONS,
     TEXT_ENCODERS,
     UNET,
     VAE_DECODER,
+    WEIGHT_PRECISIONS,
     Bank,
     Bundle,
     Component,
@@ -26,10 +26,10 @@ from stepforge.runtime.bundle.store import locked, update, write_manifest
 __all__ = [
     "MANIFEST",
     "NAME",
-    "PRECISIONS",
     "TEXT_ENCODERS",
     "UNET",
     "VAE_DECODER",
+    "WEIGHT_PRECISIONS",
     "Bank",
     "Bundle",
     "Component",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Backend, Banks
@@ -248,5 +249,4 @@ class Buffers:
         values = np.ascontiguousarray(values)
         if self._dtype == np.float32:
             return values
-        bits = values.view(np.uint32)
-        return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+        return values.astype(bfloat16).view(np.uint16)
