@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from stepforge.runtime.backends import AUTO, available_threads, choose, open_backend
+from stepforge.runtime.backends import AUTO, ON_CUDA, available_threads, choose, has_cuda, open_backend
+from stepforge.runtime.backends.fake import fake_bundle
 from stepforge.runtime.bundle import read
 from stepforge.runtime.cli import options
 from stepforge.runtime.errors import StepforgeError
@@ -62,15 +63,12 @@ def examine(bundle: Path | None = None) -> list[Finding]:
                 else "installed, `stepforge export` and `verify` can run")
     )  # fmt: skip
     try:
-        name, why = choose()
-        findings.append(Finding("backend", True, f"auto is {name}: {why}"))
+        findings.append(Finding("backend", True, f"auto is {choose(fake_bundle())}"))
     except StepforgeError as error:
         findings.append(Finding("backend", False, str(error)))
     findings += _openvino()
     if _version("torch") and _version("onnx"):
-        findings.append(
-            Finding("torch backend", True, "can run; never chosen by auto (CPU: slow; CUDA: not measured yet)")
-        )
+        findings.append(Finding("torch backend", True, "can run; chosen by auto where there is a CUDA GPU"))
     if bundle is not None:
         findings += _bundle(bundle)
     return findings
@@ -102,7 +100,7 @@ def _bundle(path: Path) -> list[Finding]:
         return [Finding("bundle", False, str(error))]
     findings = [Finding("bundle", True, f"{bundle.card.name}, {len(bundle.files)} files, every hash matches")]
     for name in AUTO:
-        if importlib.util.find_spec(name) is None:
+        if importlib.util.find_spec(name) is None or (name in ON_CUDA and not has_cuda()):
             continue
         try:
             backend = open_backend(name, bundle)

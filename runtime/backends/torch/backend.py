@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepforge.runtime.backends import Arrays, Graph
+from stepforge.runtime.backends import ALWAYS_FP32, Arrays, Graph
 from stepforge.runtime.backends.torch import passes
 from stepforge.runtime.backends.torch.banks import DeviceBanks, Shared
 from stepforge.runtime.backends.torch.loop import RINGS, Function, TorchLoop
@@ -41,8 +41,6 @@ EXACT = (
     passes.fuse_silu,
 )
 FAST = (passes.fuse_norm_silu, passes.fuse_geglu)
-# Once a request, and every step depends on them.
-ALWAYS_FP32 = ("text_encoder",)
 # SDXL's decoder exceeds the range of fp16.
 NOT_FP16 = ("vae_decoder",)
 RECORDED = (

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from stepforge import Request, load
-from stepforge.runtime.backends import BACKENDS, available_threads, choose, open_backend
+from stepforge.runtime import backends
+from stepforge.runtime.backends import BACKENDS, available_threads, choose, open_backend, reason
 from stepforge.runtime.bundle import UNET, ComponentId, read
 from stepforge.runtime.errors import BackendError
 
@@ -76,9 +78,34 @@ def test_every_family_generates(tiny_sd2v_bundle, tiny_sdxl_bundle):
         assert result.stats.rows["unet"] == 6
 
 
-def test_auto_says_what_and_why():
-    assert choose() == ("openvino", "the fastest one for a CPU")
+def test_auto_says_what_it_chose_and_why_not_the_better_ones(tiny_sd1_bundle, monkeypatch, caplog):
+    bundle = read(tiny_sd1_bundle)
+    monkeypatch.setattr(backends, "has_cuda", lambda: False)
+    chosen = choose(bundle, precision="fp32")
+    assert str(chosen) == "openvino fp32 (not torch: there is no CUDA GPU)"
+    assert chosen.backend.name == "openvino"
+    monkeypatch.setitem(BACKENDS, "openvino", "stepforge_not_installed:OpenVino")
+    with caplog.at_level("INFO", "stepforge.runtime.backends"):
+        assert open_backend("auto", bundle).name == "onnxruntime"
+    why = "backend 'openvino' needs the package stepforge_not_installed; pip install stepforge_not_installed"
+    assert caplog.messages == [
+        f"backend auto is onnxruntime fp32 (not torch: there is no CUDA GPU; not openvino: {why})"
+    ]
+    with pytest.raises(
+        BackendError, match=r"no backend can run here: torch: .*; openvino: .* does not compute in fp16"
+    ):
+        open_backend("auto", bundle, precision="fp16")
+    monkeypatch.setattr(backends, "has_cuda", lambda: True)  # a GPU, and a torch that was built without CUDA
+    if not torch.cuda.is_available():
+        assert "this build of torch" in choose(bundle).passed_over["torch"]
     assert available_threads() >= 1
+
+
+def test_a_reason_is_never_empty():
+    assert [reason(error) for error in (RuntimeError(), RuntimeError("\n\n"), RuntimeError("\n a\nb\n"))] == [
+        "RuntimeError", "RuntimeError", "a",
+    ]  # fmt: skip
+    assert reason(RuntimeError("a\nb\n\n"), -1) == "b"
 
 
 @pytest.mark.parametrize(

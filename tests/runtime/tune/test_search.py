@@ -10,7 +10,17 @@ from PIL import Image
 
 from stepforge import Engine, Request, RequestError, load
 from stepforge.runtime.backends.fake import Fake, fake_bundle
-from stepforge.runtime.bundle import UNET, Component, ComponentId, ControlCard, Tensor, read, sha256, write_manifest
+from stepforge.runtime.bundle import (
+    UNET,
+    Component,
+    ComponentId,
+    ControlCard,
+    Preset,
+    Tensor,
+    read,
+    sha256,
+    write_manifest,
+)
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.plan.compile import compile_plan
 from stepforge.runtime.presets import resolve
@@ -109,14 +119,14 @@ def test_the_stored_preset_is_what_plan_runs(bundle, prompts, tmp_path, capsys):
     assert found["chosen"]["distance"] <= 0.2
     assert Image.open(plot).size == (640, 400)
     preset = read(bundle).presets["quick"]
-    assert (preset["guidance"], preset["reuse"]) == (found["chosen"]["guidance"], "")
-    assert preset["found"]["rows"] == found["chosen"]["rows"]
-    assert preset["found"]["rows_full"] == 20
-    assert preset["found"]["prompts"] == 3
+    assert (preset.guidance, preset.reuse) == (found["chosen"]["guidance"], "")
+    assert preset.found["rows"] == found["chosen"]["rows"]
+    assert preset.found["rows_full"] == 20
+    assert preset.found["prompts"] == 3
     with load(bundle, backend="fake") as engine:
         result = engine.generate(Request(prompt="four", steps=10, preset="quick"))
-        same = engine.generate(Request(prompt="four", steps=10, guidance=preset["guidance"]))
-    assert result.stats.rows["unet"] == preset["found"]["rows"]
+        same = engine.generate(Request(prompt="four", steps=10, guidance=preset.guidance))
+    assert result.stats.rows["unet"] == preset.found["rows"]
     np.testing.assert_array_equal(result.latents, same.latents)
     assert (
         run("generate", bundle, "four", "-n", 10, "--plan", "quick", "--backend", "fake", "-o", tmp_path / "a.png") == 0
@@ -195,7 +205,7 @@ def test_a_preset_is_its_candidate_and_its_rows_are_counted_as_the_engine_does(e
     controls = [{"name": "edge", "image": HINT, "guess_mode": guess_mode}]
     base = Request(prompt="x", steps=10, guidance=3, sampler="ddim", controls=controls)
     assert candidate.preset(base) == {**preset, "control_start": 0.0}
-    stored = replace(engine.bundle, presets={"quick": candidate.preset(base)})
+    stored = replace(engine.bundle, presets={"quick": Preset(**candidate.preset(base))})
     request = resolve(replace(base, preset="quick"), stored)
     result = engine.generate(request)
     assert row_counts(result.plan, request, engine.bundle) == _denoising(result)
