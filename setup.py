@@ -14,6 +14,7 @@ BASE = [
     "openvino>=2025.4",  # default CPU backend: bf16 at 96 % of the matrix peak (benchmarks/bench_denoiser.py)
     "typer>=0.16",  # the command line: help, completion, validation
     "rich>=13.9",  # progress bars and tables of the command line
+    "ml_dtypes>=0.5",  # bfloat16 for NumPy: LoRA files, banks; Apache-2.0, no dependencies but NumPy
     "safetensors>=0.5",  # LoRA files and model weights; the only format read
 ]
 EXPORT = [
@@ -73,7 +74,8 @@ setup(
     package_data={
         "": ["py.typed"],
         "stepforge.runtime.backends": ["fake_tokenizer.json"],
-        "stepforge.kernels": ["dispatch.json", "golden.json"],
+        "stepforge.kernels.dispatch": ["table.json"],
+        "stepforge.kernels.aot": ["golden.json"],
     },
     entry_points={
         "console_scripts": ["stepforge=stepforge.runtime.cli.main:main"],

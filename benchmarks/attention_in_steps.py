@@ -27,7 +27,7 @@ from PIL import Image
 
 from stepforge import Request, load, open_bundle
 from stepforge.runtime.backends import open_backend
-from stepforge.runtime.bundle import MANIFEST
+from stepforge.runtime.bundle import MANIFEST, UNET, VAE_DECODER
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.denoise import Denoisers, rows_of_slot
 from stepforge.runtime.engine.state import Job, Slot
@@ -54,7 +54,7 @@ class Tables:
         self.backend = f"{backend.name} {backend.precision}"
         self.conditioner = Conditioner(self.bundle, backend, adapters)
         self._denoisers = Denoisers(self.bundle, backend, adapters)
-        self._decoder = backend.open("vae_decoder")
+        self._decoder = backend.open(VAE_DECODER)
 
     def start(self, request: Request) -> Slot:
         """The first image of a request, before its first step."""
@@ -165,7 +165,7 @@ def seconds(path: Path, request: dict[str, Any], args: argparse.Namespace) -> di
             whole = 0.0
             for kind, reuse in KINDS.items():
                 variant = reuse.partition("(")[0]
-                if variant and f"denoiser/unet.{variant}" not in engine.bundle.components:
+                if variant and variant not in engine.bundle.variants(UNET):
                     continue
                 w = 1.0 if kind == "unguided" else args.guidance
                 result = engine.generate(Request(**{**request, "steps": 5, "guidance": w}, reuse=reuse))

@@ -89,7 +89,7 @@ def load(engine: str, bundle: str) -> dict[str, Any]:
         }
         outputs = graph(inputs)
         assert all(np.isfinite(value).all() for value in outputs.values()), f"{name} made NaN"
-        seconds[name] = round(time.perf_counter() - started, 1)
+        seconds[str(name)] = round(time.perf_counter() - started, 1)
     return {"seconds": seconds, "peak": peak()}
 
 

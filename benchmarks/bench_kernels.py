@@ -33,9 +33,9 @@ from typing import Any
 from check_gpu import driver, missing
 from harness import Timing, machine
 
-from stepforge.kernels import cost
-from stepforge.kernels.dispatch import dispatch, nearest_arch
-from stepforge.kernels.layers import GATED, SD15, SDXL, Layer
+from stepforge.kernels.dispatch import cost
+from stepforge.kernels.dispatch.choose import dispatch, nearest_arch
+from stepforge.kernels.dispatch.layers import GATED, SD15, SDXL, Layer
 
 MODELED = ("A100", "H100", "4090", "B200")
 RANKS = (4, 8, 16, 32, 64, 128)

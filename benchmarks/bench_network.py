@@ -24,6 +24,8 @@ from bench_lora import write_adapter
 from check_gpu import missing
 from harness import timed
 
+from stepforge.runtime.bundle import UNET
+
 TRUTH, EAGER = "diffusers fp32", "diffusers bf16"
 PEERS = (TRUTH, EAGER, "diffusers bf16 compiled")
 OURS = ("torch bf16", "torch-exact bf16", "torch bf16 adapters", "torch-exact bf16 adapters")
@@ -58,14 +60,14 @@ def our_runner(work: Path, backend: str, precision: str, adapters: bool) -> Runn
     engine = open_backend(backend, bundle := open_bundle(work / ("banks" if adapters else "bundle"), check=False),
                           precision=precision)  # fmt: skip
     if not adapters:
-        plain = engine.open("denoiser/unet")
+        plain = engine.open(UNET)
         return lambda values: plain(values)["prediction"]
     loaded = Adapters(bundle, engine)
     names = ("one", "two")
     for name in names:
         loaded.load(name, work / f"{name}.safetensors")
     slots = [loaded.acquire(loaded.choose({name: 1.0}), ()) for name in names]
-    banked = engine.open("denoiser/unet", loaded.banks("denoiser/unet"))
+    banked = engine.open(UNET, loaded.banks(UNET))
 
     def run(values: dict[str, np.ndarray]) -> np.ndarray:
         rows = len(values["sample"])

@@ -35,7 +35,7 @@ class Timed(Fake):
 
     def open(self, component):  # type: ignore[no-untyped-def]
         graph = super().open(component)
-        if component.startswith("denoiser/"):
+        if component.role == "denoiser":
             outputs: dict[int, np.ndarray] = {}
 
             def graph(inputs, outputs=outputs):  # type: ignore[no-untyped-def]

@@ -1,7 +1,7 @@
 """What bench_kernels.py measures: for each family of kernels its shapes, its peers, its error bound and its limits.
 
 A new kernel is one generator of cases and one entry in `FAMILIES`. Each case brings inputs of a network's size in fp16,
-the roofline of each of its paths (stepforge.kernels.cost: bytes at the sustained bandwidth, a price for each launch
+the roofline of each of its paths (stepforge.kernels.dispatch.cost: bytes at the sustained bandwidth, a price for each launch
 after the first), and the exact result with its bound (stepforge.kernels.bounds).
 """
 
@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from stepforge.kernels import bounds, conv, cost, elementwise, fallback, gated, lowrank, norms, ops, reference
-from stepforge.kernels.cost import Gpu
-from stepforge.kernels.dispatch import RANKS, dispatch
-from stepforge.kernels.layers import NORMS, SD15, SDXL, Layer, Norm
+from stepforge.kernels import bounds, conv, fallback, gated, lowrank, norms, ops, reference, update
+from stepforge.kernels.dispatch import cost
+from stepforge.kernels.dispatch.choose import RANKS, dispatch
+from stepforge.kernels.dispatch.cost import Gpu
+from stepforge.kernels.dispatch.layers import NORMS, SD15, SDXL, Layer, Norm
+from stepforge.kernels.dispatch.tiles import expand_tile, onepass_tile, padded_rank
 from stepforge.kernels.packing import block_table
-from stepforge.kernels.tiles import expand_tile, onepass_tile, padded_rank
 
 Tensor = Any  # torch.Tensor
 Call = Callable[[], Tensor]
@@ -261,7 +262,7 @@ def geglu_setup(device: str, m: int, n: int) -> Setup:
 
     exact, bound = bounds.geglu(h)
     moved = (3 * m * n // 2, 5 * m * n // 2)
-    return fused(lambda: elementwise.geglu(h), eager, exact, bound, moved=moved, launches=(0, 1))
+    return fused(lambda: gated.geglu(h), eager, exact, bound, moved=moved, launches=(0, 1))
 
 
 def geglus(gpu: Gpu, device: str, shapes: Shapes) -> Iterator[Case]:
@@ -280,13 +281,13 @@ def gated_setup(gpu: Gpu, device: str, layer: Layer, rank: int) -> Setup:
         return gated.lowrank_geglu(**given, tile=tile, parts=choice.parts)
 
     def after() -> Tensor:
-        return elementwise.geglu(ops.run_linear(**given, arch=gpu.arch))
+        return gated.geglu(ops.run_linear(**given, arch=gpu.arch))
 
     def choice_of(g: Gpu) -> cost.Choice:
         return cost.choose(g, layer, rank)
 
     paths = [
-        Path("merged", lambda: elementwise.geglu(F.linear(given["x"], given["w"])), lambda g: choice_of(g).base),
+        Path("merged", lambda: gated.geglu(F.linear(given["x"], given["w"])), lambda g: choice_of(g).base),
         Path("after", after, lambda g: min(t for name, t in choice_of(g).seconds.items() if name != "gated")),
         Path("gated", ours, lambda g: cost.split(g, layer, rank, gated=True), ours),
     ]
@@ -307,7 +308,7 @@ def gated_layers(gpu: Gpu, device: str, shapes: Shapes) -> Iterator[Case]:
 
 def guide_update(given: dict[str, Tensor]) -> None:
     """One step of every image, in place, and the step counter's."""
-    elementwise.guide_update(**given, num_x=1)
+    update.guide_update(**given, num_x=1)
     given["step"].add_(1)
 
 

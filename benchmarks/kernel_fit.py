@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from stepforge.kernels.cost import Gpu, choose
-from stepforge.kernels.dispatch import RANKS
-from stepforge.kernels.layers import GATED, SD15, SDXL
+from stepforge.kernels.dispatch.choose import RANKS
+from stepforge.kernels.dispatch.cost import Gpu, choose
+from stepforge.kernels.dispatch.layers import GATED, SD15, SDXL
 
 FITTED = ("merged", "addmm", "split", "onepass")
 FEWEST = 12  # times; below, five constants fit anything

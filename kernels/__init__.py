@@ -18,7 +18,7 @@ HOMES = {
     "block_table": "packing",
     "pack": "packing",
     "Pair": "packing",
-    "explain": "dispatch",
+    "explain": "dispatch.choose",
 }
 
 __all__ = sorted(HOMES, key=lambda name: (name[0].islower(), name))

@@ -1,14 +1,66 @@
-"""Launcher of a convolution's adapter: the base convolution stays cuDNN's, its output gets the low-rank term added."""
+"""Adapters of convolutions: the base convolution stays cuDNN's, its output gets the low-rank term added.
 
-from __future__ import annotations
+The first half is here, an implicit GEMM; the second is `lowrank.expand` on the base output.
 
+    s[m, p] = Σ_{i, j, c} x[image, stride·h + i − pad, stride·w + j − pad, c] · A[p, i, j, c],   m = (image, h, w)
+
+An implicit GEMM over NHWC: the taps (i, j) and blocks of channels form one K loop and no patch is written to memory.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, import-untyped"
 import torch
-import triton  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
-from stepforge.kernels import conv_body
-from stepforge.kernels.launch import Tensor, check_floats, check_packed, check_shape, options, require, upcast
-from stepforge.kernels.lowrank import add_expanded, check_bank
-from stepforge.kernels.tiles import Tile, shrink_tile
+from stepforge.kernels.dispatch.tiles import Tile, shrink_tile
+from stepforge.kernels.launch import (
+    Tensor,
+    check_bank,
+    check_floats,
+    check_packed,
+    check_shape,
+    options,
+    require,
+    upcast,
+)
+from stepforge.kernels.lowrank import add_expanded, loaded, row_block
+
+
+@triton.jit(do_not_specialize=["M", "blocks", "height", "width", "out_height", "out_width", "stride", "pad"])
+def conv_shrink_kernel(
+    x, a, ranks, table, s,
+    M, C, blocks, height, width, out_height, out_width, stride, pad,
+    R: tl.constexpr, SIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SUB: tl.constexpr,
+    GROUPED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """x NHWC, a [L, R, SIDE, SIDE, C]; s fp32 [M, R], rows without an adapter untouched."""
+    program = tl.program_id(0)
+    first, count, adapter = row_block(table, program // SUB, M, BLOCK_M * SUB, GROUPED)
+    lanes = (program % SUB) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if (adapter >= 0) & ((program % SUB) * BLOCK_M < count):
+        row_ok = lanes < count
+        rows = first + lanes
+        area = out_height * out_width
+        image = rows // area
+        top = (rows % area) // out_width * stride - pad
+        left = rows % out_width * stride - pad
+        offs_r = tl.arange(0, R)
+        rank_ok = offs_r < tl.load(ranks + adapter)
+        a_cols = a + adapter.to(tl.int64) * R * SIDE * SIDE * C + offs_r[None, :] * (SIDE * SIDE * C)
+        c_blocks = tl.cdiv(C, BLOCK_K)
+        total = tl.zeros([BLOCK_M, R], dtype=tl.float32)
+        for turn in range(SIDE * SIDE * c_blocks):
+            tap = turn // c_blocks
+            cs = (turn % c_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+            y = top + tap // SIDE
+            z = left + tap % SIDE
+            inside = row_ok & (y >= 0) & (y < height) & (z >= 0) & (z < width)
+            x_rows = x + ((image.to(tl.int64) * height + y) * width + z)[:, None] * C
+            xs = loaded(x_rows + cs[None, :], inside[:, None] & (cs < C)[None, :], UPCAST)
+            al = loaded(a_cols + (tap * C + cs)[:, None], (cs < C)[:, None] & rank_ok[None, :], UPCAST)
+            total = tl.dot(xs, al, total, input_precision="ieee")
+        place = first.to(tl.int64) * R + lanes[:, None] * R + offs_r[None, :]
+        tl.store(s + place, total, mask=row_ok[:, None])
 
 
 def conv_shrink(
@@ -29,7 +81,7 @@ def conv_shrink(
     s = torch.empty(1, rows, 1, rank, device=x.device, dtype=torch.float32)
     blocks = len(table) if table is not None else triton.cdiv(rows, block_m)
     if rows and blocks:
-        conv_body.conv_shrink[(blocks * (block_m // tile.block_m),)](
+        conv_shrink_kernel[(blocks * (block_m // tile.block_m),)](
             x, a, ranks, table if table is not None else ranks, s,
             rows, channels, blocks, height, width, out_height, out_width, stride, pad,
             R=rank, SIDE=side, BLOCK_M=tile.block_m, BLOCK_K=min(tile.block_k, 64), SUB=block_m // tile.block_m,

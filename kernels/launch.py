@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from stepforge.kernels.reference import ACTS
+
 Tensor = Any
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -16,9 +18,9 @@ def interpreted() -> bool:
     that the operators work on a CPU without it."""
     import triton  # type: ignore[import-untyped]
 
-    from stepforge.kernels import lowrank_body
+    from stepforge.kernels import lowrank
 
-    return not isinstance(lowrank_body.onepass, triton.JITFunction)
+    return not isinstance(lowrank.onepass_kernel, triton.JITFunction)
 
 
 def upcast(dtype: Any) -> bool:
@@ -69,3 +71,41 @@ def check_halves(w: Tensor, a: Tensor) -> None:
 def check_rows(name: str, tensor: Tensor) -> None:
     """A matrix whose rows may lie apart but whose elements may not."""
     require(tensor.ndim == 2 and (tensor.shape[1] <= 1 or tensor.stride(1) == 1), f"rows of {name} must be contiguous")
+
+
+def check_linear(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor,
+    table: Tensor | None, bias: Tensor | None, residual: Tensor | None, act: str,
+) -> int:  # fmt: skip
+    """Refuse what no path computes; returns R."""
+    require(x.ndim == 2, f"x has shape {tuple(x.shape)}; flatten it to [M, K]")
+    require(a.ndim == 4 and b.ndim == 3, "a must be [L, P, R, K] and b [L, N, R]")
+    rows, depth = x.shape
+    adapters, slices, rank, _ = a.shape
+    width = w.shape[0]
+    check_floats(x=x, w=w, a=a, b=b, bias=bias, residual=residual)
+    check_rows("x", x)
+    check_shape("w", w, (width, depth))
+    check_shape("a", a, (adapters, slices, rank, depth))
+    check_shape("b", b, (adapters, width, rank))
+    check_bank(scale, ranks, table, adapters, slices, rank)
+    require(width % slices == 0, f"{width} columns do not divide into {slices} slices")
+    require(act in ACTS, f"act is {act!r}; choose one of {', '.join(ACTS)}")
+    require(residual is None or act == "none", "residual is added before the activation; use one of them")
+    if bias is not None:
+        check_shape("bias", bias, (width,))
+    if residual is not None:
+        check_rows("residual", residual)
+        check_shape("residual", residual, (rows, width))
+    check_packed(w=w, a=a, b=b, bias=bias)
+    return int(rank)
+
+
+def check_bank(scale: Tensor, ranks: Tensor, table: Any, adapters: int, slices: int, rank: int) -> None:
+    require(rank >= 16 and rank & (rank - 1) == 0, f"R is {rank}; pack adapters to a power of two from 16")
+    check_shape("scale", scale, (adapters, slices, rank // 16))
+    check_shape("ranks", ranks, (adapters,))
+    require(scale.dtype == torch.float32 and ranks.dtype == torch.int32, "scale must be float32 and ranks int32")
+    check_packed(scale=scale, ranks=ranks, table=table)
+    if table is not None:
+        require(table.dtype == torch.int32 and table.shape[1:] == (3,), "table must be int32 [T, 3]")

@@ -12,10 +12,10 @@ import torch
 from torch.library import custom_op
 
 from stepforge.kernels import reference
-from stepforge.kernels.dispatch import dispatch, nearest_arch
-from stepforge.kernels.launch import FLOATS, Tensor, check_halves, require
-from stepforge.kernels.layers import Layer
-from stepforge.kernels.tiles import expand_tile, onepass_tile
+from stepforge.kernels.dispatch.choose import dispatch, nearest_arch
+from stepforge.kernels.dispatch.layers import Layer
+from stepforge.kernels.dispatch.tiles import expand_tile, onepass_tile
+from stepforge.kernels.launch import FLOATS, Tensor, check_halves, check_linear, require
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def run_linear(
     from stepforge.kernels import fallback, lowrank
 
     x, residual = adjacent(x), adjacent(residual) if residual is not None else None
-    rank = lowrank.check_linear(x, w, a, b, scale, ranks, table, bias, residual, act)
+    rank = check_linear(x, w, a, b, scale, ranks, table, bias, residual, act)
     require(table is None or block_m > 0, "a table of row blocks comes with its block_m")
     extra: dict[str, Any] = {"table": table, "bias": bias, "residual": residual, "act": act}
     layer = Layer("", x.shape[0], x.shape[1], w.shape[0], slices=a.shape[1])
@@ -98,7 +98,7 @@ def run_geglu(
     arch: int, table: Tensor | None = None, bias: Tensor | None = None, block_m: int = 0,
 ) -> Tensor:  # fmt: skip
     """GEGLU in the layer's epilogue where `dispatch` says so, else after the layer on its own path."""
-    from stepforge.kernels import elementwise, gated
+    from stepforge.kernels import gated
 
     x = adjacent(x)
     rank = gated.check_geglu(x, w, a, b, scale, ranks, table, bias)
@@ -107,7 +107,7 @@ def run_geglu(
     choice = dispatch(layer, rank, arch, grouped=table is not None, block_m=block_m or None)
     if choice.path != "gated" or x.dtype == torch.float32 or not aligned(x, w):
         h = run_linear(x, w, a, b, scale, ranks, arch=arch, table=table, bias=bias, block_m=block_m)
-        return elementwise.geglu(h)
+        return gated.geglu(h)
     tile = expand_tile(arch, choice.block_m)
     return gated.lowrank_geglu(x, w, a, b, scale, ranks, tile=tile, parts=choice.parts, table=table, bias=bias)
 
@@ -212,9 +212,9 @@ def group_norm_silu(
 def _geglu(h: torch.Tensor) -> torch.Tensor:
     if h.device.type == "cpu":
         return reference.geglu(h)
-    from stepforge.kernels import elementwise
+    from stepforge.kernels import gated
 
-    return elementwise.geglu(adjacent(h))
+    return gated.geglu(adjacent(h))
 
 
 @_geglu.register_fake
@@ -251,9 +251,9 @@ def _guide_update(
         state.copy_(new)
         sample[moving] = seen[moving].to(sample.dtype)
     else:
-        from stepforge.kernels import elementwise
+        from stepforge.kernels import update
 
-        elementwise.guide_update(
+        update.guide_update(
             prediction, guidance, table, scale_in, step, state, z, sample, places, sources, num_x, exact=exact
         )
     step.index_add_(0, places, torch.ones_like(places))

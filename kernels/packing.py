@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from stepforge.kernels.dispatch.tiles import padded_rank
 from stepforge.kernels.launch import Tensor, require
-from stepforge.kernels.tiles import padded_rank
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from torch import nn
 
 from stepforge.export.graph.passes import forget_shapes
 from stepforge.runtime.bundle import Bank, Module, Tensor
@@ -25,21 +24,6 @@ from stepforge.runtime.errors import CheckpointError
 LAYERS = ("MatMul", "Gemm", "Conv")
 TARGETS = ("transformer", "all")  # which layers of a denoiser take adapters
 PREFIXES = ("unet.", "model.", "text_model.")  # of the wrappers in trace.py, and of transformers before 5.6
-
-
-def modules_of(network: nn.Module) -> tuple[Module, ...]:
-    """The layers of a network that a LoRA may change."""
-    found = []
-    for name, module in network.named_modules():
-        kind = next((k for k, cls in KINDS.items() if isinstance(module, cls)), None)
-        weight = getattr(module, "weight", None)
-        if kind is not None and weight is not None:
-            has_bias = getattr(module, "bias", None) is not None
-            found.append(Module(name.removeprefix("text_model."), kind, tuple(weight.shape), has_bias))
-    return tuple(found)
-
-
-KINDS = {"linear": nn.Linear, "conv": nn.Conv2d, "norm": (nn.GroupNorm, nn.LayerNorm)}
 
 
 def add_bank(

@@ -57,7 +57,7 @@ class Reuse:
         return ("deepcache",) * (self.deepcache is not None) + ("tgate",) * self.tgate
 
 
-def settle_probes(graphs: Sequence[Path], component: Component, *, control: bool, reuse: Reuse) -> Component:
+def resolve_probes(graphs: Sequence[Path], component: Component, *, control: bool, reuse: Reuse) -> Component:
     """Rewrite the graph files of a traced denoiser in place: probes become what `control` and `reuse` ask, or go."""
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepforge.export.lora.merge import named_modules, source_modules
-from stepforge.export.models.source import load
+from stepforge.export.lora.merge import source_modules
+from stepforge.export.models.load import load
+from stepforge.export.models.networks import named_modules
+from stepforge.runtime.bundle import ComponentId
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.adapter import read_adapter
 from stepforge.runtime.lora.layers import delta, low_rank
 
 Array = NDArray[np.float32]
-DIFFUSERS = {"denoiser/unet": "unet", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
 FORMATS = (".safetensors", ".onnx_adapter")
 
 
@@ -26,7 +27,7 @@ FORMATS = (".safetensors", ".onnx_adapter")
 class Converted:
     """What became of one layer."""
 
-    component: str
+    component: ComponentId
     module: str
     kind: str
     rank: int | None  # of the pair that was written; None if the layer was left out
@@ -67,7 +68,7 @@ def convert(file: Path, model: Path, out: Path, *, rank: int | None = None, **so
             pair, error = truncate(change.reshape(shape[0], -1), rank)
             note = "" if bias is None else "its bias is left out"
         down, up = pair
-        stem = f"{DIFFUSERS[component]}.{path}"
+        stem = f"{component.name}.{path}"  # as diffusers calls the network
         tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(down.reshape(len(down), *shape[1:]))
         tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(up.reshape(shape[0], -1, *(1 for _ in shape[2:])))
         done.append(Converted(component, path, layer.name, len(down), error, note))
@@ -95,11 +96,11 @@ def truncate(change: Array, rank: int) -> tuple[tuple[Array, Array], float]:
 class _Weights:
     """Weights of the base model; each network is read when the first of its layers is asked for."""
 
-    def __init__(self, loaders: dict[str, Callable[[torch.dtype], Any]]) -> None:
+    def __init__(self, loaders: dict[ComponentId, Callable[[torch.dtype], Any]]) -> None:
         self._loaders = loaders
-        self._networks: dict[str, dict[str, Any]] = {}
+        self._networks: dict[ComponentId, dict[str, Any]] = {}
 
-    def __call__(self, component: str, path: str) -> tuple[Array, Array | None]:
+    def __call__(self, component: ComponentId, path: str) -> tuple[Array, Array | None]:
         if component not in self._networks:
             self._networks[component] = named_modules(self._loaders[component](torch.float32))
         module = self._networks[component][path]

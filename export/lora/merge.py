@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepforge.export.graph.bank import modules_of
-from stepforge.export.models.source import Loader, Source
-from stepforge.runtime.bundle import Module
+from stepforge.export.models.networks import modules_of, named_modules
+from stepforge.export.models.source import Source
+from stepforge.export.models.weights import Loader
+from stepforge.runtime.bundle import ComponentId, Module
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.adapter import Adapter, read_adapter
 from stepforge.runtime.lora.layers import Layer, delta
@@ -35,7 +36,7 @@ def read_all(source: Source, files: Sequence[tuple[Path, float]]) -> list[Merged
     return merged
 
 
-def source_modules(source: Source) -> dict[str, tuple[Module, ...]]:
+def source_modules(source: Source) -> dict[ComponentId, tuple[Module, ...]]:
     """Component -> its modules, from empty networks: no weights are read."""
     return {component: modules_of(build()) for component, build in source.empty.items()}
 
@@ -45,13 +46,13 @@ def with_adapters(source: Source, merged: Sequence[Merged]) -> Source:
     if not merged:
         return source
 
-    def loader(component: str, load: Loader) -> Loader:
+    def loader(component: ComponentId, load: Loader) -> Loader:
         mine = [
             ({path: layer for (where, path), layer in one.adapter.layers.items() if where == component}, one.strength)
             for one in merged
             if component in one.adapter.components
         ]
-        return lambda dtype: merge(load(torch.float32), mine, component).to(dtype) if mine else load(dtype)
+        return lambda dtype: merge(load(torch.float32), mine, str(component)).to(dtype) if mine else load(dtype)
 
     unet, *text_encoders = (loader(component, load) for component, load in source.adaptable.items())
     return replace(
@@ -90,8 +91,3 @@ def merge(network: Any, adapters: Sequence[tuple[Mapping[str, Layer], float]], w
         for name, values in new.items():
             setattr(module, name, torch.nn.Parameter(torch.from_numpy(values), requires_grad=False))
     return network
-
-
-def named_modules(network: Any) -> dict[str, Any]:
-    """Modules by the paths that bundles use, see `bundle.Module`."""
-    return {name.removeprefix("text_model."): module for name, module in network.named_modules()}

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -64,7 +64,7 @@ class StepTable:
 class SideCall:
     """A ControlNet's part in a step: what it reads besides the denoiser's inputs, and the rows that get its residuals."""
 
-    component: str
+    component: ComponentId
     graph: Graph
     rows: NDArray[np.int32]
     inputs: Arrays  # hint and scale
@@ -120,7 +120,7 @@ class Backend(Protocol):
     precision: str  # "fp32", "bf16" or "fp16": what the networks compute in
     versions: dict[str, str]
 
-    def open(self, component: str, banks: Arrays | None = None) -> Graph:
+    def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
         """Load one component. Raises BackendError if the library refuses the graph.
 
         banks: inputs that stay, of the type of `bank_dtype`; every call reads them as they are then. As `Banks` they tell
@@ -128,7 +128,7 @@ class Backend(Protocol):
         """
         ...
 
-    def bank_dtype(self, component: str) -> type[np.float32] | type[np.uint16]:
+    def bank_dtype(self, component: ComponentId) -> type[np.float32] | type[np.uint16]:
         """The type of a component's LoRA banks; uint16 stands for bfloat16."""
         ...
 

@@ -7,7 +7,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
 
@@ -24,10 +24,10 @@ class OnnxRuntime:
         self.versions = {"onnxruntime": onnxruntime.__version__}
         self._threads = threads
 
-    def bank_dtype(self, component: str) -> type[np.float32]:
+    def bank_dtype(self, component: ComponentId) -> type[np.float32]:
         return np.float32
 
-    def open(self, component: str, banks: Arrays | None = None) -> _Graph:
+    def open(self, component: ComponentId, banks: Arrays | None = None) -> _Graph:
         entry = self._bundle.components[component]
         graph = entry.derived.get(self.name, entry.graph)
         options = onnxruntime.SessionOptions()

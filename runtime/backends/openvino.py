@@ -12,12 +12,12 @@ import openvino
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
 PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
 # Text encoders cost nothing beside the denoiser, and every step depends on them: they stay in fp32.
-ALWAYS_FP32 = ("text_encoder",)
+ALWAYS_FP32 = ("text_encoder",)  # roles
 
 
 class OpenVino:
@@ -38,13 +38,13 @@ class OpenVino:
         self._threads = threads
         self._cache = cache_dir(bundle)
 
-    def bank_dtype(self, component: str) -> type[np.float32] | type[np.uint16]:
+    def bank_dtype(self, component: ComponentId) -> type[np.float32] | type[np.uint16]:
         return np.uint16 if self._precision_of(component) == "bf16" else np.float32
 
-    def _precision_of(self, component: str) -> str:
-        return "fp32" if component.startswith(ALWAYS_FP32) else self.precision
+    def _precision_of(self, component: ComponentId) -> str:
+        return "fp32" if component.role in ALWAYS_FP32 else self.precision
 
-    def open(self, component: str, banks: Arrays | None = None) -> _Graph:
+    def open(self, component: ComponentId, banks: Arrays | None = None) -> _Graph:
         entry = self._bundle.components[component]
         precision = self._precision_of(component)
         config = {

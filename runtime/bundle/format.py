@@ -11,8 +11,9 @@
 Weights lie beside each graph as ONNX external data, once; a component may have further graphs over the same weights,
 derived for one engine (`Component.derived`). A component with a LoRA bank takes further inputs, see `Bank`. A bundle with
 ControlNets has a denoiser that takes `residual_i` too; what is 0 may be given as [1, C, 1, 1].
-A component named "<network>.<variant>" is a variant of a network that reuses what an earlier step computed: outputs of the
-network are its inputs (export/rewire.py). It lies in the network's folder, shares its weights and reads its banks.
+A component has a role, a name and a variant (`ComponentId`), which the manifest states; folders are for people. A variant
+reuses what an earlier step computed: outputs of the network are its inputs (export/graph/rewire.py). It lies in the
+network's folder, shares its weights and reads its banks.
 Nothing in a bundle is code, and every file is hashed before it is parsed.
 All graph inputs and outputs are float32 or int64, whatever the precision inside.
 """
@@ -22,20 +23,76 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-from stepforge.runtime.errors import BundleError, RequestError
+from stepforge.runtime.errors import RequestError
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "bundle.json"
 FAMILIES = ("sd1", "sd2", "sdxl")
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16")  # of a bundle's weights
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+Role = Literal["text_encoder", "denoiser", "control_hint", "control_residuals", "vae_decoder"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ComponentId:
+    """Which network of a bundle.
+
+    name: of the text encoder and the VAE as in diffusers, of the expert for a denoiser, of the ControlNet for its two parts.
+    variant: what it reuses of earlier steps ("deepcache", "tgate"); empty for the whole network.
+    """
+
+    role: Role
+    name: str
+    variant: str = ""
+
+    @property
+    def whole(self) -> ComponentId:
+        """The network that this is a variant of, or itself."""
+        return replace(self, variant="") if self.variant else self
+
+    @property
+    def folder(self) -> str:
+        """Where an export puts its graphs, relative to the bundle. Readers go by `Component.graph`."""
+        match self.role:
+            case "text_encoder":
+                return self.name
+            case "denoiser":
+                return f"denoiser/{self.name}"
+            case "control_hint":
+                return f"control/{self.name}/hint"
+            case "control_residuals":
+                return f"control/{self.name}/residuals"
+            case "vae_decoder":
+                return "vae_decoder"
+
+    @property
+    def label(self) -> str:
+        """As statistics and plans print it: "unet", "unet.deepcache", "control/edge", "control/edge/hint"."""
+        match self.role:
+            case "denoiser":
+                base = self.name
+            case "control_residuals":
+                base = f"control/{self.name}"
+            case _:
+                base = self.folder
+        return f"{base}.{self.variant}" if self.variant else base
+
+    def __str__(self) -> str:
+        return f"{self.folder}.{self.variant}" if self.variant else self.folder
+
+
+UNET = ComponentId("denoiser", "unet")
+VAE_DECODER = ComponentId("vae_decoder", "vae")
+TEXT_ENCODERS = (ComponentId("text_encoder", "text_encoder"), ComponentId("text_encoder", "text_encoder_2"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +152,16 @@ class Component:
 class TextEncoder:
     """One text encoder and the tokenizer that feeds it."""
 
-    component: str
+    name: str  # of the component
     tokenizer: str  # path of tokenizer.json
     max_length: int  # tokens of one chunk, with begin and end
     bos_id: int
     eos_id: int
     pad_id: int
+
+    @property
+    def component(self) -> ComponentId:
+        return ComponentId("text_encoder", self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +211,14 @@ class ControlCard:
     global_pool: bool = False  # its residuals are means over height and width; guess mode does not scale them
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: the digest is kept
 class Bundle:
     """A manifest and where it lies."""
 
     path: Path
     card: ModelCard
     scheduler: Mapping[str, Any]  # schedules.SchedulerCard.to_dict()
-    components: Mapping[str, Component]
+    components: Mapping[ComponentId, Component]
     precision: str
     versions: Mapping[str, str]
     source: Mapping[str, Any]  # where the model came from: kind, file name, sha256 of its weights
@@ -169,33 +230,36 @@ class Bundle:
     def file(self, relative: str) -> Path:
         return self.path / relative
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 over everything but verdict and presets: equal digests give equal images on one machine."""
-        body = _manifest(self)
+        body = to_dict(self)
         body.pop("verdict")
         body.pop("presets")
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def denoisers(self) -> tuple[ComponentId, ...]:
+        """The whole denoisers, without variants: one, or one for each expert."""
+        return tuple(key for key in self.components if key.role == "denoiser" and not key.variant)
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+    @property
+    def text_encoders(self) -> tuple[ComponentId, ...]:
+        """In the order in which their hidden states stand side by side."""
+        return tuple(encoder.component for encoder in self.card.text_encoders)
+
+    def variants(self, key: ComponentId) -> tuple[str, ...]:
+        """The variants of a network, without the network itself."""
+        return tuple(other.variant for other in self.components if other.variant and other.whole == key.whole)
 
 
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _manifest(bundle: Bundle) -> dict[str, Any]:
+def to_dict(bundle: Bundle) -> dict[str, Any]:
+    """The manifest as JSON has it."""
     return {
         "format": FORMAT,
         "model": asdict(bundle.card),
         "scheduler": dict(bundle.scheduler),
-        "components": {name: asdict(component) for name, component in bundle.components.items()},
+        "components": [{**asdict(key), **asdict(component)} for key, component in bundle.components.items()],
         "precision": bundle.precision,
         "versions": dict(bundle.versions),
         "source": dict(bundle.source),
@@ -204,114 +268,3 @@ def _manifest(bundle: Bundle) -> dict[str, Any]:
         "verdict": bundle.verdict,
         "presets": {name: dict(preset) for name, preset in bundle.presets.items()},
     }
-
-
-def write_manifest(bundle: Bundle) -> None:
-    """Write bundle.json in one atomic step."""
-    text = json.dumps(_manifest(bundle), indent=1)
-    with tempfile.NamedTemporaryFile("w", dir=bundle.path, prefix=".manifest", delete=False, encoding="utf-8") as file:
-        file.write(text)
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(bundle.path / MANIFEST)
-
-
-def read(path: str | Path, *, check: bool = True) -> Bundle:
-    """Read a bundle and check every file's size and hash.
-
-    Raises BundleError if the manifest is missing, malformed or of another format, or if a file is missing, unknown,
-    linked from elsewhere, or does not match its hash. `check=False` skips the hashes only (`stepforge info`).
-    """
-    path = Path(path)
-    manifest = path / MANIFEST
-    if not manifest.is_file():
-        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}; `stepforge export` writes one")
-    try:
-        bundle = _parse(path, json.loads(manifest.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(f"{manifest} is damaged: {type(error).__name__}: {error}") from error
-    _check_tree(bundle)
-    if check:
-        _check_hashes(bundle)
-    return bundle
-
-
-def _parse(path: Path, data: Mapping[str, Any]) -> Bundle:
-    if data["format"] != FORMAT:
-        raise BundleError(f"{path} has bundle format {data['format']!r}; this version reads {FORMAT}: export it again")
-    model = dict(data["model"])
-    model["text_encoders"] = tuple(TextEncoder(**entry) for entry in model["text_encoders"])
-    bundle = Bundle(
-        path=path,
-        card=ModelCard(**model),
-        scheduler=data["scheduler"],
-        components={name: _component(entry) for name, entry in data["components"].items()},
-        precision=data["precision"],
-        versions=data["versions"],
-        source=data["source"],
-        files={name: (int(size), str(digest)) for name, (size, digest) in data["files"].items()},
-        controls={name: ControlCard(**card) for name, card in data["controls"].items()},
-        verdict=data["verdict"],
-        presets=dict(data["presets"]),
-    )
-    if bundle.card.family not in FAMILIES:
-        raise BundleError(f"{path} has model family {bundle.card.family!r}; known: {', '.join(FAMILIES)}")
-    named = [
-        *(component.graph for component in bundle.components.values()),
-        *(graph for component in bundle.components.values() for graph in component.derived.values()),
-        *(encoder.tokenizer for encoder in bundle.card.text_encoders),
-    ]
-    for name in (*bundle.files, *named):
-        if not all(NAME.fullmatch(part) for part in PurePosixPath(name).parts) or "\\" in name:
-            raise BundleError(f"{path} names the file {name!r}, which is not a plain relative path")
-    for name in named:
-        if name not in bundle.files:
-            raise BundleError(f"{path} uses {name!r} but does not list it under files")
-    for encoder in bundle.card.text_encoders:
-        if encoder.component not in bundle.components:
-            raise BundleError(f"{path} has no component {encoder.component!r}")
-    for control in bundle.controls:
-        for part in ("hint", "residuals"):
-            if f"control/{control}/{part}" not in bundle.components:
-                raise BundleError(f"{path} has no component 'control/{control}/{part}'")
-    return bundle
-
-
-def _component(entry: Mapping[str, Any]) -> Component:
-    def tensors(rows: Any) -> tuple[Tensor, ...]:
-        return tuple(Tensor(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
-
-    bank = entry["bank"]
-    return Component(
-        entry["graph"],
-        tensors(entry["inputs"]),
-        tensors(entry["outputs"]),
-        dict(entry["derived"]),
-        tuple(Module(m["path"], m["kind"], tuple(m["shape"]), m["bias"]) for m in entry["modules"]),
-        None if bank is None else Bank(bank["slots"], bank["rank"], {k: tuple(v) for k, v in bank["shared"].items()}),
-    )
-
-
-def _check_tree(bundle: Bundle) -> None:
-    root = bundle.path.resolve()
-    present = set()
-    for file in root.rglob("*"):
-        relative = file.relative_to(root).as_posix()
-        if file.is_symlink():
-            raise BundleError(f"{bundle.path} contains the link {relative}; a bundle holds plain files only")
-        if file.is_file() and relative != MANIFEST:
-            present.add(relative)
-    if missing := sorted(set(bundle.files) - present):
-        raise BundleError(f"{bundle.path} lacks {', '.join(missing)}")
-    if unknown := sorted(present - set(bundle.files)):
-        raise BundleError(f"{bundle.path} contains files that its manifest does not list: {', '.join(unknown)}")
-    for name, (size, _) in bundle.files.items():
-        if (found := bundle.file(name).stat().st_size) != size:
-            raise BundleError(f"{bundle.path}: {name} has {found} bytes, the manifest says {size}")
-
-
-def _check_hashes(bundle: Bundle) -> None:
-    with ThreadPoolExecutor(2) as pool:  # hashing releases the GIL
-        found = pool.map(sha256, (bundle.file(name) for name in bundle.files))
-        for (name, (_, expected)), digest in zip(bundle.files.items(), found, strict=True):
-            if digest != expected:
-                raise BundleError(f"{bundle.path}: {name} does not match its sha256; the bundle is damaged")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.cli import options
 from stepforge.runtime.files import printable
 
@@ -23,8 +23,8 @@ def info(bundle: options.BundlePath, as_json: options.Json = False) -> None:
     card = opened.card
     name, family = printable(card.name), f"{card.family}, {card.width}x{card.height}"
     print(f"{name}: {family}, {opened.precision}, digest {opened.digest[:16]}")
-    for component in opened.components:
-        print(f"  {printable(component):20} {_described(opened, component)}")
+    for key in opened.components:
+        print(f"  {printable(key):20} {_described(opened, key)}")
     print(f"  scheduler: {_listed({key: value for key, value in opened.scheduler.items() if value is not None})}")
     print(f"  exported with: {_listed(opened.versions)}")
     for name, preset in opened.presets.items():
@@ -43,16 +43,17 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "scheduler": dict(bundle.scheduler),
         "source": dict(bundle.source),
         "versions": dict(bundle.versions),
-        "components": {name: component.graph for name, component in bundle.components.items()},
+        "components": {str(key): component.graph for key, component in bundle.components.items()},
         "bytes": sum(size for size, _ in bundle.files.values()),
         "verdict": bundle.verdict,
         "presets": dict(bundle.presets),
     }
 
 
-def _described(bundle: Bundle, name: str) -> str:
-    component, bank = bundle.components[name], bundle.components[name].bank
-    size = sum(n for file, (n, _) in bundle.files.items() if file.startswith(f"{name}/"))
+def _described(bundle: Bundle, key: ComponentId) -> str:
+    component, bank = bundle.components[key], bundle.components[key].bank
+    files = [] if key.variant else [n for file, (n, _) in bundle.files.items() if file.startswith(f"{key.folder}/")]
+    size = sum(files)
     derived = f" (+ {', '.join(component.derived)})" if component.derived else ""
     adapters = f", {bank.slots - 1} LoRA slots of rank {bank.rank} in {len(bank.targets)} layers" if bank else ""
     return f"{size / 1e6:9.1f} MB{derived}{adapters}"

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Backend, Banks
-from stepforge.runtime.bundle import Bank, Bundle, Module
+from stepforge.runtime.bundle import Bank, Bundle, ComponentId, Module
 from stepforge.runtime.errors import AdapterError, RequestError
 from stepforge.runtime.lora.adapter import Adapter, read_adapter
 from stepforge.runtime.lora.binding import unbindable
@@ -50,7 +51,7 @@ class Loaded:
     adapter: Adapter
     serial: int  # tells two adapters of one name apart, one loaded after the other
     rank: int  # highest of its layers
-    blocks: Mapping[str, Mapping[str, Block]]  # component -> path -> block
+    blocks: Mapping[ComponentId, Mapping[str, Block]]  # component -> path -> block
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class AdapterSet:
     @property
     def changes_text(self) -> bool:
         """Whether the text encoders need the set; otherwise their results are those without it."""
-        return any(component.startswith("text_encoder") for loaded, _ in self.parts for component in loaded.blocks)
+        return any(component.role == "text_encoder" for loaded, _ in self.parts for component in loaded.blocks)
 
 
 class Adapters:
@@ -146,16 +147,16 @@ class Adapters:
         self._slots.move_to_end(slot)
         return slot
 
-    def banks(self, component: str) -> Banks | None:
-        """The buffers that a component's graph reads, by input; None if it has no bank."""
-        return self._banks[component].arrays if component in self._banks else None
+    def banks(self, component: ComponentId) -> Banks | None:
+        """The buffers that a network's graphs read, by input; None if it has no bank. Variants read their network's."""
+        return self._banks[component.whole].arrays if component.whole in self._banks else None
 
     def _known(self) -> str:
         return f"loaded: {', '.join(self._loaded)}" if self._loaded else "none is"
 
-    def _blocks(self, adapter: Adapter) -> tuple[int, dict[str, dict[str, Block]]]:
+    def _blocks(self, adapter: Adapter) -> tuple[int, dict[ComponentId, dict[str, Block]]]:
         """Highest rank, and every layer in the banks' layout. Raises AdapterError if one is not exactly low-rank."""
-        blocks: dict[str, dict[str, Block]] = {}
+        blocks: dict[ComponentId, dict[str, Block]] = {}
         highest = 0
         for component, path, reason in unbindable(adapter, self._bundle):
             raise AdapterError(
@@ -248,5 +249,4 @@ class Buffers:
         values = np.ascontiguousarray(values)
         if self._dtype == np.float32:
             return values
-        bits = values.view(np.uint32)
-        return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+        return values.astype(bfloat16).view(np.uint16)

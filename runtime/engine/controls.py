@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays, Backend, Graph, SideCall
-from stepforge.runtime.bundle import Bundle, Component
+from stepforge.runtime.bundle import Bundle, Component, ComponentId
 from stepforge.runtime.engine.state import Batch, Job
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.imaging.preprocess import hint_of
+from stepforge.runtime.imaging.read import check_image
 from stepforge.runtime.request import Control
 
 Array = NDArray[np.float32]
@@ -48,17 +49,18 @@ class Controls:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self._bundle, self._backend = bundle, backend
-        self._graphs: dict[str, Graph] = {}
+        self._graphs: dict[ComponentId, Graph] = {}
         self._stacks: dict[tuple[str, int], tuple[list[Array], Array]] = {}
         self._encoded_hints: OrderedDict[tuple[str, tuple[int, ...], str], Array] = OrderedDict()
 
-    def check(self, names: Sequence[str]) -> None:
-        """Raises RequestError if the bundle lacks one."""
+    def check(self, controls: Sequence[Control]) -> None:
+        """Raises RequestError if the bundle lacks one, or its image is none."""
         known = self._bundle.controls
-        for name in names:
-            if name not in known:
+        for control in controls:
+            if control.name not in known:
                 have = f"it has {', '.join(known)}" if known else "it was exported without any (--control NAME=DIR)"
-                raise RequestError(f"the bundle has no ControlNet {name!r}; {have}")
+                raise RequestError(f"the bundle has no ControlNet {control.name!r}; {have}")
+            check_image(control.image)
 
     def cond_only(self, control: Control) -> bool:
         """Whether it runs in conditional rows only: in guess mode, which diffusers' pipelines turn on for pooled residuals."""
@@ -73,14 +75,14 @@ class Controls:
             used = any(step.control[index] for step in job.plan.steps)
             hints.append(self._encoded(control.name, image, digests[-1]) if used else np.empty(0, np.float32))
             if used:
-                job.count(f"control/{control.name}/hint", 1)
+                job.count(ComponentId("control_hint", control.name).label, 1)
         job.hints, job.hint_digests = hints, digests
 
     def _encoded(self, name: str, image: Array, digest: str) -> Array:
         """An image [3, height, width] in 0..1 through the hint encoder: [C, h, w]; kept by the image's digest."""
         key = name, image.shape, digest
         if key not in self._encoded_hints:
-            hint = np.array(self._open(f"control/{name}/hint")({"image": image[None]})["hint"][0])
+            hint = np.array(self._open(ComponentId("control_hint", name))({"image": image[None]})["hint"][0])
             self._encoded_hints[key] = hint
             while sum(hint.nbytes for hint in self._encoded_hints.values()) > CACHED_BYTES:
                 self._encoded_hints.popitem(last=False)
@@ -96,9 +98,9 @@ class Controls:
             groups.setdefault((use.name, use.occurrence), []).append(use)
         calls = []
         for (name, occurrence), group in groups.items():
-            component = f"control/{name}/residuals"
-            if f"{component}.{variant}" in self._bundle.components:
-                component = f"{component}.{variant}"
+            component = ComponentId("control_residuals", name, variant)
+            if component not in self._bundle.components:
+                component = component.whole
             inputs = {
                 "hint": self._stacked(name, occurrence, group),
                 "scale": np.stack([self._scale(use) for use in group]),
@@ -164,14 +166,13 @@ class Controls:
 
     def _scale(self, use: ControlUse) -> Array:
         """Strength of each residual; guess mode weakens the shallow ones, see diffusers' ControlNetModel.forward."""
-        (count,) = (
-            t.shape[1] for t in self._bundle.components[f"control/{use.name}/residuals"].inputs if t.name == "scale"
-        )
+        entry = self._bundle.components[ComponentId("control_residuals", use.name)]
+        (count,) = (t.shape[1] for t in entry.inputs if t.name == "scale")
         if use.guess_mode and not self._bundle.controls[use.name].global_pool:
             return (np.logspace(-1, 0, int(count)) * use.scale).astype(np.float32)
         return np.full(int(count), use.scale, np.float32)
 
-    def _open(self, component: str) -> Graph:
+    def _open(self, component: ComponentId) -> Graph:
         if component not in self._graphs:
             self._graphs[component] = self._backend.open(component)
         return self._graphs[component]

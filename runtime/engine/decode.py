@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from stepforge.runtime.backends import Backend
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import VAE_DECODER, Bundle
 from stepforge.runtime.engine.state import Job, Trajectory
 from stepforge.runtime.errors import GenerationError
 from stepforge.runtime.imaging.png import to_pil, to_uint8
@@ -20,7 +20,7 @@ class Decoder:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self._bundle, self._backend = bundle, backend
-        self._graph = backend.open("vae_decoder")
+        self._graph = backend.open(VAE_DECODER)
 
     def __call__(self, trajectory: Trajectory) -> None:
         """Decode one image; the last of a request settles it. Never raises: what fails is the request's."""
@@ -46,7 +46,7 @@ class Decoder:
         job.latents[index] = latents
         job.pixels[index] = to_uint8(pixels)[0]
         job.seconds["decode"] += time.perf_counter() - started
-        job.count("vae_decoder", 1)
+        job.count(VAE_DECODER.label, 1)
 
     def _result(self, job: Job) -> Result:
         request, backend = job.request, self._backend

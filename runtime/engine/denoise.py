@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays, Backend, Graph, LoopingGraph
-from stepforge.runtime.bundle import Bundle, Component, Size
+from stepforge.runtime.bundle import Bundle, Component, ComponentId, Size
 from stepforge.runtime.engine.adapters import Adapters, row_inputs
 from stepforge.runtime.engine.controls import Controls, ControlUse, no_residuals
 from stepforge.runtime.engine.device_loop import DevicePool, can_run_on_device
@@ -33,47 +33,45 @@ class Denoisers:
     def __init__(self, bundle: Bundle, backend: Backend, adapters: Adapters) -> None:
         self._bundle, self._backend, self._adapters = bundle, backend, adapters
         self.controls = Controls(bundle, backend)
-        self._graphs: dict[str, Graph] = {}
-        for name in bundle.components:
-            if name.startswith("denoiser/") and "." not in name:
-                self._open(name)
+        self._graphs: dict[ComponentId, Graph] = {}
+        for network in bundle.denoisers:
+            self._open(network)
         self._packed: tuple[tuple[tuple[int, Size], ...], dict[str, Array], list[Condition]] | None = None
         self._sample: Array = np.empty(0, np.float32)
-        self._pools: OrderedDict[tuple[str, tuple[int, int, int]], DevicePool] = OrderedDict()
-        self._zeros = {name: no_residuals(entry) for name, entry in bundle.components.items()}
+        self._pools: OrderedDict[tuple[ComponentId, tuple[int, int, int]], DevicePool] = OrderedDict()
+        self._zeros = {key: no_residuals(entry) for key, entry in bundle.components.items()}
 
     def __call__(self, batch: Batch) -> Array:
         """The raw predictions, [rows, C, h, w]; valid until the next call."""
-        step, rows = batch.step, batch.rows
-        network = f"denoiser/{step.denoiser}"
-        name = f"{network}.{step.reuse}" if step.reuse else network
-        entry = self._bundle.components[name]
+        rows = batch.rows
+        network = batch.network
+        entry = self._bundle.components[network]
         inputs = self._inputs(rows)
         if self._adapters.banks(network) is not None:
             strengths = [row.trajectory.adapter_strength for row in rows]
             inputs |= row_inputs([row.trajectory.job.bank_slot for row in rows], strengths)
-        zeros = self._zeros[name]
+        zeros = self._zeros[network]
         uses = self.controls.uses(batch) if zeros else []
-        calls = self.controls.calls(uses, step.reuse)
+        calls = self.controls.calls(uses, network.variant)
         inputs |= {**zeros, **self.controls.residuals(calls, inputs, list(zeros))}
         inputs |= _reused(batch, entry)
         known = {tensor.name for tensor in entry.inputs}
-        graph = self._open(name)
+        graph = self._open(network)
         outputs = graph({key: value for key, value in inputs.items() if key in known} if known else inputs)
-        _count(uses, rows, step.reuse)  # after the call: one that fails is repeated
+        _count(uses, rows, network.variant)  # after the call: one that fails is repeated
         _keep(batch, outputs)
         return outputs["prediction"]
 
     def rings(self, job: Job) -> tuple[int, int] | None:
         """Latents and predictions of the loop that the job's steps can run in; None if they run here."""
-        graph = self._open(f"denoiser/{job.plan.steps[0].denoiser}")
+        graph = self._open(ComponentId("denoiser", job.plan.steps[0].denoiser))
         return graph.rings if isinstance(graph, LoopingGraph) and can_run_on_device(job, graph.rings) else None
 
     def step(self, batch: Batch) -> None:
         """One whole step of the batch's images in their loop."""
-        name = f"denoiser/{batch.step.denoiser}"
-        uses = self.controls.uses(batch) if self._zeros[name] else []
-        inputs = {**self._context(batch.rows), **self._zeros[name]}
+        zeros = self._zeros[batch.network]
+        uses = self.controls.uses(batch) if zeros else []
+        inputs = {**self._context(batch.rows), **zeros}
         self._pool(batch.trajectories[0]).step(batch, inputs, self.controls.calls(uses))
         _count(uses, batch.rows, "")
 
@@ -82,25 +80,27 @@ class Denoisers:
         self._pool(trajectory).read(trajectory)
 
     def _pool(self, trajectory: Trajectory) -> DevicePool:
-        name = f"denoiser/{trajectory.job.plan.steps[0].denoiser}"  # those of one loop run one network
-        key = name, trajectory.shape
+        network = ComponentId("denoiser", trajectory.job.plan.steps[0].denoiser)  # those of one loop run one network
+        key = network, trajectory.shape
         if key not in self._pools:
-            graph = self._open(name)
+            graph = self._open(network)
             assert isinstance(graph, LoopingGraph)
             idle = [other for other, pool in self._pools.items() if pool.is_idle]
             for other in idle[: max(0, len(self._pools) + 1 - MOST_POOLS)]:
                 del self._pools[other]
-            self._pools[key] = DevicePool(graph.loop(trajectory.shape), has_bank=self._adapters.banks(name) is not None)
+            self._pools[key] = DevicePool(
+                graph.loop(trajectory.shape), has_bank=self._adapters.banks(network) is not None
+            )
         self._pools.move_to_end(key)
         return self._pools[key]
 
-    def _open(self, name: str) -> Graph:
-        if name not in self._graphs:
-            banks = self._adapters.banks(name.partition(".")[0])
+    def _open(self, network: ComponentId) -> Graph:
+        if network not in self._graphs:
+            banks = self._adapters.banks(network)
             if banks is not None:
-                banks = banks.only({tensor.name for tensor in self._bundle.components[name].inputs})
-            self._graphs[name] = self._backend.open(name, banks)
-        return self._graphs[name]
+                banks = banks.only({tensor.name for tensor in self._bundle.components[network].inputs})
+            self._graphs[network] = self._backend.open(network, banks)
+        return self._graphs[network]
 
     def _inputs(self, rows: Sequence[Row]) -> dict[str, NDArray[Any]]:
         shape = (len(rows), *rows[0].trajectory.shape)
@@ -130,7 +130,7 @@ class Denoisers:
 
 def _count(uses: Sequence[ControlUse], rows: Sequence[Row], variant: str) -> None:
     for use in uses:
-        label = f"control/{use.name}" + (f".{variant}" if variant == "deepcache" else "")
+        label = ComponentId("control_residuals", use.name, variant if variant == "deepcache" else "").label
         rows[use.row].trajectory.job.count(label, 1)
 
 

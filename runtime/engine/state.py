@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stepforge.runtime.bundle import Size
+from stepforge.runtime.bundle import ComponentId, Size
 from stepforge.runtime.engine.adapters import NONE, AdapterSet
 from stepforge.runtime.engine.future import RequestFuture
 from stepforge.runtime.engine.noise import Generator
@@ -284,10 +284,10 @@ class Batch:
         """A step whose network and variant are those of all rows."""
         return self.trajectories[0].step
 
-    @property
-    def label(self) -> str:
-        """The network as `Stats.rows` names it."""
-        return f"{self.step.denoiser}.{self.step.reuse}" if self.step.reuse else self.step.denoiser
+    @cached_property
+    def network(self) -> ComponentId:
+        """What the call runs."""
+        return ComponentId("denoiser", self.kind.denoiser, self.kind.reuse)
 
     @property
     def pixels(self) -> int:

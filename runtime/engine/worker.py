@@ -23,7 +23,6 @@ from stepforge.runtime.engine.stages import Stage
 from stepforge.runtime.engine.state import Batch, Job, Trajectory, failure, stage
 from stepforge.runtime.engine.text import Conditioner
 from stepforge.runtime.errors import Cancelled, GenerationError, RequestError
-from stepforge.runtime.imaging.read import check_image
 from stepforge.runtime.request import Progress, Request
 
 log = logging.getLogger(__name__)
@@ -39,12 +38,10 @@ class Worker:
         self.decoding: Stage[Trajectory] = Stage("stepforge-decode", Decoder(bundle, backend))
 
     def check(self, request: Request) -> None:
-        """Refuse, on the caller's thread, prompts and images that cannot be read and ControlNets that the bundle lacks."""
+        """Refuse, on the caller's thread, unreadable prompts and images, and ControlNets that the bundle lacks."""
         for text in (request.prompt, request.negative):
             self.conditioner.tokenize(text, request.prompt_syntax)
-        self.denoisers.controls.check([control.name for control in request.controls])
-        for control in request.controls:
-            check_image(control.image)
+        self.denoisers.controls.check(request.controls)
 
     def run(self) -> None:
         """Until the scheduler is closed. However it ends, every job is settled and no new one is taken."""
@@ -116,7 +113,7 @@ class Worker:
         share = (time.perf_counter() - started) / len(batch.rows)
         for trajectory, span in zip(batch.trajectories, batch.spans, strict=True):
             job, rows = trajectory.job, span.stop - span.start
-            job.count(batch.label, rows)
+            job.count(batch.network.label, rows)
             job.seconds["denoise"] += share * rows
             job.calls += 1
         for trajectory, span in zip(batch.trajectories, batch.spans, strict=True):

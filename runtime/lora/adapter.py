@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stepforge.runtime.bundle import Module
+from stepforge.runtime.bundle import ComponentId, Module
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.file import Contents, read_file
 from stepforge.runtime.lora.layers import BIASES, Array, Layer, check
@@ -70,7 +70,7 @@ class Adapter:
     refused: Mapping[str, str] = field(default_factory=dict)  # name in the file -> why nothing is done with it
 
     @property
-    def components(self) -> list[str]:
+    def components(self) -> list[ComponentId]:
         return sorted({component for component, _ in self.layers})
 
     def warn_of_refused(self) -> None:
@@ -84,7 +84,7 @@ class Adapter:
             )  # fmt: skip
 
 
-def read_adapter(path: str | Path, modules: Mapping[str, Iterable[Module]]) -> Adapter:
+def read_adapter(path: str | Path, modules: Mapping[ComponentId, Iterable[Module]]) -> Adapter:
     """Read a LoRA file for a model.
 
     modules: component of the bundle -> its modules. Raises AdapterError if the file is no safetensors, holds NaN, names
@@ -110,7 +110,7 @@ def survey(path: str | Path) -> dict[str, Layer | str]:
     return found | refused
 
 
-def resolve(contents: Contents, modules: Mapping[str, Iterable[Module]], sha256: str = "") -> Adapter:
+def resolve(contents: Contents, modules: Mapping[ComponentId, Iterable[Module]], sha256: str = "") -> Adapter:
     """The tensors of a file as layers of a model. Raises AdapterError, see `read_adapter`."""
     table = {(component, module.path): module for component, entries in modules.items() for module in entries}
     names = Names(modules)
@@ -138,7 +138,7 @@ def resolve(contents: Contents, modules: Mapping[str, Iterable[Module]], sha256:
         if not fitting:
             misfits.append(f"{places[0][0]} {places[0][1]}: {reasons[places[0]]}")
         elif len(fitting) > 1:
-            refused[name] = f"it could mean {' or '.join(component for component, _ in fitting)}"
+            refused[name] = f"it could mean {' or '.join(str(component) for component, _ in fitting)}"
         elif fitting[0] in layers:
             raise AdapterError(
                 f"{contents.name}: {brief(called[fitting[0]])} and {brief(name)} are the same module of the model"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.lora.adapter import Adapter
 from stepforge.runtime.lora.layers import low_rank
 
 
-def unbindable(adapter: Adapter, bundle: Bundle) -> list[tuple[str, str, str]]:
+def unbindable(adapter: Adapter, bundle: Bundle) -> list[tuple[ComponentId, str, str]]:
     """(component, path, reason) of every layer that the bundle's banks cannot hold exactly."""
     found = []
     shapes = {(component, m.path): m.shape for component, entry in bundle.components.items() for m in entry.modules}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from stepforge.runtime.errors import AdapterError
@@ -22,7 +23,11 @@ IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  
 METADATA = "lora_adapter_metadata"  # diffusers' copy of PEFT's settings in the file's header
 LARGEST = 8 << 30  # bytes; the largest SDXL adapters have a quarter of it
 MOST_AXES = 8
-PLAIN = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
+# safetensors' types as NumPy's
+STORED = {
+    "BF16": bfloat16, "F64": "<f8", "F32": "<f4", "F16": "<f2",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +114,9 @@ def _array(path: Path, name: str, entry: Mapping[str, Any]) -> NDArray[Any]:
     kind, shape = entry["dtype"], entry["shape"]
     if len(shape) > MOST_AXES or max(shape, default=0) > LARGEST:
         raise AdapterError(f"{path}: {brief(name)} has the shape {brief(shape)}")
-    if kind == "BF16":  # the upper half of a float32
-        halves = np.frombuffer(entry["data"], "<u2").astype(np.uint32)
-        return np.left_shift(halves, 16).view(np.float32).reshape(shape)
-    if kind not in PLAIN:
-        raise AdapterError(f"{path}: {brief(name)} is stored as {kind}; supported: BF16, {', '.join(PLAIN)}")
-    values: NDArray[Any] = np.frombuffer(entry["data"], PLAIN[kind])
+    if kind not in STORED:
+        raise AdapterError(f"{path}: {brief(name)} is stored as {kind}; supported: {', '.join(STORED)}")
+    values: NDArray[Any] = np.frombuffer(entry["data"], STORED[kind])
     return values.reshape(shape)
 
 

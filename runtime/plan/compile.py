@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Plan, Step, rows_of
 from stepforge.runtime.plan.guidance import weights
@@ -16,7 +17,6 @@ from stepforge.runtime.plan.schedules import SchedulerCard
 from stepforge.runtime.plan.windows import scales
 
 if TYPE_CHECKING:
-    from stepforge.runtime.bundle import Bundle
     from stepforge.runtime.request import Request
 
 Rows = tuple[tuple[Step, ...], float]  # as samplers.sample_rows returns them
@@ -62,7 +62,7 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
 def check_variants(plan: Plan, bundle: Bundle) -> None:
     """Raises RequestError if the plan names a reuse variant that the bundle was exported without."""
     for denoiser, variant in sorted({(step.denoiser, step.reuse) for step in plan.steps if step.reuse}):
-        if f"denoiser/{denoiser}.{variant}" not in bundle.components:
+        if ComponentId("denoiser", denoiser, variant) not in bundle.components:
             raise RequestError(f"the bundle has no variant {variant!r}; export it with --reuse {variant}")
 
 
@@ -81,7 +81,7 @@ def describe(plan: Plan) -> list[dict[str, object]]:
             "noise": round(step.noise, 6),
             "adapters": step.adapters,
             **({"control": list(step.control)} if step.control else {}),
-            "denoiser": f"{step.denoiser}.{step.reuse}" if step.reuse else step.denoiser,
+            "denoiser": ComponentId("denoiser", step.denoiser, step.reuse).label,
         }
         for k, step in enumerate(plan.steps)
     ]

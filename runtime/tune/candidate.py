@@ -95,4 +95,4 @@ def candidates(ladder: Mapping[str, Sequence[object]]) -> Iterator[Candidate]:
 
 
 def has_variant(engine: Engine, variant: str) -> bool:
-    return any(name.startswith("denoiser/") and name.endswith(f".{variant}") for name in engine.bundle.components)
+    return any(variant in engine.bundle.variants(denoiser) for denoiser in engine.bundle.denoisers)

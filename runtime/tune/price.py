@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.plan import Plan, rows_of
 from stepforge.runtime.request import Request, Result
@@ -23,9 +23,10 @@ def row_counts(plan: Plan, request: Request, bundle: Bundle) -> dict[str, int]:
     counts: dict[str, int] = {}
     for step in plan.steps:
         rows = rows_of(step.guidance)
-        used = [(f"{step.denoiser}.{step.reuse}" if step.reuse else step.denoiser, rows)]
+        used = [(ComponentId("denoiser", step.denoiser, step.reuse).label, rows)]
+        variant = step.reuse if step.reuse == "deepcache" else ""
         for control, conditional, scale in zip(request.controls, cond_only, step.control, strict=True):
-            label = f"control/{control.name}" + (".deepcache" if step.reuse == "deepcache" else "")
+            label = ComponentId("control_residuals", control.name, variant).label
             used.append((label, 0 if not scale else int(step.guidance != 0.0) if conditional else rows))
         for label, count in used:
             counts[label] = counts.get(label, 0) + count
@@ -56,10 +57,8 @@ def prices(engine: Engine, request: Request) -> dict[str, float]:
 
 
 def _denoising(result: Result) -> dict[str, int]:
-    rows = result.stats.rows
-    networks = {step.denoiser for step in result.plan.steps}
-    return {
-        label: count
-        for label, count in rows.items()
-        if label.partition(".")[0] in networks or (label.startswith("control/") and not label.endswith("/hint"))
-    }
+    """Rows of the networks that a step runs."""
+    networks = {ComponentId("denoiser", step.denoiser, step.reuse).label for step in result.plan.steps}
+    for control in result.request.controls:
+        networks |= {ComponentId("control_residuals", control.name, variant).label for variant in ("", "deepcache")}
+    return {label: count for label, count in result.stats.rows.items() if label in networks}

@@ -30,7 +30,7 @@ if os.environ.get("TRITON_INTERPRET", "1") == "1":
     if "triton" in sys.modules:
         forget_triton()
     importlib.import_module("triton.experimental.gluon")  # the interpreter's first launch does, and it looks too
-    for name in ("conv", "elementwise", "gated", "lowrank", "norms"):
+    for name in ("conv", "gated", "lowrank", "norms", "update"):
         importlib.import_module(f"stepforge.kernels.{name}")
 
     if before is None:
@@ -77,7 +77,7 @@ def orders(monkeypatch):
 
 @pytest.fixture
 def mutant(tmp_path, monkeypatch):
-    """mutant(module, old, new): the module of Triton bodies with one text replaced, loaded for the interpreter."""
+    """mutant(module, old, new): puts the Triton bodies of the module, with one text replaced, in place of its own."""
     import importlib.util
     from pathlib import Path
 
@@ -91,6 +91,7 @@ def mutant(tmp_path, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         spec.loader.exec_module(changed)
         monkeypatch.delenv("TRITON_INTERPRET")
-        return changed
+        for name in [name for name in vars(changed) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, getattr(changed, name))
 
     return load

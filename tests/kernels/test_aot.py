@@ -13,7 +13,9 @@ import sys
 
 import pytest
 
-from stepforge.kernels import aot, shipped, tiles
+from stepforge.kernels.aot import main as aot
+from stepforge.kernels.aot import programs as shipped
+from stepforge.kernels.dispatch import tiles
 
 GOLDEN = json.loads(aot.GOLDEN.read_text("utf-8"))
 PROGRAMS = {program.name: program for program in shipped.programs()}
@@ -93,7 +95,7 @@ def test_addresses_beyond_2_to_31_elements():
     """No machine here could hold such tensors: the proof is in the code. Every row stride meets its row in 64 bits."""
     names = [f"{body} r16 m64 fp16 sm_80" for body in ("onepass", "expand", "expand_geglu")] + ["geglu fp16 sm_80"]
     code = (
-        "from stepforge.kernels import aot, shipped\n"
+        "from stepforge.kernels.aot import main as aot, programs as shipped\n"
         "for program in shipped.programs():\n"
         f"    if program.name in {names}:\n"
         "        print(aot.build(program).asm['ttir'])\n"

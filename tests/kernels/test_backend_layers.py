@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stepforge.kernels import conv, ops, tiles
-from stepforge.kernels.dispatch import dispatch
-from stepforge.runtime.backends import Banks, torch_lowrank
-from stepforge.runtime.backends.torch_banks import DeviceBanks
-from stepforge.runtime.backends.torch_lora import Stack, View
+from stepforge.kernels import conv, ops
+from stepforge.kernels.dispatch import tiles
+from stepforge.kernels.dispatch.choose import dispatch
+from stepforge.runtime.backends import Banks
+from stepforge.runtime.backends.torch import lowrank as torch_lowrank
+from stepforge.runtime.backends.torch.banks import DeviceBanks
+from stepforge.runtime.backends.torch.lora import Stack, View
 
 ARCH = 80
 ULP = 2.0**-11  # fp16: y is rounded once, S once before its second product
@@ -39,7 +41,7 @@ def on_triton_conv(y, x, a, b, scale, ranks, *, table, stride, pad, block_m):
 
 @pytest.fixture
 def triton_layers(monkeypatch):
-    """`torch_lowrank` as on a GPU, but for the device."""
+    """`torch.lowrank` as on a GPU, but for the device."""
     kernels = SimpleNamespace(
         lowrank_linear=on_triton_linear, lowrank_geglu=on_triton_geglu, lowrank_conv=on_triton_conv
     )

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stepforge.kernels import cost, elementwise, lowrank
-from stepforge.kernels.layers import SD15, SDXL
+from stepforge.kernels import gated, lowrank
+from stepforge.kernels.dispatch import cost
+from stepforge.kernels.dispatch.layers import SD15, SDXL
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bench_kernels as bench
@@ -101,8 +102,8 @@ def test_a_wrong_result_fails(monkeypatch):
 
 
 def test_a_result_that_does_not_repeat_fails(monkeypatch):
-    geglu, calls = elementwise.geglu, itertools.count()
-    monkeypatch.setattr(elementwise, "geglu", lambda h: geglu(h) * (1 + 2.0**-10 * (next(calls) % 2)))
+    geglu, calls = gated.geglu, itertools.count()
+    monkeypatch.setattr(gated, "geglu", lambda h: geglu(h) * (1 + 2.0**-10 * (next(calls) % 2)))
     outcome = run("GEGLU", shapes=replace(kernel_cases.TINY, layers=kernel_cases.TINY.layers[2:3]))[0]
     assert outcome.faults == ["fused does not repeat to the bit"]
 

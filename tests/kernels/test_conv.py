@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stepforge.kernels import bounds, conv, ops, reference
+from stepforge.kernels.dispatch.tiles import Tile, padded_rank
 from stepforge.kernels.packing import Pair, block_table, pack
-from stepforge.kernels.tiles import Tile, padded_rank
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 TILE = Tile(32, 32, 32, warps=4, stages=2)

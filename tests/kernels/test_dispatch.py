@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from stepforge.kernels import cost, dispatch, tiles
-from stepforge.kernels.layers import SD15, SDXL, Layer
+from stepforge.kernels.dispatch import choose as dispatch
+from stepforge.kernels.dispatch import cost, tiles
+from stepforge.kernels.dispatch.layers import SD15, SDXL, Layer
 
 BY_NAME = {layer.name: layer for layer in (*SD15, *SDXL)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepforge.kernels import bounds, elementwise, reference
+from stepforge.kernels import bounds, gated, reference, update
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 
@@ -15,7 +15,7 @@ HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 def test_geglu(shape, dtype):
     h = (torch.randn(shape) * 3).to(dtype)
     exact, bound = bounds.geglu(h)
-    assert bounds.excess(elementwise.geglu(h), exact, bound) <= 1.0
+    assert bounds.excess(gated.geglu(h), exact, bound) <= 1.0
 
 
 def test_geglu_is_exact_gelu():
@@ -23,7 +23,7 @@ def test_geglu_is_exact_gelu():
     gate = torch.linspace(-6, 6, 4001)
     h = torch.stack([torch.ones_like(gate), gate], dim=1)
     exact, bound = bounds.geglu(h)
-    assert bounds.excess(elementwise.geglu(h, block_m=1024, block_n=2), exact, bound) <= 1.0
+    assert bounds.excess(gated.geglu(h, block_m=1024, block_n=2), exact, bound) <= 1.0
     approximate = torch.nn.functional.gelu(gate, approximate="tanh")[:, None]
     assert bounds.excess(approximate, exact, bound) > 100
 
@@ -31,11 +31,11 @@ def test_geglu_is_exact_gelu():
 def test_geglu_rows_may_lie_apart():
     store = torch.full((9, 100), torch.nan).half()
     store[:, :40] = torch.randn(9, 40)
-    assert torch.equal(elementwise.geglu(store[:, :40]), elementwise.geglu(store[:, :40].contiguous()))
+    assert torch.equal(gated.geglu(store[:, :40]), gated.geglu(store[:, :40].contiguous()))
 
 
 def test_geglu_empty():
-    assert elementwise.geglu(torch.empty(0, 8).half()).shape == (0, 4)
+    assert gated.geglu(torch.empty(0, 8).half()).shape == (0, 4)
 
 
 def whole(*values):
@@ -70,7 +70,7 @@ def test_update_equals_reference(rings, dtype):
         **{name: v.abs() if v.is_floating_point() else v for name, v in wide.items()}, num_x=num_x
     )
     sample = torch.full((2, 37), torch.nan).to(dtype)
-    elementwise.guide_update(**given, sample=sample, num_x=num_x, block=16)
+    update.guide_update(**given, sample=sample, num_x=num_x, block=16)
     assert ((given["state"] - exact).abs() <= 16 * 2.0**-24 * sizes).all()
     assert torch.isfinite(sample).all()
     k = given["step"].tolist()
@@ -89,7 +89,7 @@ def test_coefficients_of_0_read_nothing():
     given["z"][:] = torch.nan
     x, p = given["state"][0, 1].clone(), given["prediction"][0].float()
     sample = torch.empty(1, 37).half()
-    elementwise.guide_update(**given, sample=sample, num_x=2)
+    update.guide_update(**given, sample=sample, num_x=2)
     assert torch.equal(given["state"][0, 3], p)
     assert torch.equal(given["state"][0, 0], 0.5 * x + 2.0 * p)
 
@@ -99,7 +99,7 @@ def test_finished_images_are_left_alone():
     given["step"][:] = torch.tensor([3, 0])
     before = given["state"].clone()
     sample = torch.full((2, 37), 7.0).half()
-    elementwise.guide_update(**given, sample=sample, num_x=2)
+    update.guide_update(**given, sample=sample, num_x=2)
     assert torch.equal(given["state"][0], before[0])
     assert (sample[0] == 7).all()
     assert not torch.equal(given["state"][1], before[1])
@@ -115,8 +115,8 @@ def test_images_anywhere_in_the_pool():
     alone = {name: value[3:] for name, value in batch_of(given).items()} | {
         "prediction": given["prediction"][[1, 4]], "places": whole(0), "sources": whole([0, 1])}  # fmt: skip
     own = torch.zeros(1, 37).half()
-    elementwise.guide_update(**alone, sample=own, num_x=2)
-    elementwise.guide_update(**given, sample=sample, num_x=2)
+    update.guide_update(**alone, sample=own, num_x=2)
+    update.guide_update(**given, sample=sample, num_x=2)
     assert torch.equal(given["state"][:2], before["state"][:2])
     assert torch.equal(given["state"][3], alone["state"][0])
     assert torch.equal(sample[3], own[0])
@@ -141,7 +141,7 @@ def test_exact_guidance_has_the_bits_of_a_pipeline(dtype):
     pipeline = rows[0, 1] + 7.5 * (rows[0, 0] - rows[0, 1])
     sample = torch.empty(3, 1000).to(dtype)
     wide, _ = reference.guide_update(**given, num_x=2, exact=True)
-    elementwise.guide_update(**given, sample=sample, num_x=2, exact=True)
+    update.guide_update(**given, sample=sample, num_x=2, exact=True)
     for state in (given["state"], wide):
         for image, expected in enumerate((pipeline, rows[1, 0], rows[2, 1])):
             assert torch.equal(state[image, 2], expected.float())
@@ -153,7 +153,7 @@ def test_exact_guidance_has_the_bits_of_a_pipeline(dtype):
 def test_exact_guidance_is_of_two_rows():
     given = batch(ways=3)
     with pytest.raises(ValueError, match="two predictions, not 3"):
-        elementwise.guide_update(**given, sample=torch.empty(2, 37).half(), num_x=2, exact=True)
+        update.guide_update(**given, sample=torch.empty(2, 37).half(), num_x=2, exact=True)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "unipc", "euler_a"])
@@ -186,7 +186,7 @@ def test_follows_the_engine(sampler):
         x = x + sum(c * predictions[k - j] for j, c in enumerate(row.gain)) + row.noise * z.double()
         latents.append(x)
         prediction = torch.stack([cond, uncond])
-        elementwise.guide_update(
+        update.guide_update(
             prediction, guidance, table, scale_in, step, state, z[None], sample, whole(0), whole([0, 1]), num_x
         )
         step += 1

@@ -7,9 +7,9 @@ import functools
 import pytest
 import torch
 
-from stepforge.kernels import bounds, elementwise, gated, gated_body, lowrank, reference
+from stepforge.kernels import bounds, gated, lowrank, reference
+from stepforge.kernels.dispatch.tiles import Tile, expand_tile, padded_rank
 from stepforge.kernels.packing import block_table
-from stepforge.kernels.tiles import Tile, expand_tile, padded_rank
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 TILE = Tile(16, 32, 32, warps=4, stages=2, group_m=2)  # 16 columns of the output
@@ -52,7 +52,7 @@ def plain(given):
     first = [wide[name] for name in NAMES]
     tile = Tile(16, 16, 32, warps=4, stages=2)
     h = lowrank.onepass(*first, tile=tile, bias=wide["bias"], low_rank=False)
-    return elementwise.geglu(h).to(given["x"].dtype)
+    return gated.geglu(h).to(given["x"].dtype)
 
 
 def same(one, other):
@@ -151,7 +151,7 @@ def test_fp32_has_the_bits_of_two_kernels(parts):
     given = layer(dtype=FULL)
     first = [given[name] for name in NAMES]
     tile = Tile(16, 16, 32, warps=4, stages=2)
-    apart = elementwise.geglu(lowrank.split(*first, tile=tile, parts=parts, bias=given["bias"]))
+    apart = gated.geglu(lowrank.split(*first, tile=tile, parts=parts, bias=given["bias"]))
     assert torch.equal(call(given, parts=parts), apart)
 
 
@@ -369,25 +369,23 @@ MUTATIONS = {
 # a mutant reads memory that is not its own; what it finds there may overflow, or be infinite
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.slow
-def test_mistake_is_caught(case, mutant, monkeypatch):
+def test_mistake_is_caught(case, mutant):
     assert passes_unchanged()
-    monkeypatch.setattr(gated, "gated_body", mutant(gated_body, *MUTATIONS[case]))
+    mutant(gated, *MUTATIONS[case])
     assert not passes()
 
 
-def test_strength_after_the_rounding_is_caught(mutant, monkeypatch):
+def test_strength_after_the_rounding_is_caught(mutant):
     """Three roundings where the bound allows one: the order of strength and rounding."""
     late = "rounded(total, kind, UPCAST) * strength[None, :].to(kind)"
     assert passes_unchanged(tight)
-    monkeypatch.setattr(
-        gated, "gated_body", mutant(gated_body, "rounded(total * strength[None, :], kind, UPCAST)", late)
-    )
+    mutant(gated, "rounded(total * strength[None, :], kind, UPCAST)", late)
     assert not passes(tight)
 
 
-def test_halves_rounded_before_the_product_are_caught(mutant, monkeypatch):
+def test_halves_rounded_before_the_product_are_caught(mutant):
     """What the kernel is for: a rounding of h, as two kernels have it, is beyond the bound of one."""
     old = "y = value * activate(gate, 2)"
     new = "y = value.to(b.dtype.element_ty).to(tl.float32) * activate(gate.to(b.dtype.element_ty).to(tl.float32), 2)"
-    monkeypatch.setattr(gated, "gated_body", mutant(gated_body, old, new))
+    mutant(gated, old, new)
     assert not passes()

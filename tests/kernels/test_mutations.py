@@ -7,20 +7,9 @@ import functools
 import pytest
 import torch
 
-from stepforge.kernels import (
-    bounds,
-    conv,
-    conv_body,
-    elementwise,
-    guide_body,
-    lowrank,
-    lowrank_body,
-    norm_body,
-    norms,
-    reference,
-)
+from stepforge.kernels import bounds, conv, lowrank, norms, reference, update
+from stepforge.kernels.dispatch.tiles import Tile
 from stepforge.kernels.packing import block_table
-from stepforge.kernels.tiles import Tile
 
 pytestmark = pytest.mark.slow
 TILE = Tile(16, 32, 32, warps=4, stages=2)
@@ -149,22 +138,22 @@ MUTATIONS = {
 @pytest.mark.parametrize("case", MUTATIONS)
 # a mutant reads memory that is not its own; what it finds there may overflow, or be infinite
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_caught(case, mutant, monkeypatch):
+def test_caught(case, mutant):
     path, old, new = MUTATIONS[case]
     assert passes_unchanged(path)
-    monkeypatch.setattr(lowrank, "lowrank_body", mutant(lowrank_body, old, new))
+    mutant(lowrank, old, new)
     assert not passes(path)
 
 
 @pytest.mark.parametrize("path", ["onepass", "split"])
-def test_strength_after_the_rounding_is_caught(path, mutant, monkeypatch):
+def test_strength_after_the_rounding_is_caught(path, mutant):
     """Three roundings where the bound allows one: the order of strength and rounding."""
     name = {"onepass": "s = rounded(total * strength[None, :], kind, UPCAST)"}.get(
         path, "low = rounded(total * strength[None, :], kind, UPCAST)"
     )
     late = name.split(" = ")[0] + " = rounded(total, kind, UPCAST) * strength[None, :].to(kind)"
     assert passes_unchanged(path, only_adapter=True)
-    monkeypatch.setattr(lowrank, "lowrank_body", mutant(lowrank_body, f" {name}", f" {late}"))
+    mutant(lowrank, f" {name}", f" {late}")
     assert not passes(path, only_adapter=True)
 
 
@@ -199,10 +188,10 @@ NORM_MUTATIONS = {
 
 @pytest.mark.parametrize("case", NORM_MUTATIONS)
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
-def test_norm_mistake_caught(case, mutant, monkeypatch):
+def test_norm_mistake_caught(case, mutant):
     layout, old, new = NORM_MUTATIONS[case]
     assert norm_passes(layout)
-    monkeypatch.setattr(norms, "norm_body", mutant(norm_body, old, new))
+    mutant(norms, old, new)
     assert not norm_passes(layout)
 
 
@@ -235,9 +224,9 @@ CONV_MUTATIONS = {
 
 @pytest.mark.parametrize("case", CONV_MUTATIONS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_convolution_mistake_caught(case, mutant, monkeypatch):
+def test_convolution_mistake_caught(case, mutant):
     assert conv_passes()
-    monkeypatch.setattr(conv, "conv_body", mutant(conv_body, *CONV_MUTATIONS[case]))
+    mutant(conv, *CONV_MUTATIONS[case])
     assert not conv_passes()
 
 
@@ -261,7 +250,7 @@ def update_passes(*, exact):
     given["z"][1], given["table"][1, 4, -1] = torch.nan, 0.0
     sample = guarded(torch.full((4, size), 7.0).half())
     expected, seen = reference.guide_update(**given, num_x=2, exact=exact)
-    elementwise.guide_update(**given, sample=sample, num_x=2, exact=exact, block=16)
+    update.guide_update(**given, sample=sample, num_x=2, exact=exact, block=16)
     right = torch.allclose(given["state"], expected, rtol=1e-5, atol=1e-5)
     if exact:  # the guided predictions to the bit
         right = right and all(torch.equal(given["state"][p, 2:], expected[p, 2:]) for p in places)
@@ -287,8 +276,8 @@ UPDATE_MUTATIONS = {
 
 @pytest.mark.parametrize("case", UPDATE_MUTATIONS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_update_mistake_caught(case, mutant, monkeypatch):
+def test_update_mistake_caught(case, mutant):
     exact, old, new = UPDATE_MUTATIONS[case]
     assert update_passes(exact=exact)
-    monkeypatch.setattr(elementwise, "guide_body", mutant(guide_body, old, new))
+    mutant(update, old, new)
     assert not update_passes(exact=exact)

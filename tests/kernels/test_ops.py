@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import stepforge.kernels as kernels
-from stepforge.kernels import bounds, dispatch, fallback, lowrank, ops, reference
+from stepforge.kernels import bounds, fallback, lowrank, ops, reference
+from stepforge.kernels.dispatch import choose as dispatch
 from stepforge.kernels.packing import Pair, block_table, pack
 
 packed = pack([[[Pair(torch.randn(4, 32), torch.randn(64, 4), 0.5)]], [[Pair(torch.randn(8, 32), torch.randn(64, 8))]]])

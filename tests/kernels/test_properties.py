@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stepforge.kernels import bounds, lowrank
+from stepforge.kernels.dispatch.tiles import Tile
 from stepforge.kernels.packing import block_table
-from stepforge.kernels.tiles import Tile
 
 pytestmark = pytest.mark.slow  # test_lowrank holds the bounds in the quick lane
 TILE = Tile(16, 32, 32, warps=4, stages=2, group_m=2)

@@ -16,8 +16,9 @@ import torch
 from stepforge.export.build import graphs_of
 from stepforge.export.cli import parse_controls
 from stepforge.export.graph import trace
-from stepforge.export.graph.bank import add_bank, modules_of, used_modules
-from stepforge.export.graph.rewire import Reuse, cut_variants, settle_probes
+from stepforge.export.graph.bank import add_bank, used_modules
+from stepforge.export.graph.rewire import Reuse, cut_variants, resolve_probes
+from stepforge.export.models.networks import modules_of
 from stepforge.runtime.bundle import Component
 from stepforge.runtime.engine.adapters import Buffers, no_adapter, row_inputs
 from stepforge.runtime.engine.controls import no_residuals
@@ -53,7 +54,7 @@ def settle(traced: tuple[Path, Component], tmp_path: Path) -> Settle:
     def run(**options: Any) -> tuple[Path, Component]:
         folder = Path(shutil.copytree(traced[0], tmp_path / "graphs"))
         options = {"control": False, "reuse": Reuse(), **options}
-        return folder, settle_probes(graphs_of(folder, traced[1]), traced[1], **options)
+        return folder, resolve_probes(graphs_of(folder, traced[1]), traced[1], **options)
 
     return run
 
@@ -210,7 +211,7 @@ def test_a_network_in_fp16_casts_at_its_borders(tiny_sd1, unet, tmp_path):
     half = UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet", torch_dtype=torch.float16).eval()
     entry = trace.save(trace.denoiser(half, probe=True), tmp_path)
     entry = replace(entry, modules=modules_of(half))
-    entry = settle_probes(graphs_of(tmp_path, entry), entry, control=True, reuse=Reuse(0, True))
+    entry = resolve_probes(graphs_of(tmp_path, entry), entry, control=True, reuse=Reuse(0, True))
     variants = cut_variants(tmp_path, entry, ["deepcache", "tgate"])
     inputs, zeros = sample(0), no_residuals(entry)
     theirs = in_torch(unet, inputs)

@@ -19,8 +19,8 @@ import torch
 
 from stepforge.export.build import export_bundle
 from stepforge.export.graph import trace
-from stepforge.export.models.source import load
-from stepforge.runtime.bundle import read
+from stepforge.export.models.load import load
+from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, VAE_DECODER, ComponentId, read
 
 FAMILIES = ("tiny_sd1", "tiny_sd2v", "tiny_sdxl")
 # Relative to the largest value of the reference. float32 with another order of summation: 1.5e-6 measured for ONNX
@@ -56,7 +56,7 @@ def openvino_request(graph: Path, outputs: list[str]) -> Callable[[dict[str, Any
     return run
 
 
-def runners(folder: Path, component: str) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+def runners(folder: Path, component: ComponentId) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
     entry = read(folder, check=False).components[component]
     graphs = {"onnxruntime": entry.graph, **{f"{k} derived": graph for k, graph in entry.derived.items()}}
     return {
@@ -65,7 +65,9 @@ def runners(folder: Path, component: str) -> dict[str, Callable[[dict[str, Any]]
     }
 
 
-def check(folder: Path, component: str, inputs: dict[str, Any], expected: dict[str, Any], limit: float = FP32) -> None:
+def check(
+    folder: Path, component: ComponentId, inputs: dict[str, Any], expected: dict[str, Any], limit: float = FP32
+) -> None:
     for name, run in runners(folder, component).items():
         found = run(inputs)
         for output, value in expected.items():
@@ -106,7 +108,7 @@ def test_denoiser(family: str, request: pytest.FixtureRequest) -> None:
     unet = UNet2DConditionModel.from_pretrained(request.getfixturevalue(family) / "unet").eval()
     for rows, height, width, tokens in ((1, 32, 32, 77), (2, 6, 10, 77), (3, 14, 6, 154)):
         inputs = unet_inputs(unet, rows, height, width, tokens)
-        check(folder, "denoiser/unet", inputs, unet_reference(unet, inputs))
+        check(folder, UNET, inputs, unet_reference(unet, inputs))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -121,14 +123,14 @@ def test_text_encoders(family: str, request: pytest.FixtureRequest) -> None:
         with torch.no_grad():
             first = CLIPTextModel.from_pretrained(model / "text_encoder").eval()
             if family != "tiny_sdxl":
-                check(folder, "text_encoder", {"input_ids": ids}, {"hidden_states": first(tokens).last_hidden_state})
+                check(folder, TEXT_ENCODERS[0], {"input_ids": ids}, {"hidden_states": first(tokens).last_hidden_state})
                 continue
             hidden = first(tokens, output_hidden_states=True).hidden_states[-2]
-            check(folder, "text_encoder", {"input_ids": ids}, {"hidden_states": hidden})
+            check(folder, TEXT_ENCODERS[0], {"input_ids": ids}, {"hidden_states": hidden})
             second = CLIPTextModelWithProjection.from_pretrained(model / "text_encoder_2").eval()
             output = second(tokens, output_hidden_states=True)
             expected = {"hidden_states": output.hidden_states[-2], "pooled": output.text_embeds}
-            check(folder, "text_encoder_2", {"input_ids": ids}, expected)
+            check(folder, TEXT_ENCODERS[1], {"input_ids": ids}, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,14 +142,14 @@ def test_vae_decoder(family: str, request: pytest.FixtureRequest) -> None:
         latents = noise(rows, 4, height, width)
         with torch.no_grad():
             pixels = vae.decode(torch.from_numpy(latents) / vae.config.scaling_factor).sample
-        check(request.getfixturevalue(f"{family}_bundle"), "vae_decoder", {"latents": latents}, {"pixels": pixels})
+        check(request.getfixturevalue(f"{family}_bundle"), VAE_DECODER, {"latents": latents}, {"pixels": pixels})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_is_fused(family: str, request: pytest.FixtureRequest) -> None:
     """No engine is left with the scores of an attention in memory."""
     folder = request.getfixturevalue(f"{family}_bundle")
-    entry = read(folder, check=False).components["denoiser/unet"]
+    entry = read(folder, check=False).components[UNET]
     attentions = Counter(node.op_type for node in ir.load(folder / entry.graph).graph)["Softmax"]
     assert attentions > 0
     derived = Counter(node.op_type for node in ir.load(folder / entry.derived["onnxruntime"]).graph)
@@ -166,20 +168,20 @@ def test_weights_are_on_disk_once(family: str, request: pytest.FixtureRequest) -
     source = load(request.getfixturevalue(family))
     vae = source.vae(torch.float32)
     parameters = {
-        "denoiser/unet": size(source.unet(torch.float32)),
-        "vae_decoder": size(vae.decoder) + size(vae.post_quant_conv),
+        UNET: size(source.unet(torch.float32)),
+        VAE_DECODER: size(vae.decoder) + size(vae.post_quant_conv),
     }
     if family != "tiny_sdxl":  # SDXL does not use the last layer of its first text encoder
-        parameters["text_encoder"] = size(source.text_encoders[0](torch.float32))
+        parameters[TEXT_ENCODERS[0]] = size(source.text_encoders[0](torch.float32))
     for component, expected in parameters.items():
-        for graph in (folder / component).glob("*.onnx"):
+        for graph in (folder / component.folder).glob("*.onnx"):
             tensors = [value.const_value for value in ir.load(graph).graph.initializers.values()]
             held = sum(tensor.nbytes for tensor in tensors if tensor is not None)
             inline = [t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor)]
             # beside the parameters: norms' scales in another shape, and the text encoder's mask of 77 x 77
             assert held == pytest.approx(expected, rel=0.02, abs=32 * 1024)
             assert max(inline) <= trace.INLINE, f"{graph.name} holds weights of its own"
-        assert (folder / component / trace.DATA).stat().st_size <= expected + 32 * 1024
+        assert (folder / component.folder / trace.DATA).stat().st_size <= expected + 32 * 1024
 
 
 def size(module: torch.nn.Module) -> int:
@@ -235,9 +237,9 @@ def test_fp16(tiny_sd1: Path, tiny_sd1_bundle: Path, tmp_path: Path) -> None:
     bundle = export_bundle(tiny_sd1, tmp_path / "half", precision="fp16", progress=lambda *at: stages.append(at))
     assert stages[-1] == ("done", 4, 4)
     assert read(tmp_path / "half").digest == bundle.digest
-    for component in ("denoiser/unet", "text_encoder", "vae_decoder"):
-        data = f"{component}/{trace.DATA}"
+    for component in (UNET, TEXT_ENCODERS[0], VAE_DECODER):
+        data = f"{component.folder}/{trace.DATA}"
         assert bundle.files[data][0] <= 0.51 * (tiny_sd1_bundle / data).stat().st_size
     unet = UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet").eval()
     inputs = unet_inputs(unet, 2, 6, 10, 77)
-    check(tmp_path / "half", "denoiser/unet", inputs, unet_reference(unet, inputs), FP16)
+    check(tmp_path / "half", UNET, inputs, unet_reference(unet, inputs), FP16)

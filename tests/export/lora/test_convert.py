@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from stepforge.export.lora.convert import convert, truncate
 from stepforge.export.lora.merge import source_modules
-from stepforge.export.models.source import load
+from stepforge.export.models.load import load
+from stepforge.runtime.bundle import UNET
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.adapter import read_adapter
@@ -17,7 +18,7 @@ from stepforge.runtime.lora.layers import delta
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 KOHYA = "lora_unet_" + TO_Q.replace(".", "_")
-PLACE = ("denoiser/unet", TO_Q)
+PLACE = (UNET, TO_Q)
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stepforge.export.models import source as checkpoint
-from stepforge.export.models.controlnet import diffusers_names, load_control
+from stepforge.export.models.controlnet import load_control
+from stepforge.export.models.ldm_names import diffusers_names
+from stepforge.export.models.load import load
 from stepforge.runtime.errors import CheckpointError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -472,4 +473,4 @@ def test_export_points_to_the_option(tmp_path: Path, sd1: Case) -> None:
     for index, state in enumerate(layouts):
         path = save_single(tmp_path / f"{index}.safetensors", state)
         with pytest.raises(CheckpointError, match=r"is a ControlNet; .* --control NAME=FILE"):
-            checkpoint.load(path, tokenizer=tmp_path)
+            load(path, tokenizer=tmp_path)

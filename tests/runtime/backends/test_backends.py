@@ -5,7 +5,7 @@ import pytest
 
 from stepforge import Request, load
 from stepforge.runtime.backends import BACKENDS, available_threads, choose, open_backend
-from stepforge.runtime.bundle import read
+from stepforge.runtime.bundle import UNET, ComponentId, read
 from stepforge.runtime.errors import BackendError
 
 REAL = ("openvino", "onnxruntime", "torch", "torch-exact")
@@ -23,7 +23,7 @@ def denoiser_inputs(rows: int, height: int, width: int) -> dict[str, np.ndarray]
 @pytest.mark.parametrize("backend", REAL)
 def test_rows_are_independent(tiny_sd1_bundle, backend):
     """A row's prediction does not depend on its neighbours: within 1e-5, summation order may change with the rows."""
-    graph = open_backend(backend, read(tiny_sd1_bundle), precision="fp32").open("denoiser/unet")
+    graph = open_backend(backend, read(tiny_sd1_bundle), precision="fp32").open(UNET)
     inputs = denoiser_inputs(3, 16, 24)
     together = np.array(graph(inputs)["prediction"])
     for row in range(3):
@@ -33,7 +33,7 @@ def test_rows_are_independent(tiny_sd1_bundle, backend):
 
 @pytest.mark.parametrize("backend", REAL)
 def test_a_repeated_call_is_bit_equal(tiny_sd1_bundle, backend):
-    graph = open_backend(backend, read(tiny_sd1_bundle), precision="fp32").open("denoiser/unet")
+    graph = open_backend(backend, read(tiny_sd1_bundle), precision="fp32").open(UNET)
     inputs = denoiser_inputs(2, 16, 16)
     first = np.array(graph(inputs)["prediction"])
     graph(denoiser_inputs(3, 32, 16))
@@ -110,11 +110,11 @@ def test_a_graph_that_is_no_graph_is_one_line(tiny_sd1_bundle, tmp_path, backend
     folder = tmp_path / "bundle"
     shutil.copytree(tiny_sd1_bundle, folder)
     bundle = read(folder)
-    component = bundle.components["denoiser/unet"]
+    component = bundle.components[UNET]
     for graph in (component.graph, *component.derived.values()):
         (folder / graph).write_bytes(b"not a graph")
     with pytest.raises(BackendError, match="cannot load") as caught:
-        open_backend(backend, replace(bundle), precision="fp32").open("denoiser/unet")
+        open_backend(backend, replace(bundle), precision="fp32").open(UNET)
     assert "\n" not in str(caught.value)
 
 
@@ -128,7 +128,7 @@ def test_the_cache_keeps_precisions_apart(tiny_sd1_control_bundle, tmp_path, mon
     found = {}
     for precision in ("fp32", "bf16"):
         try:
-            graph = open_backend("openvino", bundle, precision=precision).open("control/a/residuals")
+            graph = open_backend("openvino", bundle, precision=precision).open(ComponentId("control_residuals", "a"))
         except BackendError:
             pytest.skip("this processor has no native bf16")
         found[precision] = {name: np.array(value) for name, value in graph(inputs).items()}

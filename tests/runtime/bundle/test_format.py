@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,29 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stepforge.runtime.backends.fake import fake_bundle
-from stepforge.runtime.bundle import MANIFEST, Bundle, Component, Tensor, read, sha256, write_manifest
+from stepforge.runtime.bundle import (
+    MANIFEST,
+    TEXT_ENCODERS,
+    UNET,
+    Bundle,
+    Component,
+    ComponentId,
+    Tensor,
+    read,
+    sha256,
+    write_manifest,
+)
 from stepforge.runtime.errors import BundleError
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     folder = tmp_path / "bundle"
-    for name in ("denoiser/unet/model.onnx", "denoiser/unet/model.onnx.data", "tokenizer/tokenizer.json"):
+    for name in (
+        *(f"{folder}/model.onnx" for folder in ("denoiser/unet", "text_encoder", "vae_decoder")),
+        "denoiser/unet/model.onnx.data",
+        "tokenizer/tokenizer.json",
+    ):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(name.encode() * 10)
@@ -28,13 +44,13 @@ def write(folder: Path) -> Bundle:
     fake = fake_bundle()
     tensor = Tensor("sample", "float32", ("rows", 4, "height", "width"))
     card = fake.card
-    encoder = type(card.text_encoders[0])("denoiser/unet", "tokenizer/tokenizer.json", 77, 0, 1, 1)
+    encoder = replace(card.text_encoders[0], tokenizer="tokenizer/tokenizer.json")
     names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
     bundle = Bundle(
         path=folder,
-        card=type(card)(**{f: getattr(card, f) for f in card.__slots__} | {"text_encoders": (encoder,)}),
+        card=replace(card, text_encoders=(encoder,)),
         scheduler=fake.scheduler,
-        components={"denoiser/unet": Component("denoiser/unet/model.onnx", (tensor,), (tensor,))},
+        components={key: Component(f"{key.folder}/model.onnx", (tensor,), (tensor,)) for key in fake.components},
         precision="fp32",
         versions={"torch": "2"},
         source={"kind": "test"},
@@ -50,9 +66,26 @@ def test_what_is_written_is_read(path):
     assert bundle.digest == read(path).digest
 
 
-def test_the_verdict_is_not_part_of_the_digest(path):
-    from dataclasses import replace
+def test_a_component_has_a_role_a_name_and_a_variant(path):
+    """The manifest states them, whatever its folders are called; an older format is to be exported again."""
+    bundle = read(path)
+    assert bundle.denoisers == (UNET,)
+    assert bundle.text_encoders == (TEXT_ENCODERS[0],)
+    edit(path, lambda m: m["components"].append({**m["components"][1], "name": "refiner"}))
+    edit(path, lambda m: m["components"].append({**m["components"][1], "variant": "deepcache"}))
+    bundle, refiner = read(path), ComponentId("denoiser", "refiner")
+    assert bundle.components[refiner].graph == "denoiser/unet/model.onnx"
+    assert bundle.denoisers == (UNET, refiner)
+    assert (bundle.variants(UNET), bundle.variants(refiner)) == (("deepcache",), ())
+    deep = replace(UNET, variant="deepcache")
+    assert (deep.whole, str(deep), deep.label) == (UNET, "denoiser/unet.deepcache", "unet.deepcache")
+    for older in (1, 2, 3):
+        edit(path, lambda m, older=older: m.update(format=older))
+        with pytest.raises(BundleError, match=f"has bundle format {older}; this version reads 4: export it again"):
+            read(path)
 
+
+def test_the_verdict_is_not_part_of_the_digest(path):
     bundle = read(path)
     write_manifest(replace(bundle, verdict={"passed": True}))
     assert read(path).verdict == {"passed": True}
@@ -81,7 +114,10 @@ def edit(path: Path, change) -> None:
 REFUSED = {
     "no manifest": (lambda p: (p / MANIFEST).unlink(), "is not a bundle: it has no bundle.json"),
     "not JSON": (lambda p: (p / MANIFEST).write_text("{"), "is damaged"),
-    "other format": (lambda p: edit(p, lambda m: m.update(format=1)), "has bundle format 1; this version reads 3"),
+    "other format": (
+        lambda p: edit(p, lambda m: m.update(format=1)),
+        "has bundle format 1; this version reads 4: export it again",
+    ),
     "field missing": (lambda p: edit(p, lambda m: m.pop("model")), "is damaged"),
     "field unknown": (lambda p: edit(p, lambda m: m["model"].update(extra=1)), "is damaged"),
     "other family": (lambda p: edit(p, lambda m: m["model"].update(family="sd9")), "known: sd1, sd2, sdxl"),
@@ -89,16 +125,32 @@ REFUSED = {
         lambda p: edit(p, lambda m: m["controls"].update(canny={"global_pool": False})),
         "has no component 'control/canny/hint'",
     ),
+    "no denoiser": (lambda p: edit(p, lambda m: m["components"].pop(1)), "has no denoiser"),
+    "no decoder": (lambda p: edit(p, lambda m: m["components"].pop(2)), "has no component 'vae_decoder'"),
+    "no text encoder": (lambda p: edit(p, lambda m: m["components"].pop(0)), "has no component 'text_encoder'"),
+    "unknown role": (lambda p: edit(p, lambda m: m["components"][1].update(role="upscaler")), "of the role 'upscaler'"),
+    "component twice": (
+        lambda p: edit(p, lambda m: m["components"].append(m["components"][1])),
+        "has the component 'denoiser/unet' twice",
+    ),
+    "variant of nothing": (
+        lambda p: edit(p, lambda m: m["components"][1].update(variant="tgate")),
+        "has no component 'denoiser/unet'",
+    ),
+    "component named as a path": (
+        lambda p: edit(p, lambda m: m["components"][1].update(name="../unet")),
+        "a component named '../unet'",
+    ),
     "file missing": (lambda p: (p / "tokenizer/tokenizer.json").unlink(), "lacks tokenizer/tokenizer.json"),
     "file unknown": (lambda p: (p / "run.py").write_text(""), "does not list: run.py"),
     "file longer": (lambda p: (p / "tokenizer/tokenizer.json").write_text("x"), "has 1 bytes"),
     "link": (lambda p: os.symlink("/etc/hostname", p / "x"), "contains the link x"),
     "path upwards": (
-        lambda p: edit(p, lambda m: m["components"]["denoiser/unet"].update(graph="../../etc/passwd")),
+        lambda p: edit(p, lambda m: m["components"][1].update(graph="../../etc/passwd")),
         "not a plain relative path",
     ),
     "graph not listed": (
-        lambda p: edit(p, lambda m: m["components"]["denoiser/unet"].update(graph="other.onnx")),
+        lambda p: edit(p, lambda m: m["components"][1].update(graph="other.onnx")),
         "does not list it under files",
     ),
 }

@@ -14,10 +14,12 @@ from PIL import Image
 
 from stepforge import Engine, GenerationError, Request, RequestError, load
 from stepforge.export.build import export_bundle
-from stepforge.export.models.source import load as load_model
-from stepforge.export.parity.verify import LIMITS, psnr, reference_pipeline, relative_error
+from stepforge.export.models.load import load as load_model
+from stepforge.export.parity.measures import psnr, relative_error
+from stepforge.export.parity.reference import reference_pipeline
+from stepforge.export.parity.verify import LIMITS
 from stepforge.runtime.backends import open_backend
-from stepforge.runtime.bundle import read
+from stepforge.runtime.bundle import ComponentId, read
 from stepforge.runtime.request import Control
 
 REAL = ("openvino", "onnxruntime", "torch")
@@ -202,17 +204,17 @@ class Recorder:
         self.calls: dict[str, list[int]] = {}
         self.poisoned, self.most = "", 0  # a component, and the rows of a call that it still bears
 
-    def bank_dtype(self, component: str) -> Any:
+    def bank_dtype(self, component: ComponentId) -> Any:
         return self.inner.bank_dtype(component)
 
-    def open(self, component: str, banks: Any = None) -> Any:
-        graph = self.inner.open(component, banks)
+    def open(self, component: ComponentId, banks: Any = None) -> Any:
+        graph, name = self.inner.open(component, banks), str(component)
 
         def run(inputs: Any) -> Any:
             first = next(name for name in ("sample", "image", "latents", "input_ids") if name in inputs)
-            self.calls.setdefault(component, []).append(len(inputs[first]))
-            if component == self.poisoned and self.calls[component][-1] > self.most:
-                raise RuntimeError(f"first line\nno {component}")
+            self.calls.setdefault(name, []).append(len(inputs[first]))
+            if name == self.poisoned and self.calls[name][-1] > self.most:
+                raise RuntimeError(f"first line\nno {name}")
             return graph(inputs)
 
         return run
@@ -312,7 +314,7 @@ def test_a_failing_net_fails_only_its_request(recorded, part):
     alone = [engine.generate(request) for request in good]
     recorder.poisoned = f"control/b/{part}"
     try:
-        bad = engine.submit(ask(B, A))
+        bad = engine.submit(ask({**B, "image": HINTS[1].transpose(1, 0, 2)}, A))  # an image that no request had before
         together = engine.generate(good)
         with pytest.raises(GenerationError, match=f"RuntimeError: no control/b/{part}") as caught:
             bad.result()

@@ -11,8 +11,10 @@ import torch
 from safetensors.numpy import save_file
 
 from stepforge import Request, load
-from stepforge.runtime.backends import open_backend, torch_cuda, torch_loop
-from stepforge.runtime.backends import torch as torch_backend
+from stepforge.runtime.backends import open_backend
+from stepforge.runtime.backends.torch import backend as torch_backend
+from stepforge.runtime.backends.torch import cuda as torch_cuda
+from stepforge.runtime.backends.torch import loop as torch_loop
 from stepforge.runtime.bundle import read
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.engine.device_loop import step_table

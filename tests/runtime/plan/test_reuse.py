@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from stepforge import Engine, Request, RequestError, load
-from stepforge.export.parity.verify import LIMITS, relative_error
+from stepforge.export.parity.measures import relative_error
+from stepforge.export.parity.verify import LIMITS
 from stepforge.runtime.backends.fake import fake_bundle
-from stepforge.runtime.bundle import Bundle, read
+from stepforge.runtime.bundle import UNET, Bundle, ComponentId, read
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.imaging.preprocess import hint_of
 from stepforge.runtime.plan import Plan, Step
@@ -338,22 +339,20 @@ def test_variants_hold_no_weights_and_only_what_they_run(tiny_sd1_control_bundle
     import onnx
 
     bundle: Bundle = read(tiny_sd1_control_bundle)
-    unet = bundle.components["denoiser/unet"]
+    unet = bundle.components[UNET]
     data = [name for name in bundle.files if name.startswith("denoiser/") and name.endswith(".data")]
     assert data == ["denoiser/unet/model.onnx.data"]
     assert bundle.files[data[0]] == read(tiny_sd1_bundle).files[data[0]]  # as without control, reuse and banks
     nodes: dict[str, list[Any]] = {}
     for name, entry in bundle.components.items():
-        if not name.startswith("denoiser/"):
+        if name.role != "denoiser":
             continue
         for graph in (entry.graph, *entry.derived.values()):
             model = onnx.load(bundle.file(graph), load_external_data=False)
-            nodes.setdefault(name, []).append({w for node in model.graph.node for w in node.input})
+            nodes.setdefault(name.variant, []).append({w for node in model.graph.node for w in node.input})
             assert {value.name for value in model.graph.input} == {tensor.name for tensor in entry.inputs}
             assert {value.name for value in model.graph.output} == {tensor.name for tensor in entry.outputs}
-    for whole, deepcache, tgate in zip(
-        *(nodes[f"denoiser/unet{v}"] for v in ("", ".deepcache", ".tgate")), strict=True
-    ):
+    for whole, deepcache, tgate in zip(*(nodes[variant] for variant in ("", "deepcache", "tgate")), strict=True):
         read_by = {"": whole, D: deepcache, T: tgate}
         cross = {
             v: {w for w in read if ".attn2." in w and w.endswith(("weight", "bias"))} for v, read in read_by.items()
@@ -367,8 +366,8 @@ def test_variants_hold_no_weights_and_only_what_they_run(tiny_sd1_control_bundle
         assert "encoder_hidden_states" not in tgate
     texts = {tensor.name for tensor in unet.outputs if tensor.name.startswith("text_")}
     assert texts
-    assert {t.name for t in bundle.components["denoiser/unet.tgate"].inputs} >= texts
-    (out,) = bundle.components["control/a/residuals.deepcache"].outputs
+    assert {t.name for t in bundle.components[replace(UNET, variant="tgate")].inputs} >= texts
+    (out,) = bundle.components[ComponentId("control_residuals", "a", "deepcache")].outputs
     assert out.name == "residual_0"
 
 

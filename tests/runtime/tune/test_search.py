@@ -10,7 +10,7 @@ from PIL import Image
 
 from stepforge import Engine, Request, RequestError, load
 from stepforge.runtime.backends.fake import Fake, fake_bundle
-from stepforge.runtime.bundle import Component, ControlCard, Tensor, read, sha256, write_manifest
+from stepforge.runtime.bundle import UNET, Component, ComponentId, ControlCard, Tensor, read, sha256, write_manifest
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.plan.compile import compile_plan
 from stepforge.runtime.presets import resolve
@@ -47,10 +47,10 @@ class Variants(Fake):
     """The fake backend with the two reuse variants, which repeat the prediction that was kept, and a ControlNet."""
 
     def open(self, component, banks=None):
-        if component.startswith("control/"):
-            return self._control(component.endswith("/hint"))
+        if component.role.startswith("control"):
+            return self._control(component.role == "control_hint")
         whole = super().open(component)
-        if not component.startswith("denoiser/"):
+        if component.role != "denoiser":
             return whole
 
         def run(inputs):
@@ -78,11 +78,11 @@ def variants_bundle():
     control = (*common, Tensor("hint", "float32", (1,)), Tensor("scale", "float32", ("n", 1)))
     components = {
         **base.components,
-        "denoiser/unet": Component("", (*common, residual), ()),
-        "denoiser/unet.deepcache": Component("", (*common, residual, Tensor("deep", "float32", (1,))), ()),
-        "denoiser/unet.tgate": Component("", (*common, residual, Tensor("text_0", "float32", (1,))), ()),
-        "control/edge/hint": Component("", (), ()),
-        "control/edge/residuals": Component("", control, ()),
+        UNET: Component("", (*common, residual), ()),
+        replace(UNET, variant="deepcache"): Component("", (*common, residual, Tensor("deep", "float32", (1,))), ()),
+        replace(UNET, variant="tgate"): Component("", (*common, residual, Tensor("text_0", "float32", (1,))), ()),
+        ComponentId("control_hint", "edge"): Component("", (), ()),
+        ComponentId("control_residuals", "edge"): Component("", control, ()),
     }
     return replace(base, components=components, controls={"edge": ControlCard()})
 
@@ -204,14 +204,14 @@ def test_a_preset_is_its_candidate_and_its_rows_are_counted_as_the_engine_does(e
 
 def test_prices_solve_for_the_seconds_of_a_row(engine):
     """Networks that take 2 ms a row whole, 0.5 ms with DeepCache and 1 ms for the ControlNet."""
-    takes = {"denoiser/unet": 2e-3, "denoiser/unet.deepcache": 5e-4, "control/edge/residuals": 1e-3}
+    takes = {"unet": 2e-3, "unet.deepcache": 5e-4, "control/edge": 1e-3}
 
     class Slow(Variants):
         def open(self, component, banks=None):
             graph = super().open(component, banks)
 
             def run(inputs):
-                time.sleep(takes.get(component, 0.0) * len(inputs.get("sample", ())))
+                time.sleep(takes.get(component.label, 0.0) * len(inputs.get("sample", ())))
                 return graph(inputs)
 
             return run

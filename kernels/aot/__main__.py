@@ -1,0 +1,7 @@
+"""`python -m stepforge.kernels.aot`"""
+
+import sys
+
+from stepforge.kernels.aot.main import main
+
+sys.exit(main())

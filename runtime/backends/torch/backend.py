@@ -1,0 +1,208 @@
+"""PyTorch: any component of a bundle, on CUDA with the kernels of `stepforge.kernels` and CUDA graphs, else on the CPU.
+
+The bundle's graph is the program; neither diffusers nor the exporter is needed. Two backends, one for each numerical tier:
+
+`torch-exact`  rounds where diffusers and PEFT round, operator by operator
+`torch`        the kernels besides: group norm with SiLU, GEGLU and low-rank layers compute in fp32 and round once
+
+On the CPU the kernels are their references, which prove the logic and are not fast: openvino is what to use there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stepforge.runtime.backends import Arrays, Graph
+from stepforge.runtime.backends.torch import passes
+from stepforge.runtime.backends.torch.banks import DeviceBanks, Shared
+from stepforge.runtime.backends.torch.loop import RINGS, Function, TorchLoop
+from stepforge.runtime.backends.torch.lora import LoraPasses, drop_lora, fuse_lowrank_geglu, fuse_residual
+from stepforge.runtime.backends.torch.packed import pack_attention
+from stepforge.runtime.backends.torch.precision import lower
+from stepforge.runtime.backends.torch.program import Program, read, run_passes
+from stepforge.runtime.backends.torch.run import Runner
+from stepforge.runtime.bundle import Bundle, ComponentId
+from stepforge.runtime.errors import BackendError
+
+Tensor = Any  # torch.Tensor
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EXACT = (
+    passes.fuse_attention,
+    passes.fuse_linear,
+    passes.add_bias,
+    passes.fuse_group_norm,
+    passes.fuse_silu,
+)
+FAST = (passes.fuse_norm_silu, passes.fuse_geglu)
+# Once a request, and every step depends on them.
+ALWAYS_FP32 = ("text_encoder",)
+# SDXL's decoder exceeds the range of fp16.
+NOT_FP16 = ("vae_decoder",)
+RECORDED = (
+    "denoiser",
+    "control_hint",
+    "control_residuals",
+)  # called in every step; the others are called once a request
+SHARED_FROM = 1024  # elements: larger constants of one weights file are held once
+
+
+class Torch:
+    """`precision="auto"` is bf16 on CUDA, whose range no network exceeds, and fp32 on the CPU."""
+
+    name = "torch"
+    fast = True
+
+    def __init__(self, bundle: Bundle, *, precision: str, threads: int) -> None:
+        self._bundle = bundle
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        on_cuda = self._device.type == "cuda"
+        if precision == "auto":
+            precision = "bf16" if on_cuda else "fp32"
+        if precision == "fp16" and not on_cuda:
+            raise BackendError("torch computes fp16 on CUDA only, and there is no CUDA GPU; use precision fp32 or bf16")
+        self.precision = precision
+        self.versions = {"torch": torch.__version__}
+        if not on_cuda:
+            torch.set_num_threads(threads)
+        self._weights: dict[tuple[str, str, Any], Any] = {}
+        self._banks: Shared = {}
+        self._pool: Any = None  # of memory, for all recorded networks: the engine runs one of them at a time
+
+    def bank_dtype(self, component: ComponentId) -> type[np.float32] | type[np.uint16]:
+        return np.uint16 if self._dtype_of(component) == torch.bfloat16 else np.float32
+
+    def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
+        """A component with banks is opened twice over the same weights: calls without an adapter run it without banks."""
+        full = self._open(component, banks or {}, with_lora=True)
+        bare = self._open(component, banks, with_lora=False) if banks else full
+        if self._device.type == "cpu":
+            return TorchGraph((bare, full), self._device, exact=not self.fast, caller=OnCpu)
+        from stepforge.runtime.backends.torch.cuda import Recorder
+
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        pool = self._pool if component.role in RECORDED else None
+        caller = functools.partial(Recorder, device=self._device, pool=pool)
+        return TorchGraph((bare, full), self._device, exact=not self.fast, caller=caller)
+
+    def _open(self, component: ComponentId, banks: Arrays, *, with_lora: bool) -> Network:
+        dtype = self._dtype_of(component)
+        path = self._bundle.file(self._bundle.components[component].graph)
+        program = read(path)
+        if not with_lora:
+            drop_lora(program, banks)
+        run_passes(program, EXACT)
+        if self._device.type == "cpu":
+            run_passes(program, (passes.copy_images,))
+        lora = LoraPasses(exact=not self.fast)
+        if self.fast:
+            run_passes(program, FAST)
+        # on CUDA the kernels leave fp32 to cuBLAS: tensor cores would round it to tf32
+        if banks and with_lora and (lora.exact or self._device.type == "cpu" or dtype != torch.float32):
+            run_passes(program, (lora.fuse_linear_lora, lora.fuse_conv_lora))
+        if self.fast:
+            pack_attention(program, lora)
+            run_passes(program, (fuse_residual, fuse_lowrank_geglu))
+        lower(program, dtype, self._device, banks)
+        self._share(program, str(path.parent), dtype)
+        runner = Runner(program)
+        read_names = {name for node in program.nodes for name in node.inputs}
+        placed = DeviceBanks(
+            banks, lora.views.values(), [name for name in banks if name in read_names],
+            device=self._device, dtype=dtype, shared=self._banks, copied=self._device.type != "cpu",
+        )  # fmt: skip
+        if self._device.type == "cuda":
+            channels_last(program)
+        return Network(runner, placed, exact_fp32=self._device.type == "cuda" and dtype == torch.float32)
+
+    def _dtype_of(self, component: ComponentId) -> Any:
+        if component.role in ALWAYS_FP32 or (self.precision == "fp16" and component.role in NOT_FP16):
+            return torch.float32
+        return DTYPES[self.precision]
+
+    def _share(self, program: Program, folder: str, dtype: Any) -> None:
+        """Variants of a network are graphs over one weights file: hold its weights once."""
+        for name, value in program.constants.items():
+            if isinstance(value, torch.Tensor) and value.numel() >= SHARED_FROM:
+                program.constants[name] = self._weights.setdefault((folder, name, dtype), value)
+
+
+class TorchExact(Torch):
+    name = "torch-exact"
+    fast = False
+
+
+def channels_last(program: Program) -> None:
+    """The memory format of tensor cores: a convolution hands its weight's format on to its result."""
+    for node in program.nodes:
+        if node.op in ("Conv", "LowrankConv", "PeftConv") and node.inputs[1] in program.constants:
+            weight = program.constants[node.inputs[1]]
+            weight.data = weight.contiguous(memory_format=torch.channels_last)  # also where it is shared
+
+
+def plain(array: NDArray[Any]) -> NDArray[Any]:
+    """Contiguous and writable, as PyTorch wants what it shares, although nothing here writes to it."""
+    return np.require(array, requirements=["C", "W"])
+
+
+class Network:
+    """A program with its banks. exact_fp32: cuDNN rounds fp32 to tf32 unless told otherwise."""
+
+    def __init__(self, runner: Runner, banks: DeviceBanks, *, exact_fp32: bool) -> None:
+        self.program = runner.program
+        self._runner, self._banks, self._exact_fp32 = runner, banks, exact_fp32
+
+    def refresh(self) -> None:
+        self._banks.refresh()
+
+    def __call__(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        settings: AbstractContextManager[Any] = nullcontext()
+        if self._exact_fp32:
+            settings = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with settings:
+            return self._runner({**given, **self._banks.tensors})
+
+
+class OnCpu:
+    """Calls a function of tensors as `cuda.Recorder` does."""
+
+    def __init__(self, function: Function, *, changes: Sequence[Tensor] = ()) -> None:
+        self._function = function
+
+    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        return {name: value.float().numpy() for name, value in self._run(inputs).items()}
+
+    def start(self, inputs: Arrays, steady: Sequence[str]) -> None:
+        self._run(inputs)
+
+    def _run(self, inputs: Arrays) -> dict[str, Tensor]:
+        return self._function({name: torch.from_numpy(plain(array)) for name, array in inputs.items()})
+
+
+class TorchGraph:
+    """networks: without banks, for calls in which no row has an adapter, and with them."""
+
+    rings = RINGS
+
+    def __init__(
+        self, networks: tuple[Network, Network], device: Any, *, exact: bool, caller: Callable[..., Any]
+    ) -> None:
+        self.networks, self._device, self._exact, self._caller = networks, device, exact, caller
+        self._callers = [caller(network) for network in networks]
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        has_adapter = "adapter" in inputs and bool(inputs["adapter"].any())
+        self.networks[has_adapter].refresh()
+        found: dict[str, NDArray[np.float32]] = self._callers[has_adapter]({n: plain(a) for n, a in inputs.items()})
+        return found
+
+    def loop(self, shape: tuple[int, int, int]) -> TorchLoop:
+        return TorchLoop(self.networks, shape, device=self._device, exact=self._exact, caller=self._caller)

@@ -1,0 +1,185 @@
+"""Images that stay on the device: latents, coefficients and step counters live here, and a call is a whole step.
+
+    sample → ControlNets → denoiser → guidance → x_{k+1} = Σ keep·x + Σ gain·p + noise·z → the next step's sample
+
+On CUDA the whole line is one recorded graph for each packed shape: the images' places and their rows are data. From step to
+step only fresh noise crosses from the host, because it equals PyTorch's CPU generator, and the ControlNets' scales; prompts,
+hints and adapter slots when the batch changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stepforge.kernels import ops as kernels
+from stepforge.runtime.backends import Arrays, SideCall, StepTable
+from stepforge.runtime.backends.torch.program import Program
+
+Tensor = Any  # torch.Tensor
+Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+RINGS = (3, 5)  # the longest windows of all samplers; shorter ones leave coefficients at 0
+PLACES, STEPS = 8, 64  # to begin with; they double when they do not suffice
+
+
+class Network(Protocol):
+    """A denoiser without or with its banks, on tensors."""
+
+    program: Program
+
+    def __call__(self, given: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def refresh(self) -> None: ...
+
+
+class Starter(Protocol):
+    def start(self, inputs: Arrays, steady: Sequence[str]) -> None: ...
+
+
+class TorchLoop:
+    """networks: the denoiser as calls without an adapter run it, and as those with one do. caller: what calls a function on
+    the device, `cuda.Recorder` or its like for the CPU. exact: guidance rounds where diffusers' pipelines round."""
+
+    def __init__(
+        self,
+        networks: tuple[Network, Network],
+        shape: tuple[int, int, int],
+        *,
+        device: Any,
+        exact: bool,
+        caller: Callable[..., Starter],
+    ) -> None:
+        self._networks, self._shape, self._device, self._exact = networks, shape, device, exact
+        self._caller = caller
+        self._places, self._steps = PLACES, STEPS
+        self._tensors: dict[str, Tensor] = {}
+        self._allocate()
+
+    @torch.inference_mode()
+    def _allocate(self) -> None:
+        """Room for all places and steps, with what stands there already. What was recorded before is void."""
+        places, steps, window = self._places, self._steps, sum(RINGS)
+        size = self._shape[0] * self._shape[1] * self._shape[2]
+        shapes: dict[str, tuple[int, ...]] = {
+            "t": (places, steps),
+            "adapter_strength": (places, steps),
+            "guidance": (places, steps, 2),
+            "table": (places, steps, window + 1),
+            "scale_in": (places, steps + 1),
+            "step": (places,),
+            "state": (places, window, size),
+            "z": (places, size),
+            "sample": (places, size),
+        }
+        if self._tensors and self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # recordings that go may still be running
+        old = self._tensors
+        self._tensors = {
+            name: torch.zeros(shape, dtype=torch.int32 if name == "step" else torch.float32, device=self._device)
+            for name, shape in shapes.items()
+        }
+        for name, tensor in old.items():
+            self._tensors[name][tuple(slice(length) for length in tensor.shape)] = tensor
+        self._starters: dict[tuple[Any, ...], Starter] = {}
+
+    @torch.inference_mode()
+    def put(self, place: int, state: NDArray[np.float32], steps: StepTable) -> None:
+        count = len(steps.t)
+        if place >= self._places or count > self._steps:
+            while place >= self._places:
+                self._places *= 2
+            while count > self._steps:
+                self._steps *= 2
+            self._allocate()
+        for name in ("t", "adapter_strength", "guidance", "table", "scale_in"):
+            values = torch.from_numpy(getattr(steps, name))
+            self._tensors[name][place, : len(values)] = values.to(self._device)
+        self._tensors["state"][place] = torch.from_numpy(state).to(self._device)
+        self._tensors["sample"][place] = self._tensors["state"][place, 0] * float(steps.scale_in[0])
+        self._tensors["step"][place] = 0
+
+    @torch.inference_mode()
+    def step(
+        self,
+        places: NDArray[np.int32],
+        sources: NDArray[np.int32],
+        owners: NDArray[np.int32],
+        inputs: Arrays,
+        noise: Mapping[int, NDArray[np.float32]],
+        sides: Sequence[SideCall] = (),
+    ) -> None:
+        has_adapter = "adapter" in inputs and bool(inputs["adapter"].any())
+        self._networks[has_adapter].refresh()
+        for place, values in noise.items():
+            z = torch.from_numpy(values)
+            # from other memory the copy would wait for the steps before it
+            z = z.pin_memory() if self._device.type == "cuda" else z
+            self._tensors["z"][place].copy_(z, non_blocking=True)
+        given = {**inputs, "places": places, "sources": sources, "owners": owners}
+        for at, side in enumerate(sides):
+            given |= {f"{at}.{name}": array for name, array in side.inputs.items()}
+            if len(side.rows) < len(owners):
+                given[f"{at}.rows"] = side.rows
+        self._starter(has_adapter, sides).start(given, tuple(given))
+
+    def _starter(self, has_adapter: bool, sides: Sequence[SideCall]) -> Starter:
+        key = has_adapter, *(side.component for side in sides)
+        if key not in self._starters:
+            nets = [cast(Any, side.graph).networks[0] for side in sides]
+            function = self._function(self._networks[has_adapter], nets)
+            changes = [self._tensors[name] for name in ("step", "state", "sample")]
+            self._starters[key] = self._caller(function, changes=changes)
+        return self._starters[key]
+
+    @torch.inference_mode()
+    def get(self, place: int) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = self._tensors["state"][place].cpu().numpy()
+        return found
+
+    def _function(self, network: Network, nets: Sequence[Network]) -> Function:
+        """The step with the present tensors."""
+        tensors, steps = self._tensors, self._steps
+
+        def step(told: dict[str, Tensor]) -> dict[str, Tensor]:
+            given = dict(told)
+            places, sources, owners = (given.pop(name) for name in ("places", "sources", "owners"))
+            at = owners * steps + tensors["step"].index_select(0, owners)
+            given["sample"] = tensors["sample"].index_select(0, owners).view(-1, *self._shape)
+            given["timestep"] = tensors["t"].view(-1).index_select(0, at)
+            if "adapter" in given:
+                strength = tensors["adapter_strength"].view(-1).index_select(0, at)
+                given["adapter_strength"] = strength.view(-1, 1, 1)
+            prediction = network({**given, **_residuals(nets, given)})["prediction"]
+            kernels.guide_update(
+                prediction.reshape(len(owners), -1).contiguous(), tensors["guidance"], tensors["table"],
+                tensors["scale_in"], tensors["step"], tensors["state"], tensors["z"], tensors["sample"], places, sources,
+                num_x=RINGS[0], exact=self._exact,
+            )  # fmt: skip
+            return {}
+
+        return step
+
+
+def _residuals(nets: Sequence[Network], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums of the ControlNets' residuals, in fp32 as on the host: [R, C, h, w], or [R, C, 1, 1] of those that pool."""
+    totals: dict[str, Tensor] = {}
+    for at, net in enumerate(nets):
+        rows = given.get(f"{at}.rows")
+        read = {}
+        for name in net.program.inputs:
+            if name in ("hint", "scale"):
+                read[name] = given[f"{at}.{name}"]
+            else:
+                read[name] = given[name] if rows is None else given[name].index_select(0, rows)
+        for name, value in net(read).items():
+            if name not in given:  # the denoiser does not take it
+                continue
+            own = value.float()
+            if rows is not None:
+                own = own.new_zeros(len(given["sample"]), *own.shape[1:]).index_copy_(0, rows.long(), own)
+            totals[name] = totals[name] + own if name in totals else own
+    return totals

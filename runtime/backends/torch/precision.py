@@ -1,0 +1,80 @@
+"""A program in another precision, on a device: the last step before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from stepforge.runtime.backends.torch.program import Node, Program
+
+WAVES = ("Sin", "Cos")
+# operand that the operators of layers with LoRA take in fp32
+STRENGTH = {"LowrankLinear": 6, "LowrankGeglu": 6, "LowrankConv": 6, "PeftLinear": 6, "PeftConv": 6}
+ONNX_FP16 = 10
+
+
+def lower(program: Program, dtype: Any, device: Any, banks: Collection[str] = ()) -> None:
+    """Compute in `dtype`. Timesteps and sizes, up to and with their sines, stay in fp32: bf16 knows no 999. So do
+    inputs until they have been scaled by a number, as the VAE's latents are.
+
+    A graph that was exported in fp16 says itself what stays in fp32; its other values get `dtype`. banks: inputs that
+    have the type already.
+    """
+    floats = {name: value for name, value in program.constants.items() if isinstance(value, torch.Tensor)}
+    is_half = any(value.dtype == torch.float16 for value in floats.values())
+    wide = set(floats) if is_half else _wide(program)
+    for name, value in floats.items():
+        kept = not value.is_floating_point() or (name in wide and value.dtype != torch.float16)
+        program.constants[name] = value.to(device) if kept else value.to(device).to(dtype)
+    if is_half:
+        program.nodes = [_retyped(node, dtype) for node in program.nodes]
+    elif dtype != torch.float32:
+        _cast(program, dtype, wide, wide | (program.floats - set(banks)))
+
+
+def _ends_wide(program: Program, node: Node) -> bool:
+    """Whether a node computes in fp32 and hands on in the program's type."""
+    if node.op != "Mul" or node.inputs[0] not in program.inputs:
+        return node.op in WAVES
+    factor = program.constants.get(node.inputs[1])
+    return isinstance(factor, torch.Tensor) and factor.numel() == 1
+
+
+def _wide(program: Program) -> set[str]:
+    wide = {name for node in program.nodes if _ends_wide(program, node) for name in node.inputs}
+    for node in reversed(program.nodes):
+        if wide.intersection(node.outputs):
+            wide.update(node.inputs)
+    return wide
+
+
+def _retyped(node: Node, dtype: Any) -> Node:
+    if node.op == "Cast" and node.attributes["to"] == ONNX_FP16:
+        return Node("Cast", node.inputs, node.outputs, {"to": dtype})
+    return node
+
+
+def _cast(program: Program, dtype: Any, wide: set[str], fp32: Collection[str]) -> None:
+    """Cast what is fp32 for the nodes that are not wide themselves."""
+    low: dict[str, str] = {}
+    nodes = []
+    for node in program.nodes:
+        if _ends_wide(program, node):
+            nodes.append(Node(node.op, node.inputs, node.outputs, {**node.attributes, "to": dtype}))
+            continue
+        if wide.intersection(node.outputs):
+            nodes.append(node)
+            continue
+        operands = list(node.inputs)
+        for at, name in enumerate(operands):
+            if name not in fp32 or at == STRENGTH.get(node.op):
+                continue
+            if name not in low:
+                low[name] = f"{name} as {dtype}"
+                nodes.append(Node("Cast", (name,), (low[name],), {"to": dtype}))
+            operands[at] = low[name]
+        nodes.append(Node(node.op, tuple(operands), node.outputs, node.attributes))
+    program.nodes = nodes
+    program.sweep()
