@@ -102,8 +102,10 @@ def generate(
 ) -> None:
     """Draw images from prompts.
 
-    Each image is written as soon as it is ready. If one fails, the others are written all the same; the failures are
-    reported at the end, with exit code 1. Ctrl-C and SIGTERM stop after the current step and keep what is finished.
+    Each image is written as soon as it is ready. If one fails, the others are written all the same; failures are reported
+    at the end and make the exit code 1. Ctrl-C and SIGTERM stop after the current step and keep what is finished.
+
+    Compiled networks are kept in the folder that STEPFORGE_CACHE names, or ~/.cache/stepforge; STEPFORGE_CACHE= keeps none.
     """
     from stepforge.runtime.imaging.save import image_paths
     from stepforge.runtime.load import load

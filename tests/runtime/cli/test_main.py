@@ -4,10 +4,12 @@ import errno
 import re
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
 from stepforge.runtime import load
+from stepforge.runtime.cli import start
 from stepforge.runtime.cli.main import main
 
 ERRORS = {
@@ -97,3 +99,16 @@ def test_help_fits_80_columns_and_cuts_nothing(run, capsys, monkeypatch):
 def test_the_installed_command_runs():
     output = subprocess.check_output([sys.executable, "-m", "stepforge.runtime", "--version"], text=True)
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", output)
+
+
+def test_ctrl_c_while_the_commands_are_imported(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "stepforge.runtime.cli.main", _Interrupting("main"))
+    with pytest.raises(SystemExit) as caught:
+        start()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "stepforge: interrupted\n"
+
+
+class _Interrupting(ModuleType):
+    def __getattr__(self, name):
+        raise KeyboardInterrupt
