@@ -171,7 +171,10 @@ def convert_command(
     tokenizer: Tokenizer = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """Write a LoRA as plain low-rank pairs, which an engine binds at run time; prints the error of each layer cut."""
+    """Write a LoRA as plain low-rank pairs.
+
+    An engine binds these at run time. The error of each layer that was cut is printed.
+    """
     from stepforge.export.lora.convert import convert
 
     done = convert(file, model, out, rank=rank, tokenizer=tokenizer)

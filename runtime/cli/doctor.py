@@ -96,7 +96,7 @@ def _openvino() -> list[Finding]:
 def _bundle(path: Path) -> list[Finding]:
     try:
         bundle = read(path)
-    except StepforgeError as error:
+    except (StepforgeError, OSError) as error:
         return [Finding("bundle", False, str(error))]
     findings = [Finding("bundle", True, f"{bundle.card.name}, {len(bundle.files)} files, every hash matches")]
     for name in AUTO:
