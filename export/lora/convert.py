@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,12 @@ def convert(file: Path, model: Path, out: Path, *, rank: int | None = None, **so
     modules = source_modules(source)
     adapter = read_adapter(file, modules)
     shapes = {(component, m.path): m.shape for component, entries in modules.items() for m in entries}
-    weights = _Weights(source.adaptable)
+
+    @cache
+    def layers(component: ComponentId) -> dict[str, Any]:
+        """Layers of a network, which is read when the first of them is asked for."""
+        return named_modules(source.adaptable[component](torch.float32))
+
     tensors: dict[str, Array] = {}
     done = []
     for (component, path), layer in adapter.layers.items():
@@ -64,7 +69,7 @@ def convert(file: Path, model: Path, out: Path, *, rank: int | None = None, **so
             if len(shape) < 2:
                 done.append(Converted(component, path, layer.name, None, 1.0, "left out: a norm has no low-rank form"))
                 continue
-            change, bias = delta(layer, *weights(component, path), 1.0)
+            change, bias = delta(layer, *_weights(layers(component)[path]), 1.0)
             pair, error = truncate(change.reshape(shape[0], -1), rank)
             note = "" if bias is None else "its bias is left out"
         down, up = pair
@@ -93,16 +98,7 @@ def truncate(change: Array, rank: int) -> tuple[tuple[Array, Array], float]:
     return (down.numpy(), up.numpy()), (float(s[rank:].square().sum()) / norm) ** 0.5 if norm else 0.0
 
 
-class _Weights:
-    """Weights of the base model; each network is read when the first of its layers is asked for."""
-
-    def __init__(self, loaders: dict[ComponentId, Callable[[torch.dtype], Any]]) -> None:
-        self._loaders = loaders
-        self._networks: dict[ComponentId, dict[str, Any]] = {}
-
-    def __call__(self, component: ComponentId, path: str) -> tuple[Array, Array | None]:
-        if component not in self._networks:
-            self._networks[component] = named_modules(self._loaders[component](torch.float32))
-        module = self._networks[component][path]
-        bias = getattr(module, "bias", None)
-        return module.weight.detach().numpy(), None if bias is None else bias.detach().numpy()
+def _weights(module: Any) -> tuple[Array, Array | None]:
+    """Weight and bias of a layer of the base model."""
+    bias = getattr(module, "bias", None)
+    return module.weight.detach().numpy(), None if bias is None else bias.detach().numpy()
