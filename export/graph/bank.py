@@ -23,7 +23,7 @@ from stepforge.runtime.errors import CheckpointError
 
 LAYERS = ("MatMul", "Gemm", "Conv")
 TARGETS = ("transformer", "all")  # which layers of a denoiser take adapters
-PREFIXES = ("unet.", "model.", "text_model.")  # of the wrappers in trace.py, and of transformers before 5.6
+PREFIXES = ("unet.", "model.", "text_model.")  # wrappers of trace.py, transformers before 5.6
 
 
 def add_bank(
@@ -48,14 +48,14 @@ def add_bank(
 
 
 def used_modules(graph: Path, modules: Iterable[Module]) -> tuple[Module, ...]:
-    """Those whose weights the graph reads: SDXL's first text encoder has a last layer that nothing uses."""
+    """Modules whose weights the graph reads: SDXL's first text encoder has a last layer that nothing uses."""
     modules = tuple(modules)
     found = _layers(ir.load(graph), {module.path: module for module in modules})
     return tuple(module for module in modules if module.kind == "norm" or module.path in found)
 
 
 def transformer_only(modules: Iterable[Module]) -> tuple[Module, ...]:
-    """What trainers change by default: the linear and 1×1 layers of the transformers."""
+    """Layers that trainers change by default: linear and 1×1 layers of the transformers."""
     return tuple(module for module in modules if ".attentions." in module.path)
 
 

@@ -85,7 +85,7 @@ def _named(model: ir.Model, prefix: str) -> list[ir.Value]:
 
 
 def _joint(skip: ir.Value) -> ir.Node:
-    """Where the up path takes a skip connection in."""
+    """Concatenation that takes a skip connection into the up path."""
     found = [use.node for use in skip.uses() if use.node.op_type == "Concat" and use.idx == 1]
     if len(found) != 1:
         raise CheckpointError(f"the network's {skip.name} has {len(found)} uses in the up path; 1 is expected")
@@ -93,7 +93,7 @@ def _joint(skip: ir.Value) -> ir.Node:
 
 
 def _deep(skip: ir.Value, joint: ir.Node, component: Component, branch: int) -> ir.Value:
-    """What enters the layer of the up path, counted from its end, beside the skip connection."""
+    """Value that enters a layer of the up path beside the skip connection; layers are counted from the end."""
     deep = joint.inputs[0]
     assert deep is not None
     entering = [module.shape[1] for module in component.modules if UP_LAYER.fullmatch(module.path)]
@@ -198,7 +198,7 @@ def _cut(model: ir.Model, given: Sequence[str], drop: Sequence[str]) -> None:
         new = ir.val(name, ir.DataType.FLOAT, old.shape)
         old.name = f"{name}_computed"
         model.graph.inputs.append(new)
-        if cast is not None and cast.op_type == "Cast":  # of a network in fp16
+        if cast is not None and cast.op_type == "Cast":  # fp16 network
             old = cast.inputs[0]
             assert old is not None
             back = ir.node("Cast", [new], {"to": ir.DataType.FLOAT16.value})

@@ -161,7 +161,7 @@ def denoiser(unet: Any, *, probe: bool = False) -> Traced:
 
 
 def network_inputs(config: Any) -> tuple[dict[str, Tensor], dict[str, tuple[int | str, ...]], int]:
-    """What a UNet and its ControlNets read: examples and shapes, and what height and width are multiples of."""
+    """Inputs of a UNet and its ControlNets: examples, shapes, and the multiple that height and width have."""
     channels, dim = config.in_channels, config.cross_attention_dim
     multiple = 2 ** (len(config.block_out_channels) - 1)
     # Two rows, and height unequal to width: torch.export takes a 1, and two equal sizes, for constants.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save
 
 from stepforge.export.lora.merge import source_modules
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import named_modules
 from stepforge.runtime.bundle import ComponentId
 from stepforge.runtime.errors import AdapterError
+from stepforge.runtime.files import written
 from stepforge.runtime.lora.adapter import read_adapter
 from stepforge.runtime.lora.layers import delta, low_rank
 
@@ -25,7 +28,7 @@ FORMATS = (".safetensors", ".onnx_adapter")
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What became of one layer."""
+    """Fate of one layer."""
 
     component: ComponentId
     module: str
@@ -77,15 +80,22 @@ def convert(file: Path, model: Path, out: Path, *, rank: int | None = None, **so
         tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(down.reshape(len(down), *shape[1:]))
         tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(up.reshape(shape[0], -1, *(1 for _ in shape[2:])))
         done.append(Converted(component, path, layer.name, len(down), error, note))
-    if out.suffix == ".safetensors":
-        from safetensors.numpy import save_file
-
-        save_file(tensors, out, metadata={"format": "pt"})
-    else:
-        from stepforge.runtime.lora.onnx_adapter import write
-
-        write(out, tensors)
+    _write(out, tensors)
     return done
+
+
+def _write(out: Path, tensors: Mapping[str, Array]) -> None:
+    """In one atomic step. Raises AdapterError."""
+    try:
+        with written(out) as file:
+            if out.suffix == ".safetensors":
+                file.write(save(dict(tensors), metadata={"format": "pt"}))
+            else:
+                from stepforge.runtime.lora.onnx_adapter import write
+
+                write(Path(file.name), tensors)
+    except OSError as error:
+        raise AdapterError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
 def truncate(change: Array, rank: int) -> tuple[tuple[Array, Array], float]:
