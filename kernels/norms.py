@@ -46,7 +46,7 @@ def parts_nhwc_kernel(x, parts, pixels, C, span, BLOCK_P: tl.constexpr, BLOCK_C:
     for p in range(split * span, end, BLOCK_P):
         ps = p + tl.arange(0, BLOCK_P)
         mask = (ps < end)[:, None] & (cs < C)[None, :]
-        value = tl.load(near + ps[:, None] * C, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(near + ps.to(tl.int64)[:, None] * C, mask=mask, other=0.0).to(tl.float32)
         count = tl.minimum(end - p, BLOCK_P).to(tl.float32)
         middle = tl.sum(value, axis=0) / count
         apart = tl.where(mask, value - middle[None, :], 0.0)
@@ -127,7 +127,7 @@ def apply_nhwc_kernel(
         grow = 1.0 + tl.load(scale + image * C + cs, mask=c_ok, other=0.0).to(tl.float32)
         factor = factor * grow
         add = add * grow + tl.load(shift + image * C + cs, mask=c_ok, other=0.0).to(tl.float32)
-    offs = ps[:, None] * C + cs[None, :]
+    offs = ps.to(tl.int64)[:, None] * C + cs[None, :]  # 2^31 elements of one image: 4096² pixels of 128 channels
     mask = (ps < pixels)[:, None] & c_ok[None, :]
     base = image.to(tl.int64) * pixels * C
     value = tl.load(x + base + offs, mask=mask, other=0.0).to(tl.float32)

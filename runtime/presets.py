@@ -44,7 +44,7 @@ def store(bundle: Bundle, name: str, preset: Mapping[str, Any]) -> Bundle:
         raise RequestError(f"preset name {name!r} is not allowed; use letters, digits, ., - and _")
     if unknown := sorted(set(preset) - set(FIELDS)):
         raise RequestError(f"a preset has no {unknown[0]!r}; it has {', '.join(FIELDS)}")
-    Control(name=name, image=None, **_window(preset))
+    Control(name=name, image=b"", **_window(preset))
     Request(prompt="", **{name: preset[name] for name in ("guidance", "guider", "reuse") if name in preset})
     stored = replace(bundle, presets={**bundle.presets, name: dict(preset)})
     write_manifest(stored)

@@ -10,6 +10,7 @@ import numpy as np
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.plan import Plan, rows_of
+from stepforge.runtime.plan.reuse import Reuse
 from stepforge.runtime.request import Request, Result
 from stepforge.runtime.tune.candidate import has_variant
 
@@ -42,7 +43,7 @@ def prices(engine: Engine, request: Request) -> dict[str, float]:
     probe = replace(request, steps=min(request.steps, PROBE_STEPS), images=max(1, engine.max_rows // 2), preset="")
     kinds = ["", *(reuse for reuse in ("deepcache(5)", "tgate(0.2)") if has_variant(engine, reuse.partition("(")[0]))]
     sets = [(), *((replace(c, scale=1.0, start=0.0, end=1.0, sigma=None),) for c in request.controls)]
-    requests = [replace(probe, reuse=kind, controls=controls) for kind, controls in product(kinds, sets)]
+    requests = [replace(probe, reuse=Reuse.parse(kind), controls=controls) for kind, controls in product(kinds, sets)]
     rows, seconds = [], []
     for one in requests:
         results = [engine.generate(one) for _ in range(PROBE_RUNS)]

@@ -29,7 +29,7 @@ def bundle(tmp_path: Path) -> Bundle:
 def test_what_is_stored_is_what_requests_get(bundle):
     stored = store(bundle, "fast", FAST)
     assert json.loads((bundle.path / "bundle.json").read_text())["presets"] == {"fast": FAST}
-    controls = [{"name": "a", "image": None, "start": 0.1, "end": 0.9, "scale": 0.4}]
+    controls = [{"name": "a", "image": b"", "start": 0.1, "end": 0.9, "scale": 0.4}]
     found = resolve(Request(prompt="x", preset="fast", guidance=3.0, guider="apg", controls=controls, seed=5), stored)
     expected = Request(
         prompt="x", guidance=FAST["guidance"], guider="apg", reuse="deepcache(2)", seed=5,
@@ -66,7 +66,7 @@ def test_presets_survive_the_manifest(tiny_sd1_bundle):
         ("fast", {"steps": 3}, "a preset has no 'steps'; it has guidance"),
         ("fast", {"guidance": "lots"}, "guidance"),
         ("fast", {"guider": "magic"}, "magic"),
-        ("fast", {"reuse": "deepcache(1)"}, "interval is '1'"),
+        ("fast", {"reuse": "deepcache(1)"}, "interval is 1;"),
         ("fast", {"control_start": 0.7, "control_end": 0.2}, "runs from 0.7 to 0.2"),
         ("fast", {"control_end": "late"}, "give 0 <= start < end <= 1"),
     ],

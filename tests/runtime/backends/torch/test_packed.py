@@ -307,6 +307,54 @@ def test_another_adapter_and_back_again_gives_the_first_bits(tiny_sd1_banks):
         assert np.array_equal(fill(mine, names), first)
 
 
+def test_a_swap_waits_for_nothing_and_keeps_the_order(monkeypatch):
+    """A device that does nothing until it is asked: A, B and A again are queued while no call has run, and each call still
+    reads its own, bit for bit. So no block is written twice, and nothing is copied from memory that is not pinned."""
+    queue, pinned, empty, copy = [], [], torch.empty, torch.Tensor.copy_
+
+    def allocate(*shape, pin_memory=False, **options):
+        found = empty(*shape, **options)
+        pinned.extend([found] * pin_memory)
+        return found
+
+    def queued(target, source, non_blocking=False):
+        is_pinned = any(source.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for p in pinned)
+        assert non_blocking == is_pinned
+        assert is_pinned or target.untyped_storage().data_ptr() not in device  # a copy that would wait
+        if not non_blocking:
+            return copy(target, source)
+        queue.append(lambda: copy(target, source))
+        return target
+
+    arrays = Banks({"A": np.zeros((2, 5, 8), np.float32)}, np.zeros(2, np.int64))
+    arrays |= {name: np.zeros((2, 4, 6), np.float32) for name in ("B0", "B1")}
+    views = [Stack((View("B0", "up", 0, 4), View("B1", "up", 0, 4))), View("A", "down", 0, 4), View("A", "down", 4, 8)]
+    placed = DeviceBanks(arrays, views, (), device=CPU, dtype=torch.float16, shared={}, copied=True)
+    placed._is_cuda = True
+    device = {tensor.untyped_storage().data_ptr() for tensor in placed.tensors.values()}
+    monkeypatch.setattr(torch, "empty", allocate)
+    monkeypatch.setattr(torch.Tensor, "copy_", queued)
+    random, sets, seen = np.random.RandomState(0), {}, []
+    for letter in "ABA":
+        if letter not in sets:
+            sets[letter] = {name: random.standard_normal(array[1].shape) for name, array in arrays.items()}
+        for name, values in sets[letter].items():
+            arrays[name][1] = values
+        arrays.versions[1] += 1
+        placed.refresh()
+        queue.append(lambda: seen.append({name: tensor.clone() for name, tensor in placed.tensors.items()}))
+    assert not seen
+    for done in queue:
+        done()
+    first, other, again = seen
+    for view in views:
+        assert torch.equal(first[view.name], again[view.name])
+        assert not torch.equal(first[view.name], other[view.name])
+        assert not first[view.name][0].any()
+    held = torch.from_numpy(sets["A"]["A"][:, 4:].T).half()
+    assert torch.equal(first[views[2].name][1, :4], held)
+
+
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("rank", [8, 20])
 def test_a_stack_is_a_copy_that_follows_its_slots(rank, copied):
