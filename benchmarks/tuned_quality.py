@@ -57,8 +57,8 @@ def row(
     plan = results[0].plan
     away = [distance(a.images[0], b.images[0]) for a, b in zip(results, full, strict=True)]
     return {
-        "guidance": results[0].request.guidance,
-        "reuse": results[0].request.reuse,
+        "guidance": results[0].request.to_dict()["guidance"],
+        "reuse": str(results[0].request.reuse),
         "rows": plan.rows,
         "cost": round(sum(n * worth[label] for label, n in row_counts(plan, results[0].request, bundle).items()), 2),
         "distance": round(float(np.mean(away)), 4),
@@ -110,7 +110,7 @@ def main() -> None:
             "captions": len(asked),
             "backend": f"{engine.backend.name} {engine.backend.precision}",
             "prices": worth,
-            "presets": {name: engine.bundle.presets[name] for name in args.preset},
+            "presets": {name: engine.bundle.presets[name].to_dict() for name in args.preset},
             "plans": {},
             "machine": machine(),
         }

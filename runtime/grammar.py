@@ -8,7 +8,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-FLOAT = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+from stepforge.runtime.checks import shown
+
+MAX_TEXT = 20_000  # characters: a weight for each of 2000 evaluations, and bounded work for what is quadratic here
+FLOAT = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 NUMBER = re.compile(FLOAT)
 NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)\s*=\s*(.*)", re.DOTALL)
 _CALL = re.compile(r"([a-z_]+)\s*\((.*)\)", re.DOTALL)
@@ -60,18 +63,26 @@ def read_call(text: str) -> Call | None:
 
 def split(text: str, mark: str) -> list[str]:
     """Parts between the marks that stand outside of brackets, stripped. Raises ValueError for unmatched brackets."""
-    parts, depth = [""], 0
-    for letter in text:
+    parts, depth, start = [], 0, 0
+    for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
         if depth < 0:
             break
         if letter == mark and not depth:
-            parts.append("")
-        else:
-            parts[-1] += letter
+            parts.append(text[start:place])
+            start = place + 1
     if depth:
         raise ValueError("brackets do not match")
-    return [part.strip() for part in parts]
+    return [part.strip() for part in (*parts, text[start:])]
+
+
+def text_of(value: object) -> str:
+    """A text of bearable length. Raises ValueError for anything else."""
+    if not isinstance(value, str):
+        raise ValueError("it is not text")
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"it has {len(value)} characters, more than {MAX_TEXT}")
+    return value
 
 
 def number(text: str) -> float:
@@ -81,10 +92,6 @@ def number(text: str) -> float:
     return float(text)
 
 
-def shown(value: object) -> str:
-    """On one line, and no longer than a message can bear."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # a whole number of more digits than Python prints
-        text = type(value).__name__
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def plain(value: float) -> str:
+    """The shortest text that `number` reads as this value."""
+    return repr(float(value)).removesuffix(".0")

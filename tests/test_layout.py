@@ -14,10 +14,10 @@ ROOMS = ("kernels", "runtime", "export")
 # Packages and modules of a room, ground floor first: each imports those that stand before it, never one behind it.
 FLOORS = {
     "runtime": (
-        "errors", "files", "grammar", "bundle", "plan", "imaging", "lora", "request", "presets", "backends",
+        "errors", "files", "checks", "grammar", "bundle", "plan", "imaging", "lora", "request", "presets", "backends",
         "engine", "load", "tune", "cli", "__main__",
     ),
-    "export": ("models", "lora", "graph", "build", "oracle", "parity", "cli"),
+    "export": ("models", "lora", "graph", "publish", "build", "oracle", "parity", "cli"),
 }  # fmt: skip
 RUNTIME_IMPORTS = {"numpy", "ml_dtypes", "PIL", "tokenizers", "safetensors", "typer", "rich", "stepforge"}
 ALSO = {  # beside those, by folder or file of runtime/

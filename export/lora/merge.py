@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepforge.export.graph.bank import modules_of
-from stepforge.export.models.source import Loader, Source
+from stepforge.export.models.networks import modules_of, named_modules
+from stepforge.export.models.source import Source
+from stepforge.export.models.weights import Loader
 from stepforge.runtime.bundle import ComponentId, Module
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.adapter import Adapter, read_adapter
@@ -90,8 +91,3 @@ def merge(network: Any, adapters: Sequence[tuple[Mapping[str, Layer], float]], w
         for name, values in new.items():
             setattr(module, name, torch.nn.Parameter(torch.from_numpy(values), requires_grad=False))
     return network
-
-
-def named_modules(network: Any) -> dict[str, Any]:
-    """Modules by the paths that bundles use, see `bundle.Module`."""
-    return {name.removeprefix("text_model."): module for name, module in network.named_modules()}

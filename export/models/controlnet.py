@@ -16,12 +16,23 @@ from typing import Any
 
 import torch
 
-from stepforge.export.models import source as checkpoint
-from stepforge.export.models.source import Loader, State
+from stepforge.export.models.ldm_names import HINT, diffusers_names
+from stepforge.export.models.networks import empty_network
+from stepforge.export.models.weights import (
+    Loader,
+    Shapes,
+    State,
+    fill,
+    opened,
+    read_json,
+    read_weights,
+    reading,
+    refuse_code,
+    shapes_of,
+    weight_files,
+)
 from stepforge.runtime.bundle import sha256
 from stepforge.runtime.errors import CheckpointError
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 PREFIX = "control_model."  # the original files keep a ControlNet beside, or without, its base model
 CONTROL_LORA = "a Control-LoRA, low-rank changes of the base model's encoder; give a whole ControlNet for that hint"
@@ -69,7 +80,6 @@ FROM_BASE = (
     "resnet_time_scale_shift",
 )  # fmt: skip
 FROM_BASE_XL = ("addition_embed_type", "addition_time_embed_dim")
-HINT = "controlnet_cond_embedding"
 HINT_CHANNELS = (16, 32, 96, 256)  # diffusers' default
 # No original file says that its residuals are pooled. As ComfyUI does: the shuffle ControlNet is known by its name.
 SHUFFLE = re.compile(r"(^|.*[_-])shuffle([_-].*|$)", re.IGNORECASE)
@@ -95,18 +105,16 @@ def load_control(
     Raises CheckpointError, here and from the loader.
     """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a ControlNet's folder or .safetensors file")
-    if path.is_dir():
-        files, config = _folder(path)
-    else:
-        files, config = [path], _read_config(path, base_unet_config)
+    with reading(path):
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist; give a ControlNet's folder or .safetensors file")
+        files, config = _folder(path) if path.is_dir() else ([path], _read_config(path, base_unet_config))
     _check_options(path, config)
     _check_fit(path, config, base_unet_config, vae_scale)
     options = {key: value for key, value in _empty(config).config.items() if not key.startswith("_")}
 
     def load(dtype: torch.dtype) -> Any:
-        return checkpoint.fill(_empty(options), _read_state(files, dtype), dtype, path.name)
+        return fill(_empty(options), _read_state(files, dtype), dtype, path.name)
 
     return ControlSource(
         name=name or path.resolve().name.removesuffix(".safetensors"),
@@ -135,27 +143,26 @@ def _folder(path: Path) -> tuple[list[Path], dict[str, Any]]:
         raise CheckpointError(
             f"{path} has no config.json; give a diffusers ControlNet's folder, or a .safetensors file itself"
         )
-    if code := sorted(file.relative_to(path).as_posix() for file in path.rglob("*.py")):
-        raise CheckpointError(f"{path} contains code ({code[0]}); models with code of their own are refused")
+    refuse_code(path)
     named = read_class(path)
     if named != "ControlNetModel":
         if isinstance(named, str) and named in CLASSES:
             raise CheckpointError(f"{path} is {CLASSES[named]}")
         raise CheckpointError(f"{path} is a {named!r:.80}; supported: ControlNetModel of SD 1, SD 2 and SDXL")
-    files = checkpoint.weight_files(path)
+    files = weight_files(path)
     for file in files:
         refuse_other_kinds(file, read_shapes(file))
-    return files, checkpoint.read_json(path / "config.json")
+    return files, read_json(path / "config.json")
 
 
 def read_class(folder: Path) -> Any:
-    return checkpoint.read_json(folder / "config.json").get("_class_name")
+    return read_json(folder / "config.json").get("_class_name")
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a ControlNet's weights, without its prefix; all weights if none has the prefix."""
-    with checkpoint.opened(path) as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
+    with opened(path) as file:
+        shapes = shapes_of(file)
     own = {key.removeprefix(PREFIX): shape for key, shape in shapes.items() if key.startswith(PREFIX)}
     return own | {key: shapes[key] for key in shapes if key == "difference"} if own else shapes
 
@@ -188,7 +195,7 @@ def geometry(shapes: Shapes, base: Mapping[str, Any]) -> dict[str, Any]:
     """
 
     def count(prefix: str) -> int:
-        """How many modules are numbered after the prefix."""
+        """Number of modules that are numbered after the prefix."""
         return len({key.removeprefix(prefix).split(".")[0] for key in shapes if key.startswith(prefix)})
 
     def depth(block: str) -> int:
@@ -227,69 +234,12 @@ def geometry(shapes: Shapes, base: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-RESNET = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-}  # fmt: skip
-FIXED = {
-    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
-    "input_blocks.0.0": "conv_in", "middle_block_out.0": "controlnet_mid_block",
-}  # fmt: skip
-MIDDLE = {"0": "mid_block.resnets.0", "1": "mid_block.attentions.0", "2": "mid_block.resnets.1"}
-
-
-def diffusers_names(names: Iterable[str]) -> dict[str, str]:
-    """What diffusers calls each weight of a ControlNet in the original layout; all other names stay as they are.
-
-    diffusers' own converter leaves out SDXL's label_emb, and every hint encoder that is not of eight convolutions.
-    """
-    names = set(names)
-    inputs = sorted({int(match[1]) for name in names if (match := re.match(r"input_blocks\.(\d+)\.", name))})
-    last_hint = max(
-        (int(match[1]) for name in names if (match := re.match(r"input_hint_block\.(\d+)\.", name))), default=0
-    )
-    places: dict[str, tuple[int, int]] = {}  # input block -> level, layer
-    level = layer = 0
-    for block in inputs[1:]:
-        places[str(block)] = (level, layer)
-        halves = f"input_blocks.{block}.0.op.weight" in names
-        level, layer = (level + 1, 0) if halves else (level, layer + 1)
-
-    def renamed(name: str) -> str:
-        module, _, leaf = name.rpartition(".")
-        head, _, rest = module.partition(".")
-        if module in FIXED:
-            return f"{FIXED[module]}.{leaf}"
-        if head == "zero_convs":
-            return f"controlnet_down_blocks.{rest.removesuffix('.0')}.{leaf}"
-        if head == "input_hint_block" and rest.isdecimal():
-            number = int(rest)  # a convolution, then SiLU, and so on
-            part = "conv_in" if not number else "conv_out" if number == last_hint else f"blocks.{number // 2 - 1}"
-            return f"{HINT}.{part}.{leaf}"
-        index, _, inner = rest.partition(".")
-        if head == "middle_block" and index in MIDDLE:
-            return f"{MIDDLE[index]}.{RESNET.get(inner, inner)}.{leaf}"
-        if head == "input_blocks" and index in places:
-            level, layer = places[index]
-            kind, _, inner = inner.partition(".")
-            if inner == "op":
-                return f"down_blocks.{level}.downsamplers.0.conv.{leaf}"
-            part = "attentions" if kind == "1" else "resnets"
-            return f"down_blocks.{level}.{part}.{layer}.{RESNET.get(inner, inner)}.{leaf}"
-        return name
-
-    return {name: renamed(name) for name in names}
-
-
 def _read_state(files: list[Path], dtype: torch.dtype) -> State:
     state: State = {}
     for file in files:
-        with checkpoint.opened(file) as opened:
-            prefix = PREFIX if any(key.startswith(PREFIX) for key in opened.keys()) else ""  # noqa: SIM118 - not a dict
-        state |= {
-            key.removeprefix(prefix): value for key, value in checkpoint.read_weights([file], dtype, prefix).items()
-        }
+        with opened(file) as weights:
+            prefix = PREFIX if any(key.startswith(PREFIX) for key in weights.keys()) else ""  # noqa: SIM118 - not a dict
+        state |= {key.removeprefix(prefix): value for key, value in read_weights([file], dtype, prefix).items()}
     names = diffusers_names(state)
     return {names[key]: value for key, value in state.items()}
 
@@ -297,7 +247,7 @@ def _read_state(files: list[Path], dtype: torch.dtype) -> State:
 def _empty(config: Mapping[str, Any]) -> Any:
     from diffusers import ControlNetModel
 
-    return checkpoint.empty_network(ControlNetModel, config)
+    return empty_network(ControlNetModel, config)
 
 
 def _option(cls: str, config: Mapping[str, Any], key: str) -> Any:

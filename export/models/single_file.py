@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 
-from stepforge.export.models import source as checkpoint
-from stepforge.export.models.source import Loader, Source
+from stepforge.export.models.networks import empty_clip, empty_unet, empty_vae
+from stepforge.export.models.source import Source
+from stepforge.export.models.weights import Loader, Shapes, fill, opened, read_weights, shapes_of
 from stepforge.runtime import bundle
 from stepforge.runtime.bundle import TEXT_ENCODERS, sha256
 from stepforge.runtime.errors import CheckpointError
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -45,9 +44,9 @@ SCHEDULERS: dict[str, dict[str, Any]] = {  # what the model cards of the three f
 
 def read_single_file(path: Path, tokenizer: Path | None, prediction_type: str | None) -> Source:
     """Examine the file's names and shapes; weights are read by the loaders. Raises CheckpointError."""
-    with checkpoint.opened(path) as file:
+    with opened(path) as file:
         metadata = file.metadata() or {}
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
+        shapes = shapes_of(file)
         step = int(file.get_tensor("global_step")) if "global_step" in shapes else None
     family = detect(path, shapes)
     if tokenizer is None:
@@ -79,9 +78,9 @@ def read_single_file(path: Path, tokenizer: Path | None, prediction_type: str | 
         | ({"rescale_betas_zero_snr": True} if "ztsnr" in shapes and family == "sdxl" else {}),
         provenance={"kind": "single-file", "file": path.name, "sha256": {path.name: sha256(path)}},
         empty={
-            bundle.UNET: lambda: checkpoint.empty_unet(unet),
+            bundle.UNET: lambda: empty_unet(unet),
             **{
-                key: partial(checkpoint.empty_clip, config, projection=index == 1)
+                key: partial(empty_clip, config, projection=index == 1)
                 for index, (key, config) in enumerate(zip(TEXT_ENCODERS, texts, strict=False))
             },
         },
@@ -91,7 +90,7 @@ def read_single_file(path: Path, tokenizer: Path | None, prediction_type: str | 
 
 
 def detect(path: Path, shapes: Shapes) -> str:
-    """The family of a checkpoint. Raises CheckpointError for anything that is not SD 1, SD 2 or SDXL text-to-image."""
+    """The family of a  Raises CheckpointError for anything that is not SD 1, SD 2 or SDXL text-to-image."""
     if any(".lora_" in key or key.startswith(("lora_", "base_model.model.")) or ".hada_" in key for key in shapes):
         raise CheckpointError(
             f"{path} is a LoRA adapter, not a model; export its base model and add the adapter to that"
@@ -224,8 +223,8 @@ def _unet_loader(path: Path, config: Mapping[str, Any]) -> Loader:
     def load(dtype: torch.dtype) -> Any:
         from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-        state = convert_ldm_unet_checkpoint(checkpoint.read_weights([path], dtype, UNET), config)
-        return checkpoint.fill(checkpoint.empty_unet(config), state, dtype, f"{path.name}: unet")
+        state = convert_ldm_unet_checkpoint(read_weights([path], dtype, UNET), config)
+        return fill(empty_unet(config), state, dtype, f"{path.name}: unet")
 
     return load
 
@@ -234,10 +233,10 @@ def _vae_loader(path: Path, config: Mapping[str, Any]) -> Loader:
     def load(dtype: torch.dtype) -> Any:
         from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-        own = checkpoint.read_weights([path], dtype, VAE)
+        own = read_weights([path], dtype, VAE)
         own = {key: value for key, value in own.items() if not key.startswith(f"{VAE}loss.")}
         state = convert_ldm_vae_checkpoint(own, config)
-        return checkpoint.fill(checkpoint.empty_vae(config), state, dtype, f"{path.name}: vae")
+        return fill(empty_vae(config), state, dtype, f"{path.name}: vae")
 
     return load
 
@@ -246,8 +245,8 @@ def _text_loader(path: Path, prefix: str, config: Mapping[str, Any], index: int)
     def load(dtype: torch.dtype) -> Any:
         from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-        state = checkpoint.read_weights([path], dtype, prefix)
-        model = checkpoint.empty_clip(config, projection=index == 1)
+        state = read_weights([path], dtype, prefix)
+        model = empty_clip(config, projection=index == 1)
         if prefix.endswith("transformer."):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
         else:
@@ -255,6 +254,6 @@ def _text_loader(path: Path, prefix: str, config: Mapping[str, Any], index: int)
             unused = f"{prefix}transformer.resblocks.{config['num_hidden_layers']}."
             state = {key: value for key, value in state.items() if not key.startswith(unused)}
             state = convert_open_clip_checkpoint(model, state, prefix=prefix)
-        return checkpoint.fill(model, state, dtype, f"{path.name}: text_encoder{'_2' * index}")
+        return fill(model, state, dtype, f"{path.name}: text_encoder{'_2' * index}")
 
     return load

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from stepforge.export.models.weights import first_line, read_json, reading, refuse_lfs_pointer
 from stepforge.runtime.errors import CheckpointError
 
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -20,21 +20,12 @@ def tokenizer_json(folder: Path) -> tuple[str, dict[str, int]]:
     """
     from transformers import CLIPTokenizer
 
-    folder = Path(folder)
-    if not (folder / "tokenizer.json").is_file() and not all(
-        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
-    ):
-        raise CheckpointError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt")
+    with reading(folder):
+        _check(folder)
     try:
-        config = folder / "tokenizer_config.json"
-        named = json.loads(config.read_text("utf-8")).get("tokenizer_class") if config.is_file() else None
-        if named is not None and named not in CLASSES:
-            raise CheckpointError(f"{folder} holds a {named}; only {' and '.join(CLASSES)} are supported")
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exception, transformers and json a dozen others
-        raise CheckpointError(f"{folder} cannot be read as a CLIP tokenizer: {error}") from error
+    except Exception as error:  # tokenizers raises bare Exception, transformers a dozen others
+        raise CheckpointError(f"{folder} cannot be read as a CLIP tokenizer: {first_line(error)}") from error
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -47,3 +38,18 @@ def tokenizer_json(folder: Path) -> tuple[str, dict[str, int]]:
     if missing := [name for name, value in card.items() if value is None]:
         raise CheckpointError(f"{folder} defines no {', '.join(missing)}; a CLIP tokenizer has all of them")
     return backend.to_str(), card
+
+
+def _check(folder: Path) -> None:
+    """Raises CheckpointError unless the files of a CLIP tokenizer are here."""
+    files = [folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt")]
+    whole, *parts = (file.is_file() for file in files)
+    if not whole and not all(parts):
+        raise CheckpointError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt")
+    for file in files:
+        if file.is_file():
+            refuse_lfs_pointer(file)
+    config = folder / "tokenizer_config.json"
+    named = read_json(config).get("tokenizer_class") if config.is_file() else None
+    if named is not None and named not in CLASSES:
+        raise CheckpointError(f"{folder} holds a {named!r:.80}; only {' and '.join(CLASSES)} are supported")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,22 +19,21 @@ def read_requests(
     prompts: list[str] | None, prompt_file: Path | None, request_file: Path | None, options: dict[str, Any]
 ) -> list[Request]:
     """One request for each prompt or each line of a request file."""
-    from stepforge.runtime.request import Request
+    from stepforge.runtime.request import Request, canonical
 
     if [bool(prompts), prompt_file is not None, request_file is not None].count(True) != 1:
         raise RequestError("give either PROMPT arguments, --prompts FILE or --requests FILE")
     if request_file is None:
         texts = list(prompts or ()) if prompt_file is None else [line for _, line in read_lines(prompt_file)]
         return [Request(prompt=text, **options) for text in texts]
-    known = {field.name for field in fields(Request)}
     requests = []
     for number, line in read_lines(request_file):
         try:
             values = json.loads(line)
-            if not isinstance(values, dict) or not values.keys() <= known or "prompt" not in values:
-                raise ValueError(f"an object with prompt and any of {', '.join(sorted(known - {'prompt'}))} is needed")
-            requests.append(Request(**{**options, **_found_beside(request_file, values)}))
-        except (ValueError, TypeError, RecursionError) as error:
+            if not isinstance(values, dict):
+                raise ValueError("an object with the fields of a request is needed")
+            requests.append(Request.of({**options, **canonical(_found_beside(request_file, values))}))
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{printable(request_file)}, line {number}: {error}") from error
     return requests
 

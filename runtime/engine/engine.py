@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -85,7 +85,7 @@ class Engine:
 
     def plan(self, request: Asked, **options: Any) -> Plan:
         """The plan that `generate` would run. Raises RequestError."""
-        return self._plan(resolve(_asked(request, options), self.bundle), None)
+        return self._plan(resolve(Request.of(request, **options), self.bundle), None)
 
     def submit(
         self,
@@ -103,7 +103,7 @@ class Engine:
         `plan.compile.compile_plan`. wait: for room, if the queue is full.
         Raises RequestError at once if the request is bad, QueueFull if `queue_limit` requests wait.
         """
-        job = self._job(_asked(request, options), on_step, rows)
+        job = self._job(Request.of(request, **options), on_step, rows)
         if wait:
             self._check_wait()
         self._scheduler.submit(job, wait=wait)
@@ -154,11 +154,11 @@ class Engine:
         All are checked before any is queued: RequestError is raised here. Closing the iterator cancels what is unfinished.
         """
         self._check_wait()
-        return self._outcomes([self._job(_asked(request, options), on_step, None) for request in requests])
+        return self._outcomes([self._job(Request.of(request, **options), on_step, None) for request in requests])
 
     async def agenerate(self, request: Asked, *, on_step: OnStep | None = None, **options: Any) -> Result:
         """`generate` for asyncio; cancelling the task cancels the request. The event loop is never blocked."""
-        job = await asyncio.to_thread(self._job, _asked(request, options), on_step, None)
+        job = await asyncio.to_thread(self._job, Request.of(request, **options), on_step, None)
         await self._enqueue(job)
         return await asyncio.wrap_future(job.future)
 
@@ -166,7 +166,7 @@ class Engine:
         self, requests: Iterable[Asked], *, on_step: OnStep | None = None, **options: Any
     ) -> AsyncGenerator[Outcome, None]:
         """`stream` for asyncio. RequestError is raised before the first outcome."""
-        asked = [_asked(request, options) for request in requests]
+        asked = [Request.of(request, **options) for request in requests]
         jobs = await asyncio.to_thread(lambda: [self._job(request, on_step, None) for request in asked])
 
         async def run(index: int, job: Job) -> Outcome:
@@ -256,20 +256,6 @@ class Engine:
         self._check_process()
         if threading.current_thread() in (self._thread, self._worker.decoding.thread):
             raise RequestError("a callback of this engine cannot wait for it; submit the request and return")
-
-
-def _asked(request: object, options: Mapping[str, Any]) -> Request:
-    """A request as it is, or a prompt with its options."""
-    if isinstance(request, str):
-        try:
-            return Request(prompt=request, **options)
-        except TypeError as error:
-            raise RequestError(f"the options of a request are fields of Request: {error}") from None
-    if not isinstance(request, Request):
-        raise RequestError(f"a request is a Request or a prompt, not {type(request).__name__}")
-    if options:
-        raise RequestError(f"{next(iter(options))} was given beside a Request; change the request itself")
-    return request
 
 
 def _outcome(index: int, job: Job) -> Outcome:

@@ -20,7 +20,6 @@ from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.engine.text import Condition
 from stepforge.runtime.errors import GenerationError, StepforgeError
 from stepforge.runtime.plan import Plan, Step
-from stepforge.runtime.plan.guiders import parse as parse_guider
 from stepforge.runtime.plan.reuse import recordings
 from stepforge.runtime.request import Progress, Request
 
@@ -44,7 +43,7 @@ class Job:
         # set when the request is submitted
         self.request, self.plan, self.size, self.future = request, plan, size, future
         self.on_step, self.adapters = on_step, adapters
-        self.guider = parse_guider(request.guider)
+        self.guider = plan.guider
         self.recordings = recordings(plan.steps)
         self.submitted = time.perf_counter()
         # set when it is admitted

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def describe_image(result: Result, index: int) -> dict[str, Any]:
     """The facts of image `index`, for `save_png`."""
     request = result.request
     image = result.images[index]
-    stated = {f.name: getattr(request, f.name) for f in fields(request) if f.name != "controls"}
+    stated = {name: value for name, value in request.to_dict().items() if name != "controls"}
     return {
         **{name: value for name, value in stated.items() if value is not None},
         **({"controls": list(_controls(result))} if request.controls else {}),
@@ -53,8 +52,7 @@ def describe_image(result: Result, index: int) -> dict[str, Any]:
 def _controls(result: Result) -> Iterator[dict[str, Any]]:
     """ControlNets with the sha256 of the hint they were shown in place of the image."""
     for control, digest in zip(result.request.controls, result.hints, strict=True):
-        stated = {f.name: getattr(control, f.name) for f in fields(control) if f.name not in ("image", "sigma")}
-        yield {**stated, **({"sigma": control.sigma} if control.sigma else {}), "hint_sha256": digest}
+        yield {**control.to_dict(), "hint_sha256": digest}
 
 
 def a1111_parameters(metadata: Mapping[str, Any]) -> str:

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from stepforge.runtime.checks import clipped, shown
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.grammar import number, read_call, shown, split
+from stepforge.runtime.grammar import number, plain, read_call, split, text_of
 from stepforge.runtime.imaging.read import MAX_SIDE, on_black, read_image
 
 MAX_CROP = 4 * MAX_SIDE  # pixels a side of a picture that is to be cropped; a long thin one would fill the memory
@@ -33,7 +34,7 @@ def hint_of(source: Any, preprocessor: str | Recipe, width: int, height: int) ->
 
     The preprocessor "none" gives what diffusers' VaeImageProcessor for control images makes of it. Raises RequestError.
     """
-    recipe = preprocessor if isinstance(preprocessor, Recipe) else parse(preprocessor)
+    recipe = Recipe.parse(preprocessor)
     entry = PREPROCESSORS[recipe.name]
     image = read_image(source)
     image = _resized(image if entry.reads_alpha else on_black(image), width, height, recipe.resize)
@@ -89,18 +90,26 @@ PREPROCESSORS: dict[str, Preprocessor] = {
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A parsed preprocessor text."""
+    """A preprocessor with its numbers, and how pictures are resized for it."""
 
-    name: str  # in PREPROCESSORS
-    numbers: tuple[float, ...]
-    resize: str  # in RESIZES
-
-
-def parse(text: str) -> Recipe:
-    """Raises RequestError with the grammar."""
-    name, resize = "", ""
+    name: str = "none"  # in PREPROCESSORS
     numbers: tuple[float, ...] = ()
-    try:
+    resize: str = "stretch"  # in RESIZES
+
+    @classmethod
+    def parse(cls, text: Recipe | str) -> Recipe:
+        """Raises RequestError with the grammar."""
+        if isinstance(text, Recipe):
+            return text
+        try:
+            return cls._parse(text_of(text))
+        except ValueError as error:
+            raise RequestError(f"preprocessor {shown(text)}: {clipped(error)}; give {GRAMMAR}") from None
+
+    @classmethod
+    def _parse(cls, text: str) -> Recipe:
+        name, resize = "", ""
+        numbers: tuple[float, ...] = ()
         for part in split(text, "+"):
             if part in RESIZES and not resize:
                 resize = part
@@ -108,18 +117,21 @@ def parse(text: str) -> Recipe:
             call = read_call(part)
             given = part if call is None else call.name
             if name or resize or given not in PREPROCESSORS:
-                raise ValueError(
-                    f"{shown(part)} is {'a second one' if given in (*PREPROCESSORS, *RESIZES) else 'unknown'}"
-                )
+                known = given in (*PREPROCESSORS, *RESIZES)
+                raise ValueError(f"{shown(part)} is {'a second one' if known else 'unknown'}")
             name, entry = given, PREPROCESSORS[given]
             named = {} if call is None else call.bind(tuple(entry.numbers), needed=False)
             numbers = tuple(number(named[key]) if key in named else value for key, value in entry.numbers.items())
             if list(numbers) != sorted(numbers) or any(not 0 <= value <= entry.largest for value in numbers):
                 limits = " <= ".join(("0", *entry.numbers, f"{entry.largest:g}"))
                 raise ValueError(f"the numbers of {name} must be {limits}")
-    except (ValueError, AttributeError, TypeError) as error:
-        raise RequestError(f"preprocessor {shown(text)}: {error}; give {GRAMMAR}") from error
-    return Recipe(name or "none", numbers, resize or RESIZES[0])
+        return cls(name or "none", numbers, resize or RESIZES[0])
+
+    def __str__(self) -> str:
+        """Canonical text: `Recipe.parse` gives an equal recipe."""
+        numbers = f"({', '.join(map(plain, self.numbers))})" if self.numbers else ""
+        resize = f"+{self.resize}" if self.resize != RESIZES[0] else ""
+        return f"{self.name}{numbers}{resize}"
 
 
 # Pixels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,23 @@ WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 WITHOUT_ALPHA = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV")
 
 
-def read_image(source: str | Path | bytes | Image.Image | NDArray[Any]) -> Image.Image:
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An upright RGB or RGBA picture as a value: immutable, compared by its pixels."""
+
+    mode: str
+    width: int
+    height: int
+    pixels: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, source: Image.Image | NDArray[Any]) -> Picture:
+        """A copy, checked and converted as `read_image` does."""
+        image = read_image(source)
+        return cls(image.mode, image.width, image.height, image.tobytes())
+
+
+def read_image(source: str | Path | bytes | Picture | Image.Image | NDArray[Any]) -> Image.Image:
     """Upright by its EXIF tag, at most MAX_SIDE pixels a side; RGB or, where some of it is transparent, RGBA.
 
     Files are PNG, JPEG or WebP by content, whatever their name. Arrays are uint8 or floats in 0..1, [h, w, 3] or [h, w].
@@ -31,6 +48,8 @@ def read_image(source: str | Path | bytes | Image.Image | NDArray[Any]) -> Image
     if isinstance(source, np.ndarray):
         _check_array(source)
         return _from_array(source)
+    if isinstance(source, Picture):
+        return Image.frombytes(source.mode, (source.width, source.height), source.pixels)
     with _opened(source) as image:
         return _decoded(image)
 
@@ -39,7 +58,7 @@ def check_image(source: object) -> None:
     """Raise RequestError for what `read_image` refuses by its type, its header or its size; nothing is decoded."""
     if isinstance(source, np.ndarray):
         _check_array(source)
-    else:
+    elif not isinstance(source, Picture):
         with _opened(source):
             pass
 

@@ -1,8 +1,9 @@
 """Guiders: what makes one guided prediction of a conditional and an unconditional one, where a weight is not enough.
 
-A `Guider` is parsed from text such as "apg(eta=0)+adaptive+rescale(0.7)". It works on the raw outputs of the network
-(epsilon, v, sample or flow, whatever it predicts), as diffusers' guiders do; only dynamic thresholding goes through the
-estimate of the clean image. Its row functions take flat arrays of one image; sums, norms and projections are float64.
+A `Guider` is a value, parsed from text such as "apg(eta=0)+adaptive+rescale(0.7)" and printed as one. It works on the raw
+outputs of the network (epsilon, v, sample or flow, whatever it predicts), as diffusers' guiders do; only dynamic
+thresholding goes through the estimate of the clean image. Its row functions take flat arrays of one image; sums, norms and
+projections are float64.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from stepforge.runtime.checks import clipped, shown
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.grammar import Call, number, read_call, shown, split
-from stepforge.runtime.plan import Step, rows_of
+from stepforge.runtime.grammar import Call, number, plain, read_call, split, text_of
+from stepforge.runtime.plan.step import Step, rows_of
 
 Array = NDArray[np.float32]
 GRAMMAR = (
@@ -102,6 +104,9 @@ class ZeroStar:
 
     zero: int
 
+    def __str__(self) -> str:
+        return f"zero_star(zero={self.zero})"
+
 
 @dataclass(frozen=True, slots=True)
 class Projected:
@@ -111,21 +116,60 @@ class Projected:
     norm: float
     eta: float
 
+    def __str__(self) -> str:
+        return f"apg(momentum={plain(self.momentum)}, norm={plain(self.norm)}, eta={plain(self.eta)})"
+
 
 @dataclass(frozen=True, slots=True)
 class Dynamic:
+    """Dynamic thresholding."""
+
     percentile: float
     cap: float
+
+    def __str__(self) -> str:
+        return f"dynamic(p={plain(self.percentile)}, max={plain(self.cap)})"
 
 
 @dataclass(frozen=True, slots=True)
 class Guider:
-    """Guides the predictions of one image after another; what it remembers of an image is in the `State`."""
+    """A validated choice of parts. What it remembers of one image is in the `State`."""
 
     combiner: ZeroStar | Projected | None = None  # None: plain classifier-free guidance
     adaptive: float | None = None
     rescale: float | None = None
     dynamic: Dynamic | None = None
+
+    @classmethod
+    def parse(cls, text: Guider | str) -> Guider:
+        """Raises RequestError with the grammar."""
+        if isinstance(text, Guider):
+            return text
+        try:
+            parts = _parts(text_of(text))
+        except ValueError as error:
+            raise RequestError(f"guider {shown(text)} is not understood: {clipped(error)}; give {GRAMMAR}") from None
+        combiner: ZeroStar | Projected | None = None
+        if "zero_star" in parts:
+            combiner = ZeroStar(int(parts["zero_star"][0]))
+        if "apg" in parts:
+            combiner = Projected(*parts["apg"])
+        return cls(
+            combiner=combiner,
+            adaptive=parts["adaptive"][0] if "adaptive" in parts else None,
+            rescale=parts["rescale"][0] if "rescale" in parts else None,
+            dynamic=Dynamic(*parts["dynamic"]) if "dynamic" in parts else None,
+        )
+
+    def __str__(self) -> str:
+        """Canonical text: `Guider.parse` gives an equal guider."""
+        parts = [
+            "" if self.combiner is None else str(self.combiner),
+            "" if self.adaptive is None else f"adaptive({plain(self.adaptive)})",
+            "" if self.rescale is None else f"rescale({plain(self.rescale)})",
+            "" if self.dynamic is None else str(self.dynamic),
+        ]
+        return "+".join(filter(None, parts)) or "cfg"
 
     def start(self) -> State:
         """The state of one image, before its first step."""
@@ -221,35 +265,20 @@ COMBINERS = ("cfg", "zero_star", "apg")
 ORDER = {"rescale": 1, "dynamic": 2}  # after the others
 
 
-def parse(text: str) -> Guider:
-    """Raises RequestError with the grammar."""
-    try:
-        if not isinstance(text, str):
-            raise ValueError("it is not text")
-        parts: dict[str, list[float]] = {}
-        for part in split(text, "+"):
-            name, values = _part(part)
-            if name in parts:
-                raise ValueError(f"{name} stands there twice")
-            parts[name] = values
-        if sum(name in COMBINERS for name in parts) > 1:
-            raise ValueError(f"only one of {', '.join(COMBINERS)} can combine the predictions")
-        places = [ORDER.get(name, 0) for name in parts]
-        if places != sorted(places):
-            raise ValueError("rescale comes after guidance, and dynamic comes last")
-    except ValueError as error:
-        raise RequestError(f"guider {shown(text)} is not understood: {error}; give {GRAMMAR}") from None
-    combiner: ZeroStar | Projected | None = None
-    if "zero_star" in parts:
-        combiner = ZeroStar(int(parts["zero_star"][0]))
-    if "apg" in parts:
-        combiner = Projected(*parts["apg"])
-    return Guider(
-        combiner=combiner,
-        adaptive=parts["adaptive"][0] if "adaptive" in parts else None,
-        rescale=parts["rescale"][0] if "rescale" in parts else None,
-        dynamic=Dynamic(*parts["dynamic"]) if "dynamic" in parts else None,
-    )
+def _parts(text: str) -> dict[str, list[float]]:
+    """Arguments of each part, by its name. Raises ValueError."""
+    parts: dict[str, list[float]] = {}
+    for part in split(text, "+"):
+        name, values = _part(part)
+        if name in parts:
+            raise ValueError(f"{name} is given twice")
+        parts[name] = values
+    if sum(name in COMBINERS for name in parts) > 1:
+        raise ValueError(f"only one of {', '.join(COMBINERS)} can combine the predictions")
+    order = [ORDER.get(name, 0) for name in parts]
+    if order != sorted(order):
+        raise ValueError("rescale comes after guidance, and dynamic comes last")
+    return parts
 
 
 def _part(text: str) -> tuple[str, list[float]]:

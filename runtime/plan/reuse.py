@@ -11,18 +11,18 @@ cross-attention alone: dropping guidance after the gate, which the paper does wi
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stepforge.runtime.checks import clipped, shown
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.plan import Step
+from stepforge.runtime.grammar import FLOAT, number, plain, read_call, split, text_of
+from stepforge.runtime.plan.step import Step
 
 DEEPCACHE, TGATE = "deepcache", "tgate"
 GRAMMAR = "deepcache(INTERVAL), deepcache(INTERVAL, steps=FROM..TO), tgate(FROM), or two of them joined by +"
-PART = re.compile(r"(deepcache|tgate)\(([^()]*)\)")
-RANGE = re.compile(r"steps=([0-9.]+)\.\.([0-9.]+)")
+RANGE = re.compile(rf"({FLOAT})\s*\.\.\s*({FLOAT})")
 # what each form of the network has in its outputs, and what it reads of earlier ones
 MAKES = {"": ("deep", "text"), TGATE: ("deep",), DEEPCACHE: ()}
 NEEDS = {"": None, TGATE: "text", DEEPCACHE: "deep"}
@@ -30,44 +30,57 @@ NEEDS = {"": None, TGATE: "text", DEEPCACHE: "deep"}
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """Validated settings; 0 and 1.0 stand for off."""
+    """Validated settings; an interval of 0 and a gate of 1 are off. False where both are."""
 
     interval: int = 0
     window: tuple[float, float] = (0.0, 1.0)  # of DeepCache, in fractions of the steps
     gate: float = 1.0  # fraction of the steps after which cross-attention is kept
 
+    @classmethod
+    def parse(cls, text: Reuse | str) -> Reuse:
+        """Raises RequestError with the grammar."""
+        if isinstance(text, Reuse):
+            return text
+        try:
+            return cls._parse(text_of(text))
+        except ValueError as error:
+            raise RequestError(f"reuse {shown(text)} is not understood: {clipped(error)}; give {GRAMMAR}") from None
 
-def parse(text: str) -> Reuse:
-    """Raises RequestError with the grammar."""
-    found: dict[str, str] = {}
-    for part in text.split("+") if text.strip() else ():
-        match = PART.fullmatch(part.strip())
-        if match is None or match[1] in found:
-            raise RequestError(f"reuse {text!r} is not understood; give {GRAMMAR}")
-        found[match[1]] = match[2].replace(" ", "")
-    interval, window, gate = 0, (0.0, 1.0), 1.0
-    if DEEPCACHE in found:
-        count, _, steps = found[DEEPCACHE].partition(",")
-        if not count.isdigit() or not 2 <= int(count) <= 100:
-            raise RequestError(f"deepcache's interval is {count!r}; give a whole number from 2 to 100")
-        interval = int(count)
-        if steps:
-            match = RANGE.fullmatch(steps)
-            window = (-1.0, -1.0) if match is None else (_fraction(match[1]), _fraction(match[2]))
+    @classmethod
+    def _parse(cls, text: str) -> Reuse:
+        interval, window, gate = 0, (0.0, 1.0), 1.0
+        seen: set[str] = set()
+        for part in split(text, "+") if text.strip() else ():
+            call = read_call(part)
+            if call is None or call.name not in (DEEPCACHE, TGATE):
+                raise ValueError(f"{shown(part)} is unknown")
+            if call.name in seen:
+                raise ValueError(f"{call.name} is given twice")
+            seen.add(call.name)
+            if call.name == TGATE:
+                gate = number(call.bind(("start",))["start"])
+                if not 0.0 < gate < 1.0:
+                    raise ValueError(f"the gate is {plain(gate)}; it must lie between 0 and 1")
+                continue
+            given = {"steps": "0..1", **call.bind(("interval",), ("steps",))}
+            every = number(given["interval"])
+            if every % 1 != 0 or not 2 <= every <= 100:
+                raise ValueError(f"the interval is {plain(every)}; it must be a whole number from 2 to 100")
+            interval = int(every)
+            match = RANGE.fullmatch(given["steps"])
+            window = (-1.0, -1.0) if match is None else (float(match[1]), float(match[2]))
             if not 0.0 <= window[0] < window[1] <= 1.0:
-                raise RequestError(f"deepcache's {steps!r} is not a part of the steps such as steps=0.4..1")
-    if TGATE in found:
-        gate = _fraction(found[TGATE])
-        if not 0.0 < gate < 1.0:
-            raise RequestError(f"tgate's gate is {found[TGATE]!r}; give a fraction of the steps between 0 and 1")
-    return Reuse(interval, window, gate)
+                raise ValueError(f"{shown(given['steps'])} is not a part of the steps such as 0.4..1")
+        return cls(interval, window, gate)
 
+    def __bool__(self) -> bool:
+        return self.interval > 0 or self.gate < 1.0
 
-def _fraction(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+    def __str__(self) -> str:
+        """Canonical text: `Reuse.parse` gives an equal value."""
+        window = "" if self.window == (0.0, 1.0) else f", steps={plain(self.window[0])}..{plain(self.window[1])}"
+        parts = [f"{DEEPCACHE}({self.interval}{window})"] if self.interval else []
+        return "+".join([*parts, f"{TGATE}({plain(self.gate)})"] if self.gate < 1.0 else parts)
 
 
 def variants(reuse: Reuse, steps: Sequence[Step]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The plan: a request as a table of numbers, one `Step` per network evaluation, decided before the loop."""
+"""A step of the plan: one network evaluation as a row of numbers."""
 
 from __future__ import annotations
 
@@ -28,25 +28,7 @@ class Step:
     control: tuple[float, ...] = ()  # scale of each of the request's ControlNets; 0.0: that network is not run
     reuse: str = ""  # a variant of the denoiser that reuses an earlier step's activations: "deepcache", "tgate"
     denoiser: str = "unet"
-    index: int = 0  # of the sampler's step; the two evaluations of a Heun step share one
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """All steps of a request."""
-
-    steps: tuple[Step, ...]
-    init_noise: float  # x_0 = init_noise · z
-
-    @property
-    def rows(self) -> int:
-        """Denoiser rows that the whole plan costs: 2 for a guided step, else 1."""
-        return sum(rows_of(step.guidance) for step in self.steps)
-
-    @property
-    def history(self) -> int:
-        """Longest window over latents or predictions."""
-        return max(max(len(step.keep), len(step.gain)) for step in self.steps)
+    index: int = 0  # number of the sampler's step; the two evaluations of a Heun step share one
 
 
 def rows_of(guidance: float) -> int:

@@ -9,6 +9,8 @@ from itertools import product
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.files import printable
+from stepforge.runtime.plan.guidance import parse_guidance
+from stepforge.runtime.plan.reuse import Reuse
 from stepforge.runtime.request import Request
 
 DeepCache = tuple[int, float, float]  # interval and window; interval 0 is off
@@ -43,7 +45,8 @@ class Candidate:
         """The request with this plan."""
         assert isinstance(request.guidance, float)
         controls = tuple(replace(control, start=0.0, end=self.control_end) for control in request.controls)
-        return replace(request, guidance=self.guidance(request.guidance), reuse=self.reuse, controls=controls)
+        guidance, reuse = parse_guidance(self.guidance(request.guidance)), Reuse.parse(self.reuse)
+        return replace(request, guidance=guidance, reuse=reuse, controls=controls)
 
     def preset(self, request: Request) -> dict[str, object]:
         """As presets.py stores it."""

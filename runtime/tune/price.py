@@ -10,6 +10,7 @@ import numpy as np
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.plan import Plan, rows_of
+from stepforge.runtime.plan.reuse import Reuse
 from stepforge.runtime.request import Request, Result
 from stepforge.runtime.tune.candidate import has_variant
 
@@ -42,11 +43,11 @@ def prices(engine: Engine, request: Request) -> dict[str, float]:
     probe = replace(request, steps=min(request.steps, PROBE_STEPS), images=max(1, engine.max_rows // 2), preset="")
     kinds = ["", *(reuse for reuse in ("deepcache(5)", "tgate(0.2)") if has_variant(engine, reuse.partition("(")[0]))]
     sets = [(), *((replace(c, scale=1.0, start=0.0, end=1.0, sigma=None),) for c in request.controls)]
-    requests = [replace(probe, reuse=kind, controls=controls) for kind, controls in product(kinds, sets)]
+    requests = [replace(probe, reuse=Reuse.parse(kind), controls=controls) for kind, controls in product(kinds, sets)]
     rows, seconds = [], []
     for one in requests:
         results = [engine.generate(one) for _ in range(PROBE_RUNS)]
-        rows.append(_denoising(results[0]))
+        rows.append(denoising_rows(results[0]))
         seconds.append(min(result.stats.seconds["denoise"] for result in results))
     labels = list(dict.fromkeys(label for counts in rows for label in counts))
     matrix = np.array([[counts.get(label, 0) for label in labels] for counts in rows], np.float64)
@@ -56,7 +57,7 @@ def prices(engine: Engine, request: Request) -> dict[str, float]:
     return {label: round(value / whole, 3) for label, value in found.items()}
 
 
-def _denoising(result: Result) -> dict[str, int]:
+def denoising_rows(result: Result) -> dict[str, int]:
     """Rows of the networks that a step runs."""
     networks = {ComponentId("denoiser", step.denoiser, step.reuse).label for step in result.plan.steps}
     for control in result.request.controls:

@@ -8,7 +8,8 @@ from torch import nn
 
 from stepforge.export.build import BankOptions
 from stepforge.export.graph import trace
-from stepforge.export.graph.bank import add_bank, modules_of, transformer_only, used_modules
+from stepforge.export.graph.bank import add_bank, transformer_only, used_modules
+from stepforge.export.models.networks import modules_of
 from stepforge.runtime.bundle import Module
 from stepforge.runtime.engine.adapters import Buffers
 from stepforge.runtime.errors import CheckpointError

@@ -19,7 +19,7 @@ import torch
 
 from stepforge.export.build import export_bundle
 from stepforge.export.graph import trace
-from stepforge.export.models.source import load
+from stepforge.export.models.load import load
 from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, VAE_DECODER, ComponentId, read
 
 FAMILIES = ("tiny_sd1", "tiny_sd2v", "tiny_sdxl")

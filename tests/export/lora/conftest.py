@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from stepforge.export.graph.bank import modules_of
-from stepforge.export.lora.merge import merge, named_modules
-from stepforge.export.models.source import Source, load
+from stepforge.export.lora.merge import merge
+from stepforge.export.models.load import load
+from stepforge.export.models.networks import modules_of, named_modules
+from stepforge.export.models.source import Source
 from stepforge.runtime.bundle import UNET, ComponentId, Module
 from stepforge.runtime.lora.adapter import Adapter, read_adapter
 

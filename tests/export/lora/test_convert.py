@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from stepforge.export.lora.convert import convert, truncate
 from stepforge.export.lora.merge import source_modules
-from stepforge.export.models.source import load
+from stepforge.export.models.load import load
 from stepforge.runtime.bundle import UNET
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.errors import AdapterError

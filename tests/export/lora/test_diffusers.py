@@ -48,7 +48,7 @@ def write(model, folder: Path, randomise, *configs, metadata: bool = False) -> P
 )
 def test_sd1(unet, metadata: bool, sd1, randomise, check_fused, tmp_path: Path) -> None:
     text = TEXT | ({"lora_alpha": 5} if metadata else {})
-    check_fused(sd1, write(sd1, tmp_path, randomise | unet, text, metadata=metadata), 1.0, -0.7)
+    check_fused(sd1, write(sd1, tmp_path, randomise, UNET | unet, text, metadata=metadata), 1.0, -0.7)
 
 
 @pytest.mark.parametrize("metadata", [False, True])

@@ -23,7 +23,7 @@ from diffusers.utils.state_dict_utils import (
 )
 from safetensors.torch import save_file
 
-from stepforge.export.graph.bank import modules_of
+from stepforge.export.models.networks import modules_of
 from stepforge.runtime.bundle import UNET, ComponentId
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.adapter import resolve

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from stepforge.export.lora.merge import merge, read_all, with_adapters
-from stepforge.export.models.source import weight_files
+from stepforge.export.models.weights import weight_files
 from stepforge.runtime.bundle import UNET
 from stepforge.runtime.errors import AdapterError
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stepforge.export.models import source as checkpoint
-from stepforge.export.models.controlnet import diffusers_names, load_control
+from stepforge.export.models.controlnet import load_control
+from stepforge.export.models.ldm_names import diffusers_names
+from stepforge.export.models.load import load
 from stepforge.runtime.errors import CheckpointError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -225,6 +226,13 @@ def test_names_are_those_of_diffusers(tmp_path: Path) -> None:
         )
         loaded = equal(path, case, 8).state_dict()
         assert all(torch.equal(loaded[key], value) for key, value in reference.state_dict().items())
+
+
+def test_block_numbers_out_of_all_proportion_change_nothing() -> None:
+    huge = f"input_blocks.{10**15}.0.op.weight"
+    names = diffusers_names([huge, "input_blocks.0.0.op.weight", "input_blocks.3.0.op.weight"])
+    assert names[huge] == huge
+    assert names["input_blocks.3.0.op.weight"] == "down_blocks.0.downsamplers.0.conv.weight"
 
 
 def test_options_that_are_kept(tmp_path: Path) -> None:
@@ -472,4 +480,4 @@ def test_export_points_to_the_option(tmp_path: Path, sd1: Case) -> None:
     for index, state in enumerate(layouts):
         path = save_single(tmp_path / f"{index}.safetensors", state)
         with pytest.raises(CheckpointError, match=r"is a ControlNet; .* --control NAME=FILE"):
-            checkpoint.load(path, tokenizer=tmp_path)
+            load(path, tokenizer=tmp_path)

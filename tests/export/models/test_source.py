@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stepforge.export.build import check_out, export_bundle, staged
-from stepforge.export.models.source import load, opened
-from stepforge.runtime.errors import BundleError, CheckpointError
+from stepforge.export.build import export_bundle
+from stepforge.export.models.load import load
+from stepforge.export.models.weights import opened
+from stepforge.runtime.errors import CheckpointError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -161,6 +162,26 @@ def test_header_lengths_that_begin_like_pickle(tmp_path: Path, start: bytes) -> 
     assert path.read_bytes().startswith(start)
     with opened(path) as file:
         assert list(file.keys()) == ["a"]
+
+
+@pytest.mark.parametrize("name", [UNET, "unet/config.json", "tokenizer/vocab.json"])
+def test_git_lfs_pointers_are_named_as_such(model: Path, name: str) -> None:
+    (model / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer, not the weights: run git lfs pull$"):
+        export_bundle(model, model.parent / "out")
+    assert not (model.parent / "out").exists()
+
+
+def test_quantized_weights_are_refused(model: Path) -> None:
+    edit_weights(
+        model / UNET, lambda state: state.update({"conv_in.weight": state["conv_in.weight"].to(torch.float8_e4m3fn)})
+    )
+    refuse(model, "conv_in.weight is stored as torch.float8_e4m3fn; quantized weights are not read")
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
+    refuse(tmp_path / ("long" * 99), "cannot be read: File name too long")
+    refuse(Path("/proc/self/mem"), "cannot be read: Input/output error")
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.gguf"])
@@ -456,36 +477,6 @@ def test_single_file_lacks_weights(tiny_sd1: Path, tmp_path: Path) -> None:
     path = to_original(tiny_sd1, tmp_path / "m.safetensors")
     edit_weights(path, lambda state: state.pop("model.diffusion_model.middle_block.2.out_layers.3.weight"))
     refuse(path, "lacks mid_block.resnets.1.conv2.weight")
-
-
-# The output
-
-
-def test_output_is_complete_or_absent(tiny_sd1: Path, tmp_path: Path) -> None:
-    def fail() -> None:
-        with staged(tmp_path / "out") as folder:
-            (folder / "half").write_text("")
-            raise ValueError("stop")
-
-    with pytest.raises(ValueError, match="stop"):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(CheckpointError, match="precision 'fp8' is unknown; choose one of fp32, fp16"):
-        export_bundle(tiny_sd1, tmp_path / "out", precision="fp8")
-
-
-def test_output_replaces_only_bundles(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("precious")
-    with pytest.raises(BundleError, match="exists"):
-        check_out(tmp_path / "out", overwrite=False)
-    with pytest.raises(BundleError, match="is not a bundle"):
-        check_out(tmp_path / "out", overwrite=True)
-    (tmp_path / "out" / "bundle.json").write_text("{}")
-    check_out(tmp_path / "out", overwrite=True)
-    with staged(tmp_path / "out") as folder:
-        (folder / "bundle.json").write_text("new")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "bundle.json"]
 
 
 def test_tokenizer_longer_than_the_encoder(model: Path, tmp_path: Path) -> None:

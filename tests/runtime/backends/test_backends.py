@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stepforge import Request, load
-from stepforge.runtime.backends import BACKENDS, available_threads, choose, gpu, open_backend
+from stepforge.runtime.backends import BACKENDS, available_threads, choose, gpu, open_backend, reason, runnable
 from stepforge.runtime.bundle import UNET, ComponentId, read
 from stepforge.runtime.errors import BackendError
 
@@ -82,10 +82,29 @@ def test_every_family_generates(tiny_sd2v_bundle, tiny_sdxl_bundle):
 H100 = gpu.Gpu("NVIDIA H100", (9, 0))
 
 
-def test_auto_says_what_and_why(monkeypatch):
+def test_auto_says_what_it_chose_and_why_not_the_better_ones(tiny_sd1_bundle, monkeypatch, caplog):
+    bundle = read(tiny_sd1_bundle)
     monkeypatch.setattr(gpu, "first_gpu", lambda: None)
-    assert choose() == ("openvino", "the fastest one for a CPU; torch: no NVIDIA GPU")
+    chosen = choose(bundle, precision="fp32")
+    assert str(chosen) == "openvino fp32 (not torch: no NVIDIA GPU)"
+    assert chosen.backend.name == "openvino"
+    monkeypatch.setitem(BACKENDS, "openvino", "stepforge_not_installed:OpenVino")
+    with caplog.at_level("INFO", "stepforge.runtime.backends"):
+        assert open_backend("auto", bundle).name == "onnxruntime"
+    why = "backend 'openvino' needs the package stepforge_not_installed; pip install stepforge_not_installed"
+    assert caplog.messages == [f"backend auto is onnxruntime fp32 (not torch: no NVIDIA GPU; not openvino: {why})"]
+    with pytest.raises(
+        BackendError, match=r"no backend can run here: torch: .*; openvino: .* does not compute in fp16"
+    ):
+        open_backend("auto", bundle, precision="fp16")
     assert available_threads() >= 1
+
+
+def test_a_reason_is_never_empty():
+    assert [reason(error) for error in (RuntimeError(), RuntimeError("\n\n"), RuntimeError("\n a\nb\n"))] == [
+        "RuntimeError", "RuntimeError", "a",
+    ]  # fmt: skip
+    assert reason(RuntimeError("a\nb\n\n"), -1) == "b"
 
 
 @pytest.mark.parametrize(
@@ -101,8 +120,8 @@ def test_auto_takes_torch_on_a_gpu(monkeypatch, found, version, missing, name, w
     monkeypatch.setattr(gpu, "first_gpu", lambda: found)
     monkeypatch.setattr(gpu, "version", lambda package: version)
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda package: None if package == missing else object())
-    assert choose()[0] == name
-    assert why in choose()[1]
+    assert runnable()[0] == name
+    assert why in gpu.torch_on_gpu()[1]
 
 
 NVML = """

@@ -13,8 +13,10 @@ from PIL import Image
 from stepforge import AdapterError, BackendError, CheckpointError, GenerationError, Request, RequestError, load
 from stepforge.export.build import export_bundle
 from stepforge.export.lora.merge import read_all, with_adapters
-from stepforge.export.models.source import load as load_model
-from stepforge.export.parity.verify import psnr, reference_pipeline, run_reference, verify
+from stepforge.export.models.load import load as load_model
+from stepforge.export.parity.measures import psnr
+from stepforge.export.parity.reference import reference_pipeline, run_reference
+from stepforge.export.parity.verify import verify
 from stepforge.runtime.bundle import UNET, sha256
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.engine import Engine

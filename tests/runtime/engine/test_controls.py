@@ -14,8 +14,10 @@ from PIL import Image
 
 from stepforge import Engine, GenerationError, Request, RequestError, load
 from stepforge.export.build import export_bundle
-from stepforge.export.models.source import load as load_model
-from stepforge.export.parity.verify import LIMITS, psnr, reference_pipeline, relative_error
+from stepforge.export.models.load import load as load_model
+from stepforge.export.parity.measures import psnr, relative_error
+from stepforge.export.parity.reference import reference_pipeline
+from stepforge.export.parity.verify import LIMITS
 from stepforge.runtime.backends import open_backend
 from stepforge.runtime.bundle import ComponentId, read
 from stepforge.runtime.request import Control

@@ -232,7 +232,7 @@ def test_more_images_than_rows(engine):
         ({"width": 65}, "needs a multiple of 8, such as 64 or 72"),
         ({"eta": 2.0}, "eta is 2.0"),
         ({"prompt": 3}, "prompt must be text"),
-        ({"prompt_syntax": "magic"}, "choose a1111 or plain"),
+        ({"prompt_syntax": "magic"}, "choose one of a1111, plain"),
     ],
 )
 def test_bad_requests_are_refused_at_the_door(engine, values, message):

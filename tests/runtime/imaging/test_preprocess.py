@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.imaging.preprocess import PREPROCESSORS, hint_of, parse
+from stepforge.runtime.imaging.preprocess import PREPROCESSORS, Recipe, hint_of
 from stepforge.runtime.imaging.read import on_black, read_image
 
 
@@ -104,7 +104,7 @@ def square(size: int = 64, low: int = 16, high: int = 48) -> Image.Image:
 def test_none_is_the_picture() -> None:
     for image in (picture(), picture(mode="RGBA")):
         seen = on_black(read_image(image))
-        np.testing.assert_array_equal(hint_of(image, parse("none"), 64, 48), diffusers_hint(seen, 64, 48))
+        np.testing.assert_array_equal(hint_of(image, Recipe.parse("none"), 64, 48), diffusers_hint(seen, 64, 48))
 
 
 @pytest.mark.parametrize(("text", "low", "high"), [("canny", 100, 200), ("canny(40, 90)", 40, 90)])
@@ -201,9 +201,9 @@ def test_fill_adds_no_edges() -> None:
     ],
 )
 def test_grammar(text: str, name: str, numbers: list[float], resize: str) -> None:
-    recipe = parse(text)
+    recipe = Recipe.parse(text)
     assert (recipe.name, list(recipe.numbers), recipe.resize) == (name, numbers, resize)
-    assert hash(recipe) == hash(parse(text))
+    assert hash(recipe) == hash(Recipe.parse(text))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_grammar(text: str, name: str, numbers: list[float], resize: str) -> Non
 )
 def test_wrong_preprocessors(text: Any, reason: str) -> None:
     with pytest.raises(RequestError, match=re.escape(reason)) as caught:
-        parse(text)
+        Recipe.parse(text)
     assert str(caught.value).endswith("give none, canny(100, 200) or silhouette(32), then +stretch, +crop or +fill")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
@@ -239,4 +239,4 @@ def test_wrong_preprocessors(text: Any, reason: str) -> None:
 
 def test_defaults_are_allowed() -> None:
     for name in PREPROCESSORS:
-        assert parse(name).numbers == tuple(PREPROCESSORS[name].numbers.values())
+        assert Recipe.parse(name).numbers == tuple(PREPROCESSORS[name].numbers.values())

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stepforge.runtime import request
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.imaging.read import MAX_SIDE, on_black, read_image
 
@@ -196,7 +195,6 @@ def test_too_large(size: tuple[int, int]) -> None:
 
 def test_largest() -> None:
     assert read(encoded(Image.new("L", (MAX_SIDE, 2)))).size == (MAX_SIDE, 2)
-    assert MAX_SIDE == request.MAX_SIDE
 
 
 def test_pixels_of_another_kind() -> None:

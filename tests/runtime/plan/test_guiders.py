@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Step
-from stepforge.runtime.plan.guiders import GRAMMAR, PARTS, Guider, parse
+from stepforge.runtime.plan.guiders import GRAMMAR, PARTS, Guider
 from stepforge.runtime.plan.samplers import sample_rows
 from stepforge.runtime.plan.schedules import SchedulerCard
 
+parse = Guider.parse
 CARD = SchedulerCard(sampler="ddim", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 SHAPE = (4, 9, 7)
 STEPS = 6
@@ -339,7 +340,7 @@ TEXTS = {
     "cfg(1)": "cfg takes no arguments",
     "cfg+apg": "only one of cfg, zero_star, apg",
     "apg+zero_star": "only one of",
-    "rescale+rescale": "rescale stands there twice",
+    "rescale+rescale": "rescale is given twice",
     "rescale+apg": "rescale comes after guidance",
     "dynamic+rescale": "dynamic comes last",
     "dynamic+adaptive": "dynamic comes last",

@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 
 from stepforge import Engine, Request, RequestError, load
-from stepforge.export.parity.verify import LIMITS, relative_error
+from stepforge.export.parity.measures import relative_error
+from stepforge.export.parity.verify import LIMITS
 from stepforge.runtime.backends.fake import fake_bundle
 from stepforge.runtime.bundle import UNET, Bundle, ComponentId, read
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.imaging.preprocess import hint_of
 from stepforge.runtime.plan import Plan, Step
 from stepforge.runtime.plan.compile import compile_plan
-from stepforge.runtime.plan.reuse import Reuse, parse, recordings, variants
+from stepforge.runtime.plan.reuse import Reuse, recordings, variants
 from stepforge.runtime.plan.schedules import SchedulerCard
 
 REAL = ("openvino", "onnxruntime", "torch")
@@ -38,7 +39,9 @@ D, T = "deepcache", "tgate"
     ],
 )
 def test_the_grammar(text, expected):
-    assert parse(text) == expected
+    found = Reuse.parse(text)
+    assert found == expected == Reuse.parse(str(found))
+    assert bool(found) == bool(text)
 
 
 @pytest.mark.parametrize(
@@ -48,16 +51,16 @@ def test_the_grammar(text, expected):
         ("deepcache", "give deepcache"),
         ("deepcache(2)+deepcache(3)", "give deepcache"),
         ("tgate(0.5)+", "give deepcache"),
-        ("deepcache()", "whole number from 2 to 100"),
+        ("deepcache()", "deepcache takes interval, steps"),
         ("deepcache(1)", "whole number from 2 to 100"),
         ("deepcache(2.5)", "whole number from 2 to 100"),
-        ("deepcache(3, 0.4..1)", "not a part of the steps"),
+        ("deepcache(3, 0.4..1)", "deepcache takes interval, steps"),
         ("deepcache(3, steps=0.7..0.2)", "not a part of the steps"),
         ("deepcache(3, steps=0..1.5)", "not a part of the steps"),
         ("deepcache(3, steps=...1..2)", "not a part of the steps"),
         ("tgate(0)", "between 0 and 1"),
         ("tgate(1)", "between 0 and 1"),
-        ("tgate(half)", "between 0 and 1"),
+        ("tgate(half)", "'half' is not a number"),
     ],
 )
 def test_refusals(text, message):
@@ -89,7 +92,7 @@ def rows(weights: list[float]) -> list[Step]:
     ],
 )
 def test_which_evaluations_are_whole(text, weights, expected):
-    assert list(variants(parse(text), rows(weights))) == expected
+    assert list(variants(Reuse.parse(text), rows(weights))) == expected
 
 
 @pytest.mark.parametrize(
