@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # custom operators import it when they first run, which the pretended device would not stand
 from safetensors.numpy import save_file
 
 from stepforge import Request, load
