@@ -191,7 +191,7 @@ def variant(folder: Path, component: Component, name: str, given: Sequence[str],
 def _cut(model: ir.Model, given: Sequence[str], drop: Sequence[str]) -> None:
     values: Mapping[str, ir.Value] = {value.name or "": value for value in model.graph.outputs}
     kept = [value for name, value in values.items() if name not in drop]
-    del model.graph.outputs[:]
+    model.graph.outputs.clear()  # not `del`: it would leave the values marked as outputs
     model.graph.outputs.extend(kept)
     for name in given:
         old, cast = values[name], values[name].producer()
