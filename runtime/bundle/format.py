@@ -35,6 +35,7 @@ from stepforge.runtime.errors import RequestError
 FORMAT = 4
 MANIFEST = "bundle.json"
 FAMILIES = ("sd1", "sd2", "sdxl")
+WEIGHT_PRECISIONS = ("fp32", "fp16")  # of a bundle's weights
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
