@@ -13,8 +13,9 @@ from typing import Annotated
 
 import typer
 
-from stepforge.runtime.backends import AUTO, ON_CUDA, available_threads, choose, has_cuda, open_backend
+from stepforge.runtime.backends import AUTO, available_threads, choose, open_backend, runnable
 from stepforge.runtime.backends.fake import fake_bundle
+from stepforge.runtime.backends.gpu import torch_on_gpu
 from stepforge.runtime.bundle import read
 from stepforge.runtime.cli import options
 from stepforge.runtime.errors import StepforgeError
@@ -68,7 +69,13 @@ def examine(bundle: Path | None = None) -> list[Finding]:
         findings.append(Finding("backend", False, str(error)))
     findings += _openvino()
     if _version("torch") and _version("onnx"):
-        findings.append(Finding("torch backend", True, "can run; chosen by auto where there is a CUDA GPU"))
+        runs, reason = torch_on_gpu()
+        text = (
+            f"runs on {reason}; auto takes it"
+            if runs
+            else f"can run on the CPU, slowly; auto does not take it: {reason}"
+        )
+        findings.append(Finding("torch backend", True, text))
     if bundle is not None:
         findings += _bundle(bundle)
     return findings
@@ -99,8 +106,8 @@ def _bundle(path: Path) -> list[Finding]:
     except (StepforgeError, OSError) as error:
         return [Finding("bundle", False, str(error))]
     findings = [Finding("bundle", True, f"{bundle.card.name}, {len(bundle.files)} files, every hash matches")]
-    for name in AUTO:
-        if importlib.util.find_spec(name) is None or (name in ON_CUDA and not has_cuda()):
+    for name in runnable():
+        if importlib.util.find_spec(name) is None:
             continue
         try:
             backend = open_backend(name, bundle)
