@@ -44,14 +44,14 @@ def test_the_stored_preset_is_what_plan_runs(run, bundle, prompts, tmp_path, cap
     assert found["chosen"]["distance"] <= 0.2
     assert Image.open(plot).size == (640, 400)
     preset = read(bundle).presets["quick"]
-    assert (preset["guidance"], preset["reuse"]) == (found["chosen"]["guidance"], "")
-    assert preset["found"]["rows"] == found["chosen"]["rows"]
-    assert preset["found"]["rows_full"] == 20
-    assert preset["found"]["prompts"] == 3
+    assert (preset.guidance, preset.reuse) == (found["chosen"]["guidance"], "")
+    assert preset.found["rows"] == found["chosen"]["rows"]
+    assert preset.found["rows_full"] == 20
+    assert preset.found["prompts"] == 3
     with load(bundle, backend="fake") as engine:
         result = engine.generate(Request(prompt="four", steps=10, preset="quick"))
-        same = engine.generate(Request(prompt="four", steps=10, guidance=preset["guidance"]))
-    assert result.stats.rows["unet"] == preset["found"]["rows"]
+        same = engine.generate(Request(prompt="four", steps=10, guidance=preset.guidance))
+    assert result.stats.rows["unet"] == preset.found["rows"]
     np.testing.assert_array_equal(result.latents, same.latents)
     assert (
         run("generate", bundle, "four", "-n", 10, "--plan", "quick", "--backend", "fake", "-o", tmp_path / "a.png") == 0

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from stepforge import Request
+from stepforge.runtime.bundle import Preset
 from stepforge.runtime.plan.compile import compile_plan
 from stepforge.runtime.presets import resolve
 from stepforge.runtime.tune.candidate import FULL, Candidate, candidates
@@ -34,7 +35,7 @@ def test_a_preset_is_its_candidate_and_its_rows_are_counted_as_the_engine_does(e
     controls = [{**controls[0], "guess_mode": guess_mode}]
     base = Request(prompt="x", steps=10, guidance=3, sampler="ddim", controls=controls)
     assert candidate.preset(base) == {**preset, "control_start": 0.0}
-    stored = replace(engine.bundle, presets={"quick": candidate.preset(base)})
+    stored = replace(engine.bundle, presets={"quick": Preset(**candidate.preset(base))})
     request = resolve(replace(base, preset="quick"), stored)
     result = engine.generate(request)
     assert row_counts(result.plan, request, engine.bundle) == denoising_rows(result)
