@@ -110,7 +110,7 @@ def main() -> None:
             "captions": len(asked),
             "backend": f"{engine.backend.name} {engine.backend.precision}",
             "prices": worth,
-            "presets": {name: engine.bundle.presets[name] for name in args.preset},
+            "presets": {name: engine.bundle.presets[name].to_dict() for name in args.preset},
             "plans": {},
             "machine": machine(),
         }

@@ -53,13 +53,13 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
                     path.chmod(0o755 if path.is_dir() else 0o644)
                     _sync(path)
                 publish(folder, out, overwrite=overwrite)
-        finally:  # after an exchange, what was replaced
+        finally:  # also a bundle that was exchanged
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """What the operating system refuses inside the block is a BundleError of one line."""
+    """Errors of the operating system inside the block become a BundleError of one line."""
     try:
         yield
     except OSError as error:

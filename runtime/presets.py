@@ -1,8 +1,4 @@
-"""Named plan presets of a bundle: what `stepforge tune` found, and `--plan NAME` uses.
-
-A preset is a mapping in the manifest: `guidance`, `guider`, `reuse`, `control_start` and `control_end` as in `Request` and
-`Control`, and `found`, what was measured when it was chosen. It takes the place of the request's own values.
-"""
+"""Named plan presets of a bundle: what `stepforge tune` found, and `--plan NAME` uses."""
 
 from __future__ import annotations
 
@@ -10,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from stepforge.runtime.bundle import NAME, Bundle, write_manifest
+from stepforge.runtime.bundle import NAME, Bundle, Preset, update
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.request import Control, Request
-
-FIELDS = ("guidance", "guider", "reuse", "control_start", "control_end", "found")
 
 
 def resolve(request: Request, bundle: Bundle) -> Request:
@@ -25,27 +19,30 @@ def resolve(request: Request, bundle: Bundle) -> Request:
         have = f"it has {', '.join(bundle.presets)}" if bundle.presets else "it has none; `stepforge tune` makes them"
         raise RequestError(f"the bundle has no preset {request.preset!r}; {have}")
     preset = bundle.presets[request.preset]
-    window = _window(preset)
+    window = _given(start=preset.control_start, end=preset.control_end)
     return replace(
         request,
         controls=tuple(replace(control, **window) for control in request.controls),
         preset="",
-        **{name: preset[name] for name in ("guidance", "guider", "reuse") if name in preset},
+        **_given(guidance=preset.guidance, guider=preset.guider, reuse=preset.reuse),
     )
 
 
-def _window(preset: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix("control_"): preset[name] for name in ("control_start", "control_end") if name in preset}
+def store(bundle: Bundle, name: str, values: Mapping[str, Any]) -> Bundle:
+    """Write a preset into a bundle's manifest; one of the same name is replaced, others stay.
 
-
-def store(bundle: Bundle, name: str, preset: Mapping[str, Any]) -> Bundle:
-    """Write a preset into a bundle's manifest; one of the same name is replaced. Raises RequestError for a bad one."""
+    values: as `Preset` names them. Raises RequestError for a bad one, BundleError if the bundle cannot be written.
+    """
     if not NAME.fullmatch(name):
         raise RequestError(f"preset name {name!r} is not allowed; use letters, digits, ., - and _")
-    if unknown := sorted(set(preset) - set(FIELDS)):
-        raise RequestError(f"a preset has no {unknown[0]!r}; it has {', '.join(FIELDS)}")
-    Control(name=name, image=b"", **_window(preset))
-    Request(prompt="", **{name: preset[name] for name in ("guidance", "guider", "reuse") if name in preset})
-    stored = replace(bundle, presets={**bundle.presets, name: dict(preset)})
-    write_manifest(stored)
-    return stored
+    try:
+        preset = Preset.from_dict(values)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    Control(name="preset", image=b"", **_given(start=preset.control_start, end=preset.control_end))
+    Request(prompt="", **_given(guidance=preset.guidance, guider=preset.guider, reuse=preset.reuse))
+    return update(bundle, lambda now: replace(now, presets={**now.presets, name: preset}))
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from stepforge.runtime.backends import Arrays
+from stepforge.runtime.backends import Arrays, reason
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
@@ -40,7 +40,7 @@ class OnnxRuntime:
                 self._bundle.file(graph), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises a class of its own per status code, all direct from Exception
-            raise BackendError(f"onnxruntime cannot load {graph}: {str(error).splitlines()[0]}") from error
+            raise BackendError(f"onnxruntime cannot load {graph}: {reason(error)}") from error
         return _Graph(session, banks or {})
 
 

@@ -3,10 +3,10 @@
 from stepforge.runtime.bundle.format import (
     MANIFEST,
     NAME,
-    PRECISIONS,
     TEXT_ENCODERS,
     UNET,
     VAE_DECODER,
+    WEIGHT_PRECISIONS,
     Bank,
     Bundle,
     Component,
@@ -19,16 +19,17 @@ from stepforge.runtime.bundle.format import (
     Tensor,
     TextEncoder,
 )
+from stepforge.runtime.bundle.preset import Preset
 from stepforge.runtime.bundle.read import read, sha256
-from stepforge.runtime.bundle.store import write_manifest
+from stepforge.runtime.bundle.store import locked, update, write_manifest
 
 __all__ = [
     "MANIFEST",
     "NAME",
-    "PRECISIONS",
     "TEXT_ENCODERS",
     "UNET",
     "VAE_DECODER",
+    "WEIGHT_PRECISIONS",
     "Bank",
     "Bundle",
     "Component",
@@ -36,11 +37,14 @@ __all__ = [
     "ControlCard",
     "ModelCard",
     "Module",
+    "Preset",
     "Role",
     "Size",
     "Tensor",
     "TextEncoder",
+    "locked",
     "read",
     "sha256",
+    "update",
     "write_manifest",
 ]

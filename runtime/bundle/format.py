@@ -29,12 +29,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from stepforge.runtime.bundle.preset import Preset
 from stepforge.runtime.errors import RequestError
 
 FORMAT = 4
 MANIFEST = "bundle.json"
 FAMILIES = ("sd1", "sd2", "sdxl")
-PRECISIONS = ("fp32", "fp16")  # of a bundle's weights
+WEIGHT_PRECISIONS = ("fp32", "fp16")  # of a bundle's weights
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -225,7 +226,7 @@ class Bundle:
     files: Mapping[str, tuple[int, str]]  # relative path -> (bytes, sha256)
     controls: Mapping[str, ControlCard] = field(default_factory=dict)
     verdict: Mapping[str, Any] | None = None  # what `stepforge verify` found; not part of the digest
-    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # see presets.py; not part of the digest
+    presets: Mapping[str, Preset] = field(default_factory=dict)  # not part of the digest
 
     def file(self, relative: str) -> Path:
         return self.path / relative
@@ -266,5 +267,5 @@ def to_dict(bundle: Bundle) -> dict[str, Any]:
         "files": {name: list(entry) for name, entry in sorted(bundle.files.items())},
         "controls": {name: asdict(card) for name, card in bundle.controls.items()},
         "verdict": bundle.verdict,
-        "presets": {name: dict(preset) for name, preset in bundle.presets.items()},
+        "presets": {name: preset.to_dict() for name, preset in bundle.presets.items()},
     }

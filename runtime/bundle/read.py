@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -26,7 +27,10 @@ from stepforge.runtime.bundle.format import (
     Tensor,
     TextEncoder,
 )
+from stepforge.runtime.bundle.preset import Preset
 from stepforge.runtime.errors import BundleError
+
+PARTIAL = re.compile(r"\.[0-9a-f]{16}\.tmp")  # a manifest that is being written, see `files.written`; nobody reads it
 
 
 def read(path: str | Path, *, check: bool = True) -> Bundle:
@@ -65,7 +69,7 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Bundle:
         files={name: (int(size), str(digest)) for name, (size, digest) in data["files"].items()},
         controls={name: ControlCard(**card) for name, card in data["controls"].items()},
         verdict=data["verdict"],
-        presets=dict(data["presets"]),
+        presets={name: Preset.from_dict(values) for name, values in data["presets"].items()},
     )
     if bundle.card.family not in FAMILIES:
         raise BundleError(f"{path} has model family {bundle.card.family!r}; known: {', '.join(FAMILIES)}")
@@ -129,7 +133,7 @@ def _check_tree(bundle: Bundle) -> None:
         relative = file.relative_to(root).as_posix()
         if file.is_symlink():
             raise BundleError(f"{bundle.path} contains the link {relative}; a bundle holds plain files only")
-        if file.is_file() and relative != MANIFEST:
+        if file.is_file() and relative != MANIFEST and not PARTIAL.fullmatch(relative):
             present.add(relative)
     if missing := sorted(set(bundle.files) - present):
         raise BundleError(f"{bundle.path} lacks {', '.join(missing)}")

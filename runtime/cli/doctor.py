@@ -13,7 +13,9 @@ from typing import Annotated
 
 import typer
 
-from stepforge.runtime.backends import AUTO, available_threads, choose, open_backend
+from stepforge.runtime.backends import AUTO, available_threads, choose, open_backend, runnable
+from stepforge.runtime.backends.fake import fake_bundle
+from stepforge.runtime.backends.gpu import torch_on_gpu
 from stepforge.runtime.bundle import read
 from stepforge.runtime.cli import options
 from stepforge.runtime.errors import StepforgeError
@@ -62,15 +64,18 @@ def examine(bundle: Path | None = None) -> list[Finding]:
                 else "installed, `stepforge export` and `verify` can run")
     )  # fmt: skip
     try:
-        name, why = choose()
-        findings.append(Finding("backend", True, f"auto is {name}: {why}"))
+        findings.append(Finding("backend", True, f"auto is {choose(fake_bundle())}"))
     except StepforgeError as error:
         findings.append(Finding("backend", False, str(error)))
     findings += _openvino()
     if _version("torch") and _version("onnx"):
-        findings.append(
-            Finding("torch backend", True, "can run; never chosen by auto (CPU: slow; CUDA: not measured yet)")
+        runs, reason = torch_on_gpu()
+        text = (
+            f"runs on {reason}; auto takes it"
+            if runs
+            else f"can run on the CPU, slowly; auto does not take it: {reason}"
         )
+        findings.append(Finding("torch backend", True, text))
     if bundle is not None:
         findings += _bundle(bundle)
     return findings
@@ -98,10 +103,10 @@ def _openvino() -> list[Finding]:
 def _bundle(path: Path) -> list[Finding]:
     try:
         bundle = read(path)
-    except StepforgeError as error:
+    except (StepforgeError, OSError) as error:
         return [Finding("bundle", False, str(error))]
     findings = [Finding("bundle", True, f"{bundle.card.name}, {len(bundle.files)} files, every hash matches")]
-    for name in AUTO:
+    for name in runnable():
         if importlib.util.find_spec(name) is None:
             continue
         try:

@@ -28,7 +28,7 @@ def info(bundle: options.BundlePath, as_json: options.Json = False) -> None:
     print(f"  scheduler: {_listed({key: value for key, value in opened.scheduler.items() if value is not None})}")
     print(f"  exported with: {_listed(opened.versions)}")
     for name, preset in opened.presets.items():
-        stated = {key: value for key, value in preset.items() if key != "found"}
+        stated = {key: value for key, value in preset.to_dict().items() if key != "found"}
         print(f"  preset {printable(name)}: {_listed(stated)}")
     verdict = opened.verdict
     print("  parity: " + (printable(verdict["summary"], 500) if verdict else "never verified; run `stepforge verify`"))
@@ -46,7 +46,7 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "components": {str(key): component.graph for key, component in bundle.components.items()},
         "bytes": sum(size for size, _ in bundle.files.values()),
         "verdict": bundle.verdict,
-        "presets": dict(bundle.presets),
+        "presets": {name: preset.to_dict() for name, preset in bundle.presets.items()},
     }
 
 

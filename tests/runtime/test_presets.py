@@ -1,16 +1,12 @@
 """Named plan presets: stored in a bundle, used by requests, refused when they cannot be run."""
 
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from stepforge import Request, RequestError
-from stepforge.runtime.backends import fake
-from stepforge.runtime.backends.fake import fake_bundle
-from stepforge.runtime.bundle import Bundle, read, write_manifest
+from stepforge.runtime.bundle import Bundle, Preset, read, write_manifest
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.presets import resolve, store
 
@@ -18,12 +14,8 @@ FAST = {"guidance": "7.5@0-0.6,1@0.6-1", "reuse": "deepcache(2)", "control_end":
 
 
 @pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    """The fake bundle in a folder of its own, with a file where the manifest says there is a graph."""
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    shutil.copy(Path(fake.__file__).parent / "fake_tokenizer.json", folder)
-    return replace(fake_bundle(), path=folder)
+def bundle(hand_written_bundle: Path) -> Bundle:
+    return read(hand_written_bundle)
 
 
 def test_what_is_stored_is_what_requests_get(bundle):
@@ -43,7 +35,7 @@ def test_what_is_stored_is_what_requests_get(bundle):
 def test_presets_do_not_change_the_digest(bundle):
     stored = store(bundle, "fast", FAST)
     assert stored.digest == bundle.digest
-    assert store(stored, "fast", {"reuse": ""}).presets == {"fast": {"reuse": ""}}
+    assert store(stored, "fast", {"reuse": ""}).presets == {"fast": Preset(reuse="")}
     assert list(store(stored, "slow", {}).presets) == ["fast", "slow"]
 
 
@@ -52,7 +44,7 @@ def test_presets_survive_the_manifest(tiny_sd1_bundle):
     try:
         store(bundle, "fast", FAST)
         again = read(tiny_sd1_bundle)
-        assert again.presets == {"fast": FAST}
+        assert again.presets == {"fast": Preset(**FAST)}
         assert again.digest == bundle.digest
     finally:
         write_manifest(bundle)
@@ -63,19 +55,19 @@ def test_presets_survive_the_manifest(tiny_sd1_bundle):
     [
         ("a b", {}, "preset name 'a b' is not allowed"),
         ("../x", {}, "is not allowed"),
-        ("fast", {"steps": 3}, "a preset has no 'steps'; it has guidance"),
+        ("fast", {"steps": 3}, "a preset has no 'steps'; it has guidance, guider"),
         ("fast", {"guidance": "lots"}, "guidance"),
         ("fast", {"guider": "magic"}, "magic"),
         ("fast", {"reuse": "deepcache(1)"}, "interval is 1;"),
         ("fast", {"control_start": 0.7, "control_end": 0.2}, "runs from 0.7 to 0.2"),
-        ("fast", {"control_end": "late"}, "give 0 <= start < end <= 1"),
+        ("fast", {"control_end": "late"}, "control_end of a preset is 'late'"),
     ],
 )
 def test_bad_presets_are_not_stored(bundle, name, preset, message):
     with pytest.raises(RequestError, match=message) as caught:
         store(bundle, name, preset)
     assert "\n" not in str(caught.value)
-    assert not (bundle.path / "bundle.json").exists()
+    assert not read(bundle.path).presets
 
 
 def test_unknown_presets_are_refused(bundle):
@@ -93,7 +85,7 @@ def test_the_command_line_takes_a_preset_or_its_parts(option, command, capsys):
     assert done.value.code == 2
     name = "--guidance" if option[0] == "-g" else option[0]
     error = capsys.readouterr().err
-    assert f"--plan fast decides guidance, guider, reuse; leave {name} out" in error
+    assert f"--plan decides guidance, guider, reuse; leave {name} out" in error
     assert error.count("\n") == 1
 
 

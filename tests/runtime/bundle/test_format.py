@@ -9,61 +9,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stepforge.runtime.backends.fake import fake_bundle
-from stepforge.runtime.bundle import (
-    MANIFEST,
-    TEXT_ENCODERS,
-    UNET,
-    Bundle,
-    Component,
-    ComponentId,
-    Tensor,
-    read,
-    sha256,
-    write_manifest,
-)
+from stepforge.runtime.bundle import MANIFEST, TEXT_ENCODERS, UNET, ComponentId, Preset, read, write_manifest
 from stepforge.runtime.errors import BundleError
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    folder = tmp_path / "bundle"
-    for name in (
-        *(f"{folder}/model.onnx" for folder in ("denoiser/unet", "text_encoder", "vae_decoder")),
-        "denoiser/unet/model.onnx.data",
-        "tokenizer/tokenizer.json",
-    ):
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(name.encode() * 10)
-    write(folder)
-    return folder
-
-
-def write(folder: Path) -> Bundle:
-    fake = fake_bundle()
-    tensor = Tensor("sample", "float32", ("rows", 4, "height", "width"))
-    card = fake.card
-    encoder = replace(card.text_encoders[0], tokenizer="tokenizer/tokenizer.json")
-    names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
-    bundle = Bundle(
-        path=folder,
-        card=replace(card, text_encoders=(encoder,)),
-        scheduler=fake.scheduler,
-        components={key: Component(f"{key.folder}/model.onnx", (tensor,), (tensor,)) for key in fake.components},
-        precision="fp32",
-        versions={"torch": "2"},
-        source={"kind": "test"},
-        files={name: ((folder / name).stat().st_size, sha256(folder / name)) for name in names},
-    )
-    write_manifest(bundle)
-    return bundle
+def path(hand_written_bundle: Path) -> Path:
+    return hand_written_bundle
 
 
 def test_what_is_written_is_read(path):
     bundle = read(path)
-    assert bundle == write(path)
-    assert bundle.digest == read(path).digest
+    preset = Preset(guidance=(3.0, 1.0), reuse="tgate(0.5)", control_end=0.5, found={"rows": 3})
+    changed = replace(bundle, presets={"fast": preset, "plain": Preset()}, verdict={"passed": True})
+    write_manifest(changed)
+    assert read(path) == changed
+    assert read(path).digest == bundle.digest
+    assert bundle.digest is bundle.digest  # computed once: it takes 55 ms on the manifest of a large model
 
 
 def test_a_component_has_a_role_a_name_and_a_variant(path):
@@ -83,13 +45,6 @@ def test_a_component_has_a_role_a_name_and_a_variant(path):
         edit(path, lambda m, older=older: m.update(format=older))
         with pytest.raises(BundleError, match=f"has bundle format {older}; this version reads 4: export it again"):
             read(path)
-
-
-def test_the_verdict_is_not_part_of_the_digest(path):
-    bundle = read(path)
-    write_manifest(replace(bundle, verdict={"passed": True}))
-    assert read(path).verdict == {"passed": True}
-    assert read(path).digest == bundle.digest
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -141,6 +96,7 @@ REFUSED = {
         lambda p: edit(p, lambda m: m["components"][1].update(name="../unet")),
         "a component named '../unet'",
     ),
+    "bad preset": (lambda p: edit(p, lambda m: m["presets"].update(a={"reuse": 3})), "reuse of a preset is 3"),
     "file missing": (lambda p: (p / "tokenizer/tokenizer.json").unlink(), "lacks tokenizer/tokenizer.json"),
     "file unknown": (lambda p: (p / "run.py").write_text(""), "does not list: run.py"),
     "file longer": (lambda p: (p / "tokenizer/tokenizer.json").write_text("x"), "has 1 bytes"),
