@@ -73,8 +73,7 @@ def resolve_probes(graphs: Sequence[Path], component: Component, *, control: boo
             kept.append(_deep(skips[reuse.deepcache], joints[reuse.deepcache], component, reuse.deepcache))
         kept = [_as_float32(model, value) for value in kept]
         outputs = tuple(Tensor(value.name or "", "float32", _axes(value)) for value in kept)
-        del model.graph.outputs[1:]
-        model.graph.outputs.extend(kept)
+        model.graph.outputs[1:] = kept
         forget_shapes(model)
         ir.save(model, path)
     return replace(component, inputs=(*component.inputs, *inputs), outputs=(*component.outputs, *outputs))
