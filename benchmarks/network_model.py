@@ -26,6 +26,7 @@ from stepforge.runtime.backends.torch.program import Node, Program, read
 from stepforge.runtime.bundle import UNET
 
 SHAPES = Path(__file__).with_name("shapes")  # graphs without weights, by shapes.py
+VIEWS = "views"  # should cost nothing; on a GPU the measurement tells whether one copies
 WHAT = "roofline with an H100's shares of the peaks, see stepforge/kernels/dispatch/cost.py"
 LATENT = {768: 64, 2048: 128}  # width of the prompt -> side of the latents at the model's own size: SD1.5, SDXL
 TOKENS = 77
@@ -183,7 +184,8 @@ def table(found: list[Work], gpus: Mapping[str, Gpu], measured: Mapping[str, flo
     """Lines: each kind's launches, GFLOP, MB and predicted milliseconds; measured: milliseconds by kind beside them."""
     head = f"{'kind':22} {'launches':>8} {'GFLOP':>8} {'MB':>8} " + " ".join(f"{name:>8}" for name in gpus)
     lines = [head + (f" {'measured':>9}" if measured is not None else "") + "   ms"]
-    for kind, own in [*by_kind(found).items(), ("all", found)]:
+    views: list[tuple[str, list[Work]]] = [(VIEWS, [])] if measured is not None else []
+    for kind, own in [*by_kind(found).items(), *views, ("all", found)]:
         flops, elements = sum(w.flops for w in own), sum(w.elements for w in own)
         cells = [f"{1e3 * sum(w.seconds(gpu) for w in own):8.2f}" for gpu in gpus.values()]
         line = f"{kind:22} {sum(w.launches for w in own):8} {flops / 1e9:8.1f} {2e-6 * elements:8.1f} " + " ".join(
@@ -227,9 +229,12 @@ def measure(network: Any, inputs: Mapping[str, Any], *, times: int = 3) -> dict[
     on_cuda = next(iter(inputs.values())).device.type == "cuda"
     steps = list(runner._steps)
 
+    hosts = launches.on_host(program)
+
     def named(node: Node, compute: Any) -> Any:
         counted = launches.count(Program([node], program.inputs, program.outputs, program.constants))
-        kind = f"kind {next(iter(counted), node.op)}"
+        launches_one = node.op not in launches.VIEWS and not set(node.outputs) <= hosts
+        kind = f"kind {next(iter(counted), node.op) if launches_one else VIEWS}"
 
         def run(*operands: Any) -> Any:
             with record_function(kind):
