@@ -78,7 +78,7 @@ setup(
         "stepforge.kernels.aot": ["golden.json"],
     },
     entry_points={
-        "console_scripts": ["stepforge=stepforge.runtime.cli.main:main"],
+        "console_scripts": ["stepforge=stepforge.runtime.cli:start"],
         # commands of the offline room join the command line here, so that the run time need not import it
         "stepforge.commands": [
             "export=stepforge.export.cli:export_command",

@@ -18,7 +18,7 @@ import torch
 from stepforge.export.graph import trace
 from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, used_modules
 from stepforge.export.graph.control import split
-from stepforge.export.graph.rewire import RESIDUAL, Reuse, cut_variants, resolve_probes, variant
+from stepforge.export.graph.rewire import RESIDUAL, Variants, cut_variants, resolve_probes, variant
 from stepforge.export.lora.merge import read_all, with_adapters
 from stepforge.export.models.controlnet import ControlSource, load_control
 from stepforge.export.models.load import load
@@ -34,6 +34,7 @@ from stepforge.runtime.bundle import (
     TEXT_ENCODERS,
     UNET,
     VAE_DECODER,
+    WEIGHT_PRECISIONS,
     Bundle,
     Component,
     ComponentId,
@@ -48,10 +49,10 @@ from stepforge.runtime.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]  # stage, stages done, stages in all
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = dict(zip(WEIGHT_PRECISIONS, (torch.float32, torch.float16), strict=True))
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
 MOST_SLOTS, HIGHEST_RANK = 64, 512
-NO_REUSE = Reuse()
+NO_VARIANTS = Variants()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def export_bundle(
     loras: Sequence[tuple[Path, float]] = (),
     bank: BankOptions | None = None,
     controls: Mapping[str, str | Path] | None = None,
-    reuse: Reuse = NO_REUSE,
+    reuse: Variants = NO_VARIANTS,
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Bundle:
@@ -128,7 +129,7 @@ class _Export:
         folder: Path,
         precision: str,
         bank: BankOptions | None,
-        reuse: Reuse,
+        reuse: Variants,
         progress: Progress | None,
     ) -> None:
         self.source, self.controls, self.folder, self.precision = source, controls, folder, precision

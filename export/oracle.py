@@ -1,7 +1,7 @@
 """Any linear diffusers scheduler as rows of numbers, by pushing basis vectors through it.
 
 A scheduler whose steps are linear in latent, predictions and noise is known exactly from what it does to unit vectors.
-So `expansion` is the reference for every sampler of `runtime/samplers.py`, and `from_diffusers` compiles schedulers for
+So `expansion` is the reference for every sampler of `runtime/plan/samplers.py`, and `from_diffusers` compiles schedulers for
 which stepforge has no formula.
 """
 
@@ -25,7 +25,7 @@ from stepforge.runtime.plan import Step
 Array = NDArray[np.float64]
 Window = tuple[tuple[float, ...], tuple[float, ...], float]  # keep, gain, noise
 LONGEST = 8  # latents or predictions of a window
-RESIDUAL = 1e-9  # of a window, relative; the expansions themselves are good to about 1e-12
+RESIDUAL = 1e-9  # relative error of a window; expansions are good to about 1e-12
 FAINT = 1e-9  # noise below this is none: diffusers' DDPM ends with a deviation of 1e-10 in place of 0
 
 
@@ -66,7 +66,7 @@ def from_diffusers(
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What a scheduler did in K evaluations: its latents over its inputs, and what the network was given."""
+    """K evaluations of a scheduler: latents over its inputs, and what the network was given."""
 
     latents: Array  # [K + 1, 1 + 2K]: coefficients of x_0, p_0..p_{K-1}, z_0..z_{K-1}
     t: tuple[float, ...]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from stepforge.runtime.bundle import MANIFEST
+from stepforge.runtime.bundle import MANIFEST, locked
 from stepforge.runtime.errors import BundleError
 
 NOREPLACE, EXCHANGE = 1, 2  # flags of renameat2 (linux/fs.h)
@@ -53,13 +53,13 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
                     path.chmod(0o755 if path.is_dir() else 0o644)
                     _sync(path)
                 publish(folder, out, overwrite=overwrite)
-        finally:  # after an exchange, what was replaced
+        finally:  # also a bundle that was exchanged
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """What the operating system refuses inside the block is a BundleError of one line."""
+    """Errors of the operating system inside the block become a BundleError of one line."""
     try:
         yield
     except OSError as error:
@@ -93,10 +93,11 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
     """
     check_out(out, overwrite)
     if _exists(out):
-        _exchange(folder, out)
-        if not _is_bundle(folder):  # something else took its place after the check
+        with locked(out):  # else who is about to store a preset or a verdict would write it into the new bundle
             _exchange(folder, out)
-            raise BundleError(f"{out} was replaced by something that is not a bundle, which is left alone")
+            if not _is_bundle(folder):  # something else took its place after the check
+                _exchange(folder, out)
+                raise BundleError(f"{out} was replaced by something that is not a bundle, which is left alone")
     else:
         _take(folder, out)
     _sync(out.parent)

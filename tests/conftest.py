@@ -279,15 +279,15 @@ def tiny_sdxl_banks(tiny_sdxl_bundle: Path, tmp_path_factory: pytest.TempPathFac
 def tiny_sd1_control_bundle(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], request: pytest.FixtureRequest) -> Path:
     """Two ControlNets, DeepCache of branch 0, T-GATE and LoRA banks."""
     from stepforge.export.build import BankOptions
-    from stepforge.export.graph.rewire import Reuse
+    from stepforge.export.graph.rewire import Variants
 
-    return _export(tiny_sd1, request, tiny_sd1_controls, reuse=Reuse(0, True), bank=BankOptions(3, 8))
+    return _export(tiny_sd1, request, tiny_sd1_controls, reuse=Variants(0, True), bank=BankOptions(3, 8))
 
 
 @pytest.fixture(scope="session")
 def tiny_sdxl_control_bundle(
     tiny_sdxl: Path, tiny_sdxl_controls: dict[str, Path], request: pytest.FixtureRequest
 ) -> Path:
-    from stepforge.export.graph.rewire import Reuse
+    from stepforge.export.graph.rewire import Variants
 
-    return _export(tiny_sdxl, request, tiny_sdxl_controls, reuse=Reuse(0, True))
+    return _export(tiny_sdxl, request, tiny_sdxl_controls, reuse=Variants(0, True))

@@ -23,7 +23,7 @@ from stepforge.runtime.errors import CheckpointError
 
 LAYERS = ("MatMul", "Gemm", "Conv")
 TARGETS = ("transformer", "all")  # which layers of a denoiser take adapters
-PREFIXES = ("unet.", "model.", "text_model.")  # of the wrappers in trace.py, and of transformers before 5.6
+PREFIXES = ("unet.", "model.", "text_model.")  # wrappers of trace.py, transformers before 5.6
 
 
 def add_bank(
@@ -48,14 +48,14 @@ def add_bank(
 
 
 def used_modules(graph: Path, modules: Iterable[Module]) -> tuple[Module, ...]:
-    """Those whose weights the graph reads: SDXL's first text encoder has a last layer that nothing uses."""
+    """Modules whose weights the graph reads: SDXL's first text encoder has a last layer that nothing uses."""
     modules = tuple(modules)
     found = _layers(ir.load(graph), {module.path: module for module in modules})
     return tuple(module for module in modules if module.kind == "norm" or module.path in found)
 
 
 def transformer_only(modules: Iterable[Module]) -> tuple[Module, ...]:
-    """What trainers change by default: the linear and 1×1 layers of the transformers."""
+    """Layers that trainers change by default: linear and 1×1 layers of the transformers."""
     return tuple(module for module in modules if ".attentions." in module.path)
 
 
@@ -96,14 +96,8 @@ class _Rewrite:
         slots: int,
         rank: int,
     ) -> None:
-        self.graph, self.found, self.table, self.shared, self.slots, self.rank = (
-            model.graph,
-            found,
-            table,
-            shared,
-            slots,
-            rank,
-        )
+        self.graph, self.found, self.table, self.shared = model.graph, found, table, shared
+        self.slots, self.rank = slots, rank
         self.numbers = itertools.count()
         self.constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self.tensors: list[Tensor] = []
@@ -114,10 +108,7 @@ class _Rewrite:
         strength = self.input("adapter_strength", "float32", ("rows", 1, 1))
         for paths in self.shared.values():
             nodes = [self.found[path] for path in paths]
-            weight = nodes[0].inputs[1]
-            assert weight is not None
-            assert weight.dtype is not None
-            self.dtype = weight.dtype
+            self.dtype = _dtype(nodes[0].inputs[1])
             self.strength = self.cast(strength)
             if nodes[0].op_type == "MatMul":
                 self.linear(paths, nodes)
@@ -143,10 +134,8 @@ class _Rewrite:
         """A linear layer of one vector a row, [rows, in]."""
         outputs, inputs = self.table[path].shape
         axis = self.constant(np.array([1]))
-        h = self.op(
-            "MatMul", self.op("Unsqueeze", node.inputs[0], axis), self.bank(f"{path}.lora_A", (inputs, self.rank))
-        )
-        h = self.op("Mul", h, self.strength)
+        x = self.op("Unsqueeze", node.inputs[0], axis)
+        h = self.op("Mul", self.op("MatMul", x, self.bank(f"{path}.lora_A", (inputs, self.rank))), self.strength)
         y = self.op("MatMul", h, self.bank(f"{path}.lora_B", (self.rank, outputs)))
         self.add(node, self.op("Squeeze", y, axis))
 
@@ -161,11 +150,8 @@ class _Rewrite:
             one_hot = np.broadcast_to(
                 np.eye(taps, dtype=np.float32).reshape(1, taps, *kernel), (self.rank, taps, *kernel)
             )
-            settings = {
-                name: node.attributes[name].value
-                for name in ("pads", "strides", "dilations")
-                if name in node.attributes
-            }
+            given = node.attributes
+            settings = {name: given[name].value for name in ("pads", "strides", "dilations") if name in given}
             h = self.op("Conv", self.op("Reshape", h, maps), self.cast(self.constant(np.ascontiguousarray(one_hot))),
                         group=self.rank, kernel_shape=kernel, **settings)  # fmt: skip
             h = self.op("Reshape", h, flat)
@@ -213,7 +199,7 @@ class _Rewrite:
 
     def input(self, name: str, dtype: str, shape: tuple[int | str, ...]) -> ir.Value:
         kind = ir.DataType.INT64 if dtype == "int64" else ir.DataType.FLOAT
-        value = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
+        value = ir.val(name, kind, shape)
         self.graph.inputs.append(value)
         self.tensors.append(Tensor(name, dtype, shape))
         return value
@@ -222,16 +208,16 @@ class _Rewrite:
         key = array.dtype.str, array.shape, array.tobytes()
         if key not in self.constants:
             name = f"lora_constant_{len(self.constants)}"
-            value = ir.Value(
-                name=name,
-                type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-                shape=ir.Shape(array.shape),
-                const_value=ir.tensor(array, name=name),
-            )
-            self.graph.initializers[name] = value
-            self.constants[key] = value
+            self.constants[key] = ir.val(name, const_value=ir.tensor(array, name=name))
+            self.graph.initializers.add(self.constants[key])
         return self.constants[key]
 
 
 def _stride(node: ir.Node) -> int:
     return max(node.attributes["strides"].value) if "strides" in node.attributes else 1
+
+
+def _dtype(value: ir.Value | None) -> ir.DataType:
+    assert value is not None
+    assert value.dtype is not None
+    return value.dtype

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepforge.export.graph.rewire import RESIDUAL
 from stepforge.export.graph.trace import Traced, network_inputs
@@ -26,7 +26,7 @@ class Hint(nn.Module):
         self.flip = net.config.controlnet_conditioning_channel_order == "bgr"
         self.dtype = net.dtype
 
-    def forward(self, image: Any) -> Any:
+    def forward(self, image: Tensor) -> Tensor:
         image = image.flip(1) if self.flip else image
         return self.embedding(image.to(self.dtype)).float()
 
@@ -36,8 +36,16 @@ class Residuals(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, hint: Any, scale: Any,
-                text_embeds: Any = None, time_ids: Any = None) -> Any:  # fmt: skip
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        hint: Tensor,
+        scale: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         dtype = self.net.dtype
         extra = None
         if text_embeds is not None:

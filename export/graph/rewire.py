@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -33,23 +34,22 @@ REUSE = re.compile(r"tgate|deepcache(?:\((\d{1,2})\))?")
 
 
 @dataclass(frozen=True, slots=True)
-class Reuse:
+class Variants:
     """The reuse variants to export."""
 
     deepcache: int | None = None  # branch: layers of the up path that a skipping step runs, less one
     tgate: bool = False
 
     @classmethod
-    def parse(cls, texts: Iterable[str]) -> Reuse:
+    def parse(cls, texts: Iterable[str]) -> Variants:
         """From "tgate", "deepcache" and "deepcache(BRANCH)". Raises CheckpointError."""
         found = cls()
         for text in texts:
             match = REUSE.fullmatch(text.strip())
             if match is None:
-                raise CheckpointError(f"reuse {text!r} is unknown; choose tgate, deepcache or deepcache(BRANCH)")
-            found = (
-                replace(found, tgate=True) if text.strip() == "tgate" else replace(found, deepcache=int(match[1] or 0))
-            )
+                raise CheckpointError(f"reuse {text!r:.80} is unknown; choose tgate, deepcache or deepcache(BRANCH)")
+            change: dict[str, Any] = {"tgate": True} if match[0] == "tgate" else {"deepcache": int(match[1] or 0)}
+            found = replace(found, **change)
         return found
 
     @property
@@ -57,7 +57,7 @@ class Reuse:
         return ("deepcache",) * (self.deepcache is not None) + ("tgate",) * self.tgate
 
 
-def resolve_probes(graphs: Sequence[Path], component: Component, *, control: bool, reuse: Reuse) -> Component:
+def resolve_probes(graphs: Sequence[Path], component: Component, *, control: bool, reuse: Variants) -> Component:
     """Rewrite the graph files of a traced denoiser in place: probes become what `control` and `reuse` ask, or go."""
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
@@ -73,8 +73,7 @@ def resolve_probes(graphs: Sequence[Path], component: Component, *, control: boo
             kept.append(_deep(skips[reuse.deepcache], joints[reuse.deepcache], component, reuse.deepcache))
         kept = [_as_float32(model, value) for value in kept]
         outputs = tuple(Tensor(value.name or "", "float32", _axes(value)) for value in kept)
-        del model.graph.outputs[1:]
-        model.graph.outputs.extend(kept)
+        model.graph.outputs[1:] = kept
         forget_shapes(model)
         ir.save(model, path)
     return replace(component, inputs=(*component.inputs, *inputs), outputs=(*component.outputs, *outputs))
@@ -85,7 +84,7 @@ def _named(model: ir.Model, prefix: str) -> list[ir.Value]:
 
 
 def _joint(skip: ir.Value) -> ir.Node:
-    """Where the up path takes a skip connection in."""
+    """Concatenation that takes a skip connection into the up path."""
     found = [use.node for use in skip.uses() if use.node.op_type == "Concat" and use.idx == 1]
     if len(found) != 1:
         raise CheckpointError(f"the network's {skip.name} has {len(found)} uses in the up path; 1 is expected")
@@ -93,7 +92,7 @@ def _joint(skip: ir.Value) -> ir.Node:
 
 
 def _deep(skip: ir.Value, joint: ir.Node, component: Component, branch: int) -> ir.Value:
-    """What enters the layer of the up path, counted from its end, beside the skip connection."""
+    """Value that enters a layer of the up path beside the skip connection; layers are counted from the end."""
     deep = joint.inputs[0]
     assert deep is not None
     entering = [module.shape[1] for module in component.modules if UP_LAYER.fullmatch(module.path)]
@@ -137,8 +136,7 @@ def _add_residuals(model: ir.Model, skips: Sequence[ir.Value], joints: Sequence[
 
 def _plus_input(model: ir.Model, value: ir.Value, name: str, before: ir.Node | None) -> tuple[ir.Value, Tensor]:
     """value + a new float32 input, added before a node, or right after the value."""
-    shape = ir.Shape([f"{name}_rows", _axes(value)[1], f"{name}_height", f"{name}_width"])
-    given = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+    given = ir.val(name, ir.DataType.FLOAT, [f"{name}_rows", _axes(value)[1], f"{name}_height", f"{name}_width"])
     model.graph.inputs.append(given)
     nodes, term = [], given
     if value.dtype != ir.DataType.FLOAT:
@@ -192,22 +190,21 @@ def variant(folder: Path, component: Component, name: str, given: Sequence[str],
 def _cut(model: ir.Model, given: Sequence[str], drop: Sequence[str]) -> None:
     values: Mapping[str, ir.Value] = {value.name or "": value for value in model.graph.outputs}
     kept = [value for name, value in values.items() if name not in drop]
-    del model.graph.outputs[:]
+    model.graph.outputs.clear()  # not `del`: it would leave the values marked as outputs
     model.graph.outputs.extend(kept)
     for name in given:
         old, cast = values[name], values[name].producer()
-        new = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=old.shape)
+        new = ir.val(name, ir.DataType.FLOAT, old.shape)
         old.name = f"{name}_computed"
         model.graph.inputs.append(new)
-        if cast is not None and cast.op_type == "Cast":  # of a network in fp16
+        if cast is not None and cast.op_type == "Cast":  # fp16 network
             old = cast.inputs[0]
             assert old is not None
             back = ir.node("Cast", [new], {"to": ir.DataType.FLOAT16.value})
             back.outputs[0].name = f"{name}_given"
             model.graph.insert_before(model.graph[0], back)
             new = back.outputs[0]
-        for use in list(old.uses()):
-            use.node.replace_input_with(use.idx, new)
+        ir.convenience.replace_all_uses_with(old, new)
     RemoveUnusedNodesPass()(model)
     unused = [value for value in model.graph.inputs if not value.uses()]
     for value in unused:

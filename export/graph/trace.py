@@ -20,11 +20,12 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim
 
 from stepforge.export.graph.passes import clean, forget_shapes, name_weights
-from stepforge.runtime.bundle import Component, Tensor
+from stepforge.runtime import bundle
+from stepforge.runtime.bundle import Component
 
 # Opset 20 writes attention as MatMul, Softmax, MatMul. OpenVINO and TensorRT fuse that, and `derive` does for ONNX
 # Runtime. Opset 23 has an Attention operator, but no engine was faster with it (benchmarks/bench_export.py --opsets),
@@ -43,7 +44,7 @@ class Traced:
     """A module ready for export: example inputs, and the shapes of its inputs and outputs as the manifest names them."""
 
     module: nn.Module
-    example: Mapping[str, torch.Tensor]
+    example: Mapping[str, Tensor]
     inputs: Axes
     outputs: Axes
     multiple: int = 1  # height and width must be multiples of this
@@ -62,8 +63,8 @@ class Denoiser(nn.Module):
     def __init__(self, unet: Any, *, probe: bool = False) -> None:
         super().__init__()
         self.unet = unet
-        self._text: list[Any] = []
-        self._skips: list[Any] = []
+        self._text: list[Tensor] = []
+        self._skips: list[tuple[Tensor, tuple[Tensor, ...]]] = []
         self.probes: tuple[str, ...] = ()
         if probe:
             blocks = len(unet.up_blocks)
@@ -82,25 +83,31 @@ class Denoiser(nn.Module):
     def _see_block(self, block: Any, args: Any, values: dict[str, Any]) -> None:
         self._skips.append((values["hidden_states"], values["res_hidden_states_tuple"]))
 
-    def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, text_embeds: Any = None,
-                time_ids: Any = None) -> Any:  # fmt: skip
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         dtype = self.unet.dtype
         self._text.clear()
         self._skips.clear()
         extra = None
         if text_embeds is not None:
-            extra = {"text_embeds": text_embeds.to(dtype), "time_ids": time_ids}  # ids reach 1024: embedded in fp32
+            extra = {"text_embeds": text_embeds.to(dtype), "time_ids": time_ids}  # up to 1024: embedded in fp32
         context = encoder_hidden_states.to(dtype)
         out = self.unet(sample.to(dtype), timestep, context, added_cond_kwargs=extra, return_dict=False)[0].float()
         if not self.probes:
             return out
-        skips = [value for _, values in reversed(self._skips) for value in values]  # the deepest block goes first
+        skips = [value for _, values in reversed(self._skips) for value in values]  # deepest block first
         probes = (*skips, self._skips[0][0], *self._text)
         self._text, self._skips = [], []
         return out, *probes
 
 
-class TextEncoder(nn.Module):
+class ClipEncoder(nn.Module):
     """Hidden states of the last layer through the final norm (SD 1 and 2), or of the last but one as they are (SDXL)."""
 
     def __init__(self, model: Any, length: int, *, penultimate: bool) -> None:
@@ -109,9 +116,10 @@ class TextEncoder(nn.Module):
         self.penultimate = penultimate
         # transformers builds its mask with shape-dependent Python; ours is a constant of the graph
         mask = torch.full((length, length), torch.finfo(model.dtype).min, dtype=model.dtype).triu(1)
+        self.mask: Tensor
         self.register_buffer("mask", mask[None, None], persistent=False)
 
-    def forward(self, input_ids: Any) -> Any:
+    def forward(self, input_ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         core = getattr(self.model, "text_model", self.model)
         hidden = core.embeddings(input_ids=input_ids)
         layers = core.encoder.layers
@@ -139,7 +147,7 @@ class VaeDecoder(nn.Module):
         self.scale = 1.0 / vae.config.scaling_factor
         self.dtype = vae.dtype
 
-    def forward(self, latents: Any) -> Any:
+    def forward(self, latents: Tensor) -> Tensor:
         x = (latents * self.scale).to(self.dtype)
         return self.decoder(x if self.post_quant_conv is None else self.post_quant_conv(x)).float()
 
@@ -152,8 +160,8 @@ def denoiser(unet: Any, *, probe: bool = False) -> Traced:
     return Traced(module, example, inputs, outputs, multiple, derive=True, probes=module.probes)
 
 
-def network_inputs(config: Any) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int | str, ...]], int]:
-    """What a UNet and its ControlNets read: examples and shapes, and what height and width are multiples of."""
+def network_inputs(config: Any) -> tuple[dict[str, Tensor], dict[str, tuple[int | str, ...]], int]:
+    """Inputs of a UNet and its ControlNets: examples, shapes, and the multiple that height and width have."""
     channels, dim = config.in_channels, config.cross_attention_dim
     multiple = 2 ** (len(config.block_out_channels) - 1)
     # Two rows, and height unequal to width: torch.export takes a 1, and two equal sizes, for constants.
@@ -181,7 +189,7 @@ def text_encoder(model: Any, length: int, *, penultimate: bool) -> Traced:
         outputs["pooled"] = ("rows", model.config.projection_dim)
     example = {"input_ids": torch.zeros(2, length, dtype=torch.int64)}
     return Traced(
-        TextEncoder(model, length, penultimate=penultimate), example, {"input_ids": ("rows", length)}, outputs
+        ClipEncoder(model, length, penultimate=penultimate), example, {"input_ids": ("rows", length)}, outputs
     )
 
 
@@ -198,11 +206,11 @@ def vae_decoder(vae: Any) -> Traced:
 
 def trace(traced: Traced, opset: int = OPSET) -> ir.Model:
     """The module as one ONNX graph without traces of the machine that made it."""
-    # diffusers copies its activations for 64 rows and more, which torch.export takes for another graph; the ONNX graph is
-    # the same. Unsaid, the limit is found by exporting twice.
+    # Rows below 64: diffusers copies activations from there on, which torch.export takes for another graph, and finds out by
+    # exporting twice. The ONNX graph is the same.
     sizes = {"rows": Dim("rows", max=63), "tokens": Dim("tokens")}
     for name in ("height", "width"):
-        # a multiple as such: else torch.export finds that the UNet's skip connections do not fit every size
+        # multiples stated as such: else torch.export finds that the UNet's skip connections do not fit every size
         sizes[name] = traced.multiple * Dim(f"{name}_", min=2) if traced.multiple > 1 else Dim(name, min=2)
     shapes = {
         name: {axis: sizes[size] for axis, size in enumerate(shape) if isinstance(size, str)}
@@ -210,7 +218,7 @@ def trace(traced: Traced, opset: int = OPSET) -> ir.Model:
     }
     logger = logging.getLogger("torch.onnx")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # torchvision is absent, and that is well
+    logger.setLevel(logging.ERROR)  # silence torch.onnx: torchvision is optional
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -249,8 +257,8 @@ def save(traced: Traced, folder: Path, opset: int = OPSET) -> Component:
     ir.save(model, folder / GRAPH)
     return Component(
         graph=GRAPH,
-        inputs=tuple(Tensor(n, "int64" if n == "input_ids" else "float32", s) for n, s in traced.inputs.items()),
-        outputs=tuple(Tensor(n, "float32", s) for n, s in traced.outputs.items()),
+        inputs=tuple(bundle.Tensor(n, "int64" if n == "input_ids" else "float32", s) for n, s in traced.inputs.items()),
+        outputs=tuple(bundle.Tensor(n, "float32", s) for n, s in traced.outputs.items()),
         derived={"onnxruntime": DERIVED} if traced.derive else {},
     )
 

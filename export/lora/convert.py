@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save
 
 from stepforge.export.lora.merge import source_modules
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import named_modules
 from stepforge.runtime.bundle import ComponentId
 from stepforge.runtime.errors import AdapterError
+from stepforge.runtime.files import written
 from stepforge.runtime.lora.adapter import read_adapter
 from stepforge.runtime.lora.layers import delta, low_rank
 
@@ -25,7 +28,7 @@ FORMATS = (".safetensors", ".onnx_adapter")
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What became of one layer."""
+    """Fate of one layer."""
 
     component: ComponentId
     module: str
@@ -50,7 +53,12 @@ def convert(file: Path, model: Path, out: Path, *, rank: int | None = None, **so
     modules = source_modules(source)
     adapter = read_adapter(file, modules)
     shapes = {(component, m.path): m.shape for component, entries in modules.items() for m in entries}
-    weights = _Weights(source.adaptable)
+
+    @cache
+    def layers(component: ComponentId) -> dict[str, Any]:
+        """Layers of a network, which is read when the first of them is asked for."""
+        return named_modules(source.adaptable[component](torch.float32))
+
     tensors: dict[str, Array] = {}
     done = []
     for (component, path), layer in adapter.layers.items():
@@ -64,7 +72,7 @@ def convert(file: Path, model: Path, out: Path, *, rank: int | None = None, **so
             if len(shape) < 2:
                 done.append(Converted(component, path, layer.name, None, 1.0, "left out: a norm has no low-rank form"))
                 continue
-            change, bias = delta(layer, *weights(component, path), 1.0)
+            change, bias = delta(layer, *_weights(layers(component)[path]), 1.0)
             pair, error = truncate(change.reshape(shape[0], -1), rank)
             note = "" if bias is None else "its bias is left out"
         down, up = pair
@@ -72,15 +80,22 @@ def convert(file: Path, model: Path, out: Path, *, rank: int | None = None, **so
         tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(down.reshape(len(down), *shape[1:]))
         tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(up.reshape(shape[0], -1, *(1 for _ in shape[2:])))
         done.append(Converted(component, path, layer.name, len(down), error, note))
-    if out.suffix == ".safetensors":
-        from safetensors.numpy import save_file
-
-        save_file(tensors, out, metadata={"format": "pt"})
-    else:
-        from stepforge.runtime.lora.onnx_adapter import write
-
-        write(out, tensors)
+    _write(out, tensors)
     return done
+
+
+def _write(out: Path, tensors: Mapping[str, Array]) -> None:
+    """In one atomic step. Raises AdapterError."""
+    try:
+        with written(out) as file:
+            if out.suffix == ".safetensors":
+                file.write(save(dict(tensors), metadata={"format": "pt"}))
+            else:
+                from stepforge.runtime.lora.onnx_adapter import write
+
+                write(Path(file.name), tensors)
+    except OSError as error:
+        raise AdapterError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
 def truncate(change: Array, rank: int) -> tuple[tuple[Array, Array], float]:
@@ -93,16 +108,7 @@ def truncate(change: Array, rank: int) -> tuple[tuple[Array, Array], float]:
     return (down.numpy(), up.numpy()), (float(s[rank:].square().sum()) / norm) ** 0.5 if norm else 0.0
 
 
-class _Weights:
-    """Weights of the base model; each network is read when the first of its layers is asked for."""
-
-    def __init__(self, loaders: dict[ComponentId, Callable[[torch.dtype], Any]]) -> None:
-        self._loaders = loaders
-        self._networks: dict[ComponentId, dict[str, Any]] = {}
-
-    def __call__(self, component: ComponentId, path: str) -> tuple[Array, Array | None]:
-        if component not in self._networks:
-            self._networks[component] = named_modules(self._loaders[component](torch.float32))
-        module = self._networks[component][path]
-        bias = getattr(module, "bias", None)
-        return module.weight.detach().numpy(), None if bias is None else bias.detach().numpy()
+def _weights(module: Any) -> tuple[Array, Array | None]:
+    """Weight and bias of a layer of the base model."""
+    bias = getattr(module, "bias", None)
+    return module.weight.detach().numpy(), None if bias is None else bias.detach().numpy()

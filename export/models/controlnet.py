@@ -195,7 +195,7 @@ def geometry(shapes: Shapes, base: Mapping[str, Any]) -> dict[str, Any]:
     """
 
     def count(prefix: str) -> int:
-        """How many modules are numbered after the prefix."""
+        """Number of modules that are numbered after the prefix."""
         return len({key.removeprefix(prefix).split(".")[0] for key in shapes if key.startswith(prefix)})
 
     def depth(block: str) -> int:

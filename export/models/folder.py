@@ -15,7 +15,7 @@ from stepforge.runtime.bundle import UNET, ComponentId, sha256
 from stepforge.runtime.errors import CheckpointError
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-COMPONENTS = {  # of a pipeline -> classes that it may have
+COMPONENTS = {  # component of a pipeline -> classes that it may have
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),

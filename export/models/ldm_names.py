@@ -15,7 +15,7 @@ HINT_LAYER = re.compile(r"input_hint_block\.(\d+)\.")
 
 
 def diffusers_names(names: Iterable[str]) -> dict[str, str]:
-    """What diffusers calls each weight of a ControlNet in the original layout; all other names stay as they are.
+    """Original name -> diffusers' name, for the weights of a ControlNet; other names stay as they are.
 
     diffusers' own converter leaves out SDXL's label_emb, and every hint encoder that is not of eight convolutions.
     """
@@ -47,7 +47,7 @@ def diffusers_names(names: Iterable[str]) -> dict[str, str]:
 def _blocks(names: Iterable[str]) -> dict[str, str]:
     """Blocks and outer layers of an encoder, original path -> diffusers path, for as many levels as there can be."""
     inputs = max(_numbers(INPUT, names), default=0)
-    layers = min(_numbers(DOWNSAMPLER, names), default=inputs + 1) - 1  # of a level, before its downsampler
+    layers = min(_numbers(DOWNSAMPLER, names), default=inputs + 1) - 1  # a level, before its downsampler
     levels = range(inputs // (layers + 1) + 1)
     parts = [f"{kind}.{layer}" for kind in ("resnets", "attentions") for layer in range(layers)]
     inside = [*(f"down_blocks.{level}.{part}" for level in levels for part in parts)]

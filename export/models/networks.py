@@ -45,7 +45,7 @@ def empty_network(cls: type, config: Mapping[str, Any]) -> Any:
 
 
 def built(cls: type, make: Callable[[], Any]) -> Any:
-    """What `make` gives, on the meta device. Raises CheckpointError for whatever it raises."""
+    """A network on the meta device. Raises CheckpointError for whatever `make` raises."""
     try:
         with init_empty_weights(include_buffers=False):
             return make()

@@ -29,7 +29,7 @@ CLASSES = {
 }
 DPM_SOLVERS = {("dpmsolver++", 2): "dpmpp_2m", ("dpmsolver++", 3): "dpmpp_3m", ("sde-dpmsolver++", 2): "dpmpp_2m_sde"}
 
-# What a class takes where its config is silent, when that is not beta 0.0001 to 0.02, "linear", no clipping.
+# Defaults of classes whose configs are silent, other than beta 0.0001 to 0.02, "linear", no clipping.
 CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {"clip_sample": True},
     "DDPMScheduler": {"clip_sample": True},

@@ -14,10 +14,11 @@ from torch import nn
 
 from stepforge.runtime.bundle import NAME
 from stepforge.runtime.errors import CheckpointError
+from stepforge.runtime.files import is_lfs_pointer
 
 Loader = Callable[[torch.dtype], Any]  # dtype of the weights -> network on the CPU, in eval mode
 State = dict[str, torch.Tensor]
-Shapes = Mapping[str, tuple[int, ...]]  # of weights, by name
+Shapes = Mapping[str, tuple[int, ...]]  # name of a weight -> its shape
 
 FLOATS = {
     torch.float64: "F64",
@@ -27,13 +28,12 @@ FLOATS = {
 }  # safetensors' names
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 ONLY_SAFETENSORS = "only .safetensors weights are read, because pickle files can run code"
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.17
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the operating system refuses inside the block is a CheckpointError of one line."""
+    """Errors of the operating system inside the block become a CheckpointError of one line."""
     try:
         yield
     except OSError as error:
@@ -48,9 +48,8 @@ def refuse_code(folder: Path) -> None:
 
 def refuse_lfs_pointer(path: Path) -> None:
     """Raises CheckpointError if Git has left its note in place of the file."""
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull")
+    if is_lfs_pointer(path):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def current_name(key: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, cut to a line."""
+    """First line of a library's error."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

@@ -72,7 +72,7 @@ def probes(engine: Engine, reference: Reference, settings: Settings) -> list[Pro
 
 
 def denoiser_inputs(bundle: Bundle, step: Step, latents: Array, texts: Arrays) -> dict[str, Any]:
-    """What a denoiser or a ControlNet reads at a step, two rows of it."""
+    """Inputs of a denoiser or a ControlNet at a step, two equal rows."""
     inputs = {
         "sample": np.stack([latents, latents]) * np.float32(step.scale_in),
         "timestep": np.full(2, step.t, np.float32),

@@ -21,7 +21,7 @@ from stepforge.runtime.engine import Engine
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.imaging.preprocess import hint_of
 
-TOKENS = 77  # of the random prompt
+TOKENS = 77  # length of the random prompt
 
 
 def exported_controls(bundle: Bundle, source: Source, controls: Mapping[str, str | Path]) -> list[ControlSource]:

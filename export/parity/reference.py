@@ -23,7 +23,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What both sides run."""
+    """Settings of both sides."""
 
     prompts: tuple[str, ...]
     steps: int
@@ -33,7 +33,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What diffusers' pipeline did with one prompt."""
+    """One run of diffusers' pipeline."""
 
     latents: list[Array]  # after every network evaluation, [C, h, w]
     image: NDArray[np.uint8]
@@ -44,7 +44,7 @@ class References:
     """All that a bundle is compared with."""
 
     pipeline: Any  # diffusers' StableDiffusionPipeline or its SDXL kin
-    plain: Mapping[str, Reference]  # by prompt
+    plain: Mapping[str, Reference]  # run of each prompt
     again: Reference  # the first prompt with one thread
     controlled: Mapping[str, Reference]  # the first prompt with the drawn hint, by ControlNet
     hint: Image.Image

@@ -28,7 +28,7 @@ from stepforge.export.parity.components import component_errors
 from stepforge.export.parity.control import control_errors, exported_controls
 from stepforge.export.parity.measures import psnr, relative_error
 from stepforge.export.parity.reference import Array, Reference, References, Settings, run_references
-from stepforge.runtime.backends import AUTO, ON_CUDA, Arrays, Backend, Graph, has_cuda, open_backend
+from stepforge.runtime.backends import Arrays, Backend, Graph, open_backend, runnable
 from stepforge.runtime.bundle import Bundle, ComponentId, read, update
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.errors import BackendError, CheckpointError
@@ -126,9 +126,9 @@ def exported_source(bundle: Bundle, source: Source, loras: Sequence[tuple[Path, 
 
 
 def _configurations(bundle: Bundle, backends: Sequence[str], precisions: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """What to check: all that was asked for, or all that this machine can run."""
+    """Backends and precisions to check: all that were asked for, or all that this machine can run."""
     found = False
-    for backend in backends or [name for name in AUTO if name not in ON_CUDA or has_cuda()]:
+    for backend in backends or runnable():
         for precision in precisions or ("fp32", "bf16"):
             try:
                 open_backend(backend, bundle, precision=precision)
@@ -159,7 +159,7 @@ def _compare(
 
 
 def _requests(references: References, settings: Settings) -> Iterator[tuple[Request, Reference, str]]:
-    """What the engine draws, what diffusers drew, and the name of the check."""
+    """Requests of the engine, each with diffusers' run of the same and the name of the check."""
     options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance, "seed": settings.seed}
     options["prompt_syntax"] = "plain"
     for prompt, reference in references.plain.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
 import os
@@ -14,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from stepforge.runtime.backends.gpu import torch_on_gpu
 from stepforge.runtime.bundle import Bundle, ComponentId, Role
 from stepforge.runtime.errors import BackendError
 
@@ -28,8 +28,7 @@ BACKENDS = {
     "torch-exact": "stepforge.runtime.backends.torch:TorchExact",
     "fake": "stepforge.runtime.backends.fake:Fake",
 }
-AUTO = ("torch", "openvino", "onnxruntime")  # best first (benchmarks/bench_denoiser.py)
-ON_CUDA = ("torch",)  # the best where there is a CUDA GPU, and slow elsewhere
+AUTO = ("torch", "openvino", "onnxruntime")  # best first; torch on a GPU only (benchmarks/bench_denoiser.py)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")  # of the arithmetic; a bundle's weights have `bundle.WEIGHT_PRECISIONS`
 FP16 = ("torch", "torch-exact")  # backends that compute in fp16
 # Text encoders cost nothing beside the denoiser, and every step depends on them.
@@ -159,16 +158,28 @@ def choose(bundle: Bundle, *, precision: str = "auto", threads: int | None = Non
     passed_over: dict[str, str] = {}
     for name in AUTO:
         try:
-            if name in ON_CUDA and not has_cuda():
-                raise BackendError("there is no CUDA GPU")
+            if name == "torch":
+                _check_gpu()
             opened = open_backend(name, bundle, precision=precision, threads=threads)
-            if name in ON_CUDA and not importlib.import_module("torch").cuda.is_available():
-                raise BackendError("there is a CUDA GPU, but this build of torch, or its driver, cannot use it")
             return Choice(opened, passed_over)
         except BackendError as error:
             passed_over[name] = str(error)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise BackendError(f"no backend can run here: {reasons}")
+
+
+def runnable() -> list[str]:
+    """Backends that "auto" may come to on this machine, best first."""
+    return [name for name in AUTO if name != "torch" or torch_on_gpu()[0]]
+
+
+def _check_gpu() -> None:
+    """Raises BackendError with the reason why torch would run on the CPU here."""
+    runs, why = torch_on_gpu()
+    if not runs:
+        raise BackendError(why)
+    if not importlib.import_module("torch").cuda.is_available():
+        raise BackendError(f"{why}, but this torch, or the driver, cannot use it")
 
 
 def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads: int | None = None) -> Backend:
@@ -198,16 +209,6 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
     except (ImportError, OSError) as error:  # a library that lacks one of the system's
         raise BackendError(f"backend {name!r} cannot be loaded: {reason(error)}") from error
     return opened
-
-
-def has_cuda() -> bool:
-    """Whether the NVIDIA driver finds a GPU that this process may use; asked without any other library."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def reason(error: BaseException, line: int = 0) -> str:

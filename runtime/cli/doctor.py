@@ -13,8 +13,10 @@ from typing import Annotated
 
 import typer
 
-from stepforge.runtime.backends import AUTO, ON_CUDA, available_threads, choose, has_cuda, open_backend
+from stepforge.runtime.backends import AUTO, available_threads, choose, open_backend, runnable
+from stepforge.runtime.backends.compile_cache import root
 from stepforge.runtime.backends.fake import fake_bundle
+from stepforge.runtime.backends.gpu import torch_on_gpu
 from stepforge.runtime.bundle import read
 from stepforge.runtime.cli import options
 from stepforge.runtime.errors import StepforgeError
@@ -66,9 +68,15 @@ def examine(bundle: Path | None = None) -> list[Finding]:
         findings.append(Finding("backend", True, f"auto is {choose(fake_bundle())}"))
     except StepforgeError as error:
         findings.append(Finding("backend", False, str(error)))
-    findings += _openvino()
+    findings += [*_openvino(), _cache()]
     if _version("torch") and _version("onnx"):
-        findings.append(Finding("torch backend", True, "can run; chosen by auto where there is a CUDA GPU"))
+        runs, reason = torch_on_gpu()
+        text = (
+            f"runs on {reason}; auto takes it"
+            if runs
+            else f"can run on the CPU, slowly; auto does not take it: {reason}"
+        )
+        findings.append(Finding("torch backend", True, text))
     if bundle is not None:
         findings += _bundle(bundle)
     return findings
@@ -93,14 +101,28 @@ def _openvino() -> list[Finding]:
     return [Finding("processor", True, f"{processor}; openvino computes in {precision} by default")]
 
 
+def _cache() -> Finding:
+    """Not having one costs time at each start, nothing else."""
+    folder = root()
+    if folder is None:
+        return Finding("compile cache", True, "none: STEPFORGE_CACHE is empty, or this user has no home folder")
+    try:
+        above = next(place for place in (folder, *folder.parents) if place.exists())
+        writable = above.is_dir() and os.access(above, os.W_OK)
+    except OSError:
+        writable = False
+    kept = "compiled networks are kept there" if writable else "cannot be written, networks are compiled at each start"
+    return Finding("compile cache", True, f"{folder}: {kept} (STEPFORGE_CACHE moves it)")
+
+
 def _bundle(path: Path) -> list[Finding]:
     try:
         bundle = read(path)
-    except StepforgeError as error:
+    except (StepforgeError, OSError) as error:
         return [Finding("bundle", False, str(error))]
     findings = [Finding("bundle", True, f"{bundle.card.name}, {len(bundle.files)} files, every hash matches")]
-    for name in AUTO:
-        if importlib.util.find_spec(name) is None or (name in ON_CUDA and not has_cuda()):
+    for name in runnable():
+        if importlib.util.find_spec(name) is None:
             continue
         try:
             backend = open_backend(name, bundle)

@@ -23,7 +23,7 @@ from stepforge.runtime.errors import Cancelled, RequestError
 from stepforge.runtime.files import printable
 
 if TYPE_CHECKING:
-    from stepforge.runtime.engine import Engine
+    from stepforge.runtime.engine.engine import Engine, Outcome
     from stepforge.runtime.imaging.sheet import Sheet
     from stepforge.runtime.request import Request, Result
 
@@ -102,8 +102,10 @@ def generate(
 ) -> None:
     """Draw images from prompts.
 
-    Each image is written as soon as it is ready. If one fails, the others are written all the same; the failures are
-    reported at the end, with exit code 1. Ctrl-C and SIGTERM stop after the current step and keep what is finished.
+    Each image is written as soon as it is ready. If one fails, the others are written all the same; failures are reported
+    at the end and make the exit code 1. Ctrl-C and SIGTERM stop after the current step and keep what is finished.
+
+    Compiled networks are kept in the folder that STEPFORGE_CACHE names, or ~/.cache/stepforge; STEPFORGE_CACHE= keeps none.
     """
     from stepforge.runtime.imaging.save import image_paths
     from stepforge.runtime.load import load
@@ -167,26 +169,35 @@ class Drawing:
 
     def run(self, engine: Engine, requests: Sequence[Request]) -> None:
         """Write each image when it is ready. Raises RequestError, before anything is computed, for a wrong request."""
-        total = sum(len(engine.plan(request).steps) for request in requests)
-
-        with progress_bar("denoising", total) as bar, _closer(engine) as close:
+        with (
+            progress_bar("denoising", lambda: sum(len(engine.plan(request).steps) for request in requests)) as bar,
+            _closer(engine) as close,
+        ):
 
             def stop(number: int) -> None:
                 self.signal = number
                 close()
 
             with on_signal(stop):
-                for outcome in engine.stream(requests, on_step=_Counter(bar) if bar else None):
-                    try:
-                        if outcome.error is not None:
-                            raise outcome.error
-                        assert outcome.result is not None
-                        self._write(outcome.index, outcome.result)
-                    except OSError as error:  # the next image would meet it too; what is finished is still tried
-                        self.failures[outcome.index] = error
-                        close()
-                    except Exception as error:
-                        self.failures[outcome.index] = error
+                try:
+                    for outcome in engine.stream(requests, on_step=_Counter(bar) if bar else None):
+                        self._take(outcome, close)
+                except RequestError:
+                    if not self.signal:  # else it closed the engine before all requests were queued
+                        raise
+
+    def _take(self, outcome: Outcome, close: Callable[[], None]) -> None:
+        """Write an image, or note why there is none."""
+        try:
+            if outcome.error is not None:
+                raise outcome.error
+            assert outcome.result is not None
+            self._write(outcome.index, outcome.result)
+        except OSError as error:  # the next image would meet it too; what is finished is still tried
+            self.failures[outcome.index] = error
+            close()
+        except Exception as error:
+            self.failures[outcome.index] = error
 
     def _write(self, index: int, result: Result) -> None:
         from stepforge.runtime.imaging.metadata import describe_image
@@ -260,7 +271,7 @@ def _closer(engine: Engine) -> Iterator[Callable[[], None]]:
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be written: {error.strerror}"
-    return str(error) or type(error).__name__
+    return "out of memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
 
 
 def _sheet(engine: Engine, requests: Sequence[Request], columns: int | None) -> Sheet:

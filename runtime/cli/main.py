@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import entry_points, version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +24,8 @@ from stepforge.runtime.cli.plan import plan
 from stepforge.runtime.cli.signals import Stopped, leave, on_signal
 from stepforge.runtime.cli.tune import tune
 from stepforge.runtime.errors import RequestError, StepforgeError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="Compile text-to-image diffusion models into bundles of engine graphs, and run them without torch.",
@@ -45,6 +48,15 @@ def root(show_version: Annotated[bool, typer.Option("--version", help="Print the
         raise typer.Exit
 
 
+@cache
+def command() -> Any:
+    """The command line with what joined it."""
+    for entry in entry_points(group="stepforge.commands"):
+        group, _, name = entry.name.rpartition(".")
+        (lora if group == "lora" else app).command(name)(entry.load())
+    return typer.main.get_command(app)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     with streams():
@@ -64,12 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None) -> int:
     """Run a command; what the user can mend becomes one line on standard error. Returns the exit code."""
-    for entry in entry_points(group="stepforge.commands"):
-        group, _, name = entry.name.rpartition(".")
-        (lora if group == "lora" else app).command(name)(entry.load())
-    command = typer.main.get_command(app)
     try:
-        code = command.main(args=arguments, prog_name="stepforge", standalone_mode=False)
+        code = command().main(args=arguments, prog_name="stepforge", standalone_mode=False)
+        if code == INTERRUPTED:  # typer's, for a KeyboardInterrupt
+            complain("interrupted")
         return code if isinstance(code, int) else 0
     except StepforgeError as error:
         complain(error)
@@ -82,9 +92,6 @@ def run(arguments: Sequence[str] | None) -> int:
         complain("out of memory; ask for smaller or fewer images at a time, or close other programs")
     except OSError as error:
         complain(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
-    except (KeyboardInterrupt, typer.Abort):
-        complain("interrupted")
-        return 130
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise

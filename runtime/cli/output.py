@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -99,7 +99,7 @@ def _cell(value: Any) -> str:
 
 
 @contextmanager
-def progress_bar(label: str, total: int) -> Iterator[Any]:
+def progress_bar(label: str, total: Callable[[], int]) -> Iterator[Any]:
     """A bar on standard error, as a callback that takes what is done so far; None where that is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -110,5 +110,5 @@ def progress_bar(label: str, total: int) -> Iterator[Any]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(label, total=total)
+        task = bar.add_task(label, total=total())
         yield lambda done: bar.update(task, completed=done)

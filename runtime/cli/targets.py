@@ -14,7 +14,7 @@ from stepforge.runtime.files import printable
 
 @contextmanager
 def claimed(targets: Mapping[str, Sequence[Path]], *, overwrite: bool) -> Iterator[None]:
-    """Make the folders of files that the block will write; those that are still empty at its end go again.
+    """Make the folders of .png files that the block will write; those that are still empty at its end go again.
 
     targets: files by the option that names them. Each folder is written to once, with a name as long as its longest
     file's, so that a full disk or a name too long shows here. Raises RequestError.
@@ -40,6 +40,8 @@ def claimed(targets: Mapping[str, Sequence[Path]], *, overwrite: bool) -> Iterat
 
 
 def _check_file(path: Path, option: str, overwrite: bool) -> None:
+    if path.suffix.lower() != ".png":
+        raise RequestError(f"{option} {printable(path)} does not end in .png; only PNG is written")
     try:
         if path.is_dir():
             raise RequestError(f"{printable(path)} is a folder; name a file with {option}")

@@ -14,6 +14,7 @@ from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from stepforge.runtime.errors import AdapterError
+from stepforge.runtime.files import is_lfs_pointer
 from stepforge.runtime.lora.layers import Array
 from stepforge.runtime.lora.peft import PeftConfig, brief
 
@@ -65,6 +66,8 @@ def _read(path: Path) -> Contents:
     if path.stat().st_size > LARGEST:
         raise AdapterError(f"{path} has {path.stat().st_size >> 20} MiB; adapters have at most {LARGEST >> 20}")
     data = path.read_bytes()
+    if is_lfs_pointer(data):
+        raise AdapterError(f"{path} is a Git LFS pointer, not the adapter; run `git lfs pull`")
     if path.suffix == ".onnx_adapter":
         from stepforge.runtime.lora.onnx_adapter import read
 

@@ -47,7 +47,7 @@ def prices(engine: Engine, request: Request) -> dict[str, float]:
     rows, seconds = [], []
     for one in requests:
         results = [engine.generate(one) for _ in range(PROBE_RUNS)]
-        rows.append(_denoising(results[0]))
+        rows.append(denoising_rows(results[0]))
         seconds.append(min(result.stats.seconds["denoise"] for result in results))
     labels = list(dict.fromkeys(label for counts in rows for label in counts))
     matrix = np.array([[counts.get(label, 0) for label in labels] for counts in rows], np.float64)
@@ -57,7 +57,7 @@ def prices(engine: Engine, request: Request) -> dict[str, float]:
     return {label: round(value / whole, 3) for label, value in found.items()}
 
 
-def _denoising(result: Result) -> dict[str, int]:
+def denoising_rows(result: Result) -> dict[str, int]:
     """Rows of the networks that a step runs."""
     networks = {ComponentId("denoiser", step.denoiser, step.reuse).label for step in result.plan.steps}
     for control in result.request.controls:

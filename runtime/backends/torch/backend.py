@@ -11,28 +11,26 @@ On the CPU the kernels are their references, which prove the logic and are not f
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepforge.runtime.backends import ALWAYS_FP32, Arrays, Graph
+from stepforge.runtime.backends import Arrays, Graph
 from stepforge.runtime.backends.torch import passes
 from stepforge.runtime.backends.torch.banks import DeviceBanks, Shared
 from stepforge.runtime.backends.torch.loop import RINGS, Function, TorchLoop
 from stepforge.runtime.backends.torch.lora import LoraPasses, drop_lora, fuse_lowrank_geglu, fuse_residual
 from stepforge.runtime.backends.torch.packed import pack_attention
-from stepforge.runtime.backends.torch.precision import lower
+from stepforge.runtime.backends.torch.precision import computed_in, lower, no_tf32
 from stepforge.runtime.backends.torch.program import Program, read, run_passes
 from stepforge.runtime.backends.torch.run import Runner
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
 Tensor = Any  # torch.Tensor
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXACT = (
     passes.fuse_attention,
     passes.fuse_linear,
@@ -41,8 +39,6 @@ EXACT = (
     passes.fuse_silu,
 )
 FAST = (passes.fuse_norm_silu, passes.fuse_geglu)
-# SDXL's decoder exceeds the range of fp16.
-NOT_FP16 = ("vae_decoder",)
 RECORDED = (
     "denoiser",
     "control_hint",
@@ -52,7 +48,12 @@ SHARED_FROM = 1024  # elements: larger constants of one weights file are held on
 
 
 class Torch:
-    """`precision="auto"` is bf16 on CUDA, whose range no network exceeds, and fp32 on the CPU."""
+    """`precision="auto"` is bf16 on CUDA, whose range no network exceeds, and fp32 on the CPU.
+
+    Opening one turns tf32 off in cuDNN and cuBLAS for the whole process, and nothing turns it on again: fp32 means fp32,
+    for the text encoders of a 16-bit backend too. So backends of different precision in one process want the same settings,
+    and neither changes them while the other records or runs.
+    """
 
     name = "torch"
     fast = True
@@ -69,6 +70,7 @@ class Torch:
         self.versions = {"torch": torch.__version__}
         if not on_cuda:
             torch.set_num_threads(threads)
+        no_tf32()
         self._weights: dict[tuple[str, str, Any], Any] = {}
         self._banks: Shared = {}
         self._pool: Any = None  # of memory, for all recorded networks: the engine runs one of them at a time
@@ -118,12 +120,10 @@ class Torch:
         )  # fmt: skip
         if self._device.type == "cuda":
             channels_last(program)
-        return Network(runner, placed, exact_fp32=self._device.type == "cuda" and dtype == torch.float32)
+        return Network(runner, placed)
 
     def _dtype_of(self, component: ComponentId) -> Any:
-        if component.role in ALWAYS_FP32 or (self.precision == "fp16" and component.role in NOT_FP16):
-            return torch.float32
-        return DTYPES[self.precision]
+        return computed_in(component.role, self._bundle.card.family, self.precision, exact=not self.fast)
 
     def _share(self, program: Program, folder: str, dtype: Any) -> None:
         """Variants of a network are graphs over one weights file: hold its weights once."""
@@ -151,21 +151,17 @@ def plain(array: NDArray[Any]) -> NDArray[Any]:
 
 
 class Network:
-    """A program with its banks. exact_fp32: cuDNN rounds fp32 to tf32 unless told otherwise."""
+    """A program with its banks."""
 
-    def __init__(self, runner: Runner, banks: DeviceBanks, *, exact_fp32: bool) -> None:
+    def __init__(self, runner: Runner, banks: DeviceBanks) -> None:
         self.program = runner.program
-        self._runner, self._banks, self._exact_fp32 = runner, banks, exact_fp32
+        self._runner, self._banks = runner, banks
 
     def refresh(self) -> None:
         self._banks.refresh()
 
     def __call__(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        settings: AbstractContextManager[Any] = nullcontext()
-        if self._exact_fp32:
-            settings = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with settings:
-            return self._runner({**given, **self._banks.tensors})
+        return self._runner({**given, **self._banks.tensors})
 
 
 class OnCpu:
@@ -177,7 +173,11 @@ class OnCpu:
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         return {name: value.float().numpy() for name, value in self._run(inputs).items()}
 
-    def start(self, inputs: Arrays, steady: Sequence[str]) -> None:
+    @staticmethod
+    def bucket(rows: int) -> int:
+        return rows
+
+    def start(self, inputs: Arrays, steady: Sequence[str], pads: Mapping[str, tuple[int, int]]) -> None:
         self._run(inputs)
 
     def _run(self, inputs: Arrays) -> dict[str, Tensor]:

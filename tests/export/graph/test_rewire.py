@@ -17,7 +17,7 @@ from stepforge.export.build import graphs_of
 from stepforge.export.cli import parse_controls
 from stepforge.export.graph import trace
 from stepforge.export.graph.bank import add_bank, used_modules
-from stepforge.export.graph.rewire import Reuse, cut_variants, resolve_probes
+from stepforge.export.graph.rewire import Variants, cut_variants, resolve_probes
 from stepforge.export.models.networks import modules_of
 from stepforge.runtime.bundle import Component
 from stepforge.runtime.engine.adapters import Buffers, no_adapter, row_inputs
@@ -53,7 +53,7 @@ Settle = Callable[..., tuple[Path, Component]]
 def settle(traced: tuple[Path, Component], tmp_path: Path) -> Settle:
     def run(**options: Any) -> tuple[Path, Component]:
         folder = Path(shutil.copytree(traced[0], tmp_path / "graphs"))
-        options = {"control": False, "reuse": Reuse(), **options}
+        options = {"control": False, "reuse": Variants(), **options}
         return folder, resolve_probes(graphs_of(folder, traced[1]), traced[1], **options)
 
     return run
@@ -113,7 +113,7 @@ def test_residuals_are_those_of_diffusers_and_zeros_may_be_small(settle, unet):
 @pytest.mark.parametrize("branch", [0, 1, 2])
 def test_deepcache_of_every_branch(settle, unet, branch):
     """A skipping step against the UNet with the deep half of the branch's first up layer put in by a hook."""
-    folder, entry = settle(control=True, reuse=Reuse(branch))
+    folder, entry = settle(control=True, reuse=Variants(branch))
     (name,) = [tensor.name for tensor in entry.outputs[1:]]
     assert name == "deep"
     first, second = sample(0), sample(1)
@@ -148,7 +148,7 @@ def test_deepcache_of_every_branch(settle, unet, branch):
 
 @pytest.mark.slow
 def test_tgate_reads_no_prompt(settle, unet):
-    folder, entry = settle(reuse=Reuse(0, True))
+    folder, entry = settle(reuse=Variants(0, True))
     variant = cut_variants(folder, entry, ["tgate"])["tgate"]
     assert [t.name for t in variant.inputs if not t.name.startswith("text_")] == ["sample", "timestep"]
     assert [t.name for t in variant.outputs] == ["prediction", "deep"]
@@ -178,7 +178,7 @@ def test_nothing_asked_leaves_a_plain_denoiser(settle, unet):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reuse", [Reuse(), Reuse(1, True)])
+@pytest.mark.parametrize("reuse", [Variants(), Variants(1, True)])
 def test_adapters_of_layers_whose_output_leaves_the_graph(settle, unet, reuse):
     """conv_out makes the prediction, an upsampler's convolution `deep`: readers are outputs of the graph, not nodes."""
     folder, entry = settle(reuse=reuse)
@@ -211,7 +211,7 @@ def test_a_network_in_fp16_casts_at_its_borders(tiny_sd1, unet, tmp_path):
     half = UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet", torch_dtype=torch.float16).eval()
     entry = trace.save(trace.denoiser(half, probe=True), tmp_path)
     entry = replace(entry, modules=modules_of(half))
-    entry = resolve_probes(graphs_of(tmp_path, entry), entry, control=True, reuse=Reuse(0, True))
+    entry = resolve_probes(graphs_of(tmp_path, entry), entry, control=True, reuse=Variants(0, True))
     variants = cut_variants(tmp_path, entry, ["deepcache", "tgate"])
     inputs, zeros = sample(0), no_residuals(entry)
     theirs = in_torch(unet, inputs)
@@ -227,27 +227,27 @@ def test_a_network_in_fp16_casts_at_its_borders(tiny_sd1, unet, tmp_path):
 @pytest.mark.slow
 def test_a_branch_that_the_network_does_not_have_is_refused(settle):
     with pytest.raises(CheckpointError, match="deepcache's branch is 3; this network has 0 to 2"):
-        settle(reuse=Reuse(3))
+        settle(reuse=Variants(3))
 
 
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
-        ([], Reuse()),
-        (["tgate"], Reuse(None, True)),
-        ([" tgate "], Reuse(None, True)),
-        (["deepcache"], Reuse(0)),
-        (["deepcache(2)", "tgate"], Reuse(2, True)),
+        ([], Variants()),
+        (["tgate"], Variants(None, True)),
+        ([" tgate "], Variants(None, True)),
+        (["deepcache"], Variants(0)),
+        (["deepcache(2)", "tgate"], Variants(2, True)),
     ],
 )
 def test_names_of_variants(texts, expected):
-    assert Reuse.parse(texts) == expected
+    assert Variants.parse(texts) == expected
 
 
 @pytest.mark.parametrize("text", ["", "magic", "deepcache()", "deepcache(-1)", "deepcache(1000)", "tgate(0.5)"])
 def test_unknown_variants_are_refused(text):
     with pytest.raises(CheckpointError, match=r"choose tgate, deepcache or deepcache\(BRANCH\)"):
-        Reuse.parse([text])
+        Variants.parse([text])
 
 
 @pytest.mark.parametrize(

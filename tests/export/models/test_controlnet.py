@@ -228,6 +228,13 @@ def test_names_are_those_of_diffusers(tmp_path: Path) -> None:
         assert all(torch.equal(loaded[key], value) for key, value in reference.state_dict().items())
 
 
+def test_block_numbers_out_of_all_proportion_change_nothing() -> None:
+    huge = f"input_blocks.{10**15}.0.op.weight"
+    names = diffusers_names([huge, "input_blocks.0.0.op.weight", "input_blocks.3.0.op.weight"])
+    assert names[huge] == huge
+    assert names["input_blocks.3.0.op.weight"] == "down_blocks.0.downsamplers.0.conv.weight"
+
+
 def test_options_that_are_kept(tmp_path: Path) -> None:
     case = build("sd1", global_pool_conditions=True, controlnet_conditioning_channel_order="bgr")
     case[0].save_pretrained(tmp_path / "shuffle")

@@ -1,15 +1,14 @@
 """One contract for every backend, on exported tiny models."""
 
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import torch
 
 from stepforge import Request, load
-from stepforge.runtime import backends
-from stepforge.runtime.backends import BACKENDS, available_threads, choose, open_backend, reason
+from stepforge.runtime.backends import BACKENDS, available_threads, choose, gpu, open_backend, reason, runnable
 from stepforge.runtime.bundle import UNET, ComponentId, read
 from stepforge.runtime.errors import BackendError
 
@@ -81,26 +80,24 @@ def test_every_family_generates(tiny_sd2v_bundle, tiny_sdxl_bundle):
         assert result.stats.rows["unet"] == 6
 
 
+H100 = gpu.Gpu("NVIDIA H100", (9, 0))
+
+
 def test_auto_says_what_it_chose_and_why_not_the_better_ones(tiny_sd1_bundle, monkeypatch, caplog):
     bundle = read(tiny_sd1_bundle)
-    monkeypatch.setattr(backends, "has_cuda", lambda: False)
+    monkeypatch.setattr(gpu, "first_gpu", lambda: None)
     chosen = choose(bundle, precision="fp32")
-    assert str(chosen) == "openvino fp32 (not torch: there is no CUDA GPU)"
+    assert str(chosen) == "openvino fp32 (not torch: no NVIDIA GPU)"
     assert chosen.backend.name == "openvino"
     monkeypatch.setitem(BACKENDS, "openvino", "stepforge_not_installed:OpenVino")
     with caplog.at_level("INFO", "stepforge.runtime.backends"):
         assert open_backend("auto", bundle).name == "onnxruntime"
     why = "backend 'openvino' needs the package stepforge_not_installed; pip install stepforge_not_installed"
-    assert caplog.messages == [
-        f"backend auto is onnxruntime fp32 (not torch: there is no CUDA GPU; not openvino: {why})"
-    ]
+    assert caplog.messages == [f"backend auto is onnxruntime fp32 (not torch: no NVIDIA GPU; not openvino: {why})"]
     with pytest.raises(
         BackendError, match=r"no backend can run here: torch: .*; openvino: .* does not compute in fp16"
     ):
         open_backend("auto", bundle, precision="fp16")
-    monkeypatch.setattr(backends, "has_cuda", lambda: True)  # a GPU, and a torch that was built without CUDA
-    if not torch.cuda.is_available():
-        assert "this build of torch" in choose(bundle).passed_over["torch"]
     assert available_threads() >= 1
 
 
@@ -109,6 +106,53 @@ def test_a_reason_is_never_empty():
         "RuntimeError", "RuntimeError", "a",
     ]  # fmt: skip
     assert reason(RuntimeError("a\nb\n\n"), -1) == "b"
+
+
+@pytest.mark.parametrize(
+    ("found", "version", "missing", "name", "why"),
+    [
+        (H100, "2.13.0", "", "torch", "NVIDIA H100, sm_90"),
+        (H100, "2.13.0+cpu", "", "openvino", "NVIDIA H100, sm_90, but this torch is built for the CPU"),
+        (H100, "2.13.0", "triton", "openvino", "triton is not installed"),
+        (gpu.Gpu("Tesla T4", (7, 5)), "2.13.0", "", "openvino", "Tesla T4, sm_75 is older than sm_80"),
+    ],
+)
+def test_auto_takes_torch_on_a_gpu(monkeypatch, found, version, missing, name, why):
+    monkeypatch.setattr(gpu, "first_gpu", lambda: found)
+    monkeypatch.setattr(gpu, "version", lambda package: version)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda package: None if package == missing else object())
+    assert runnable()[0] == name
+    assert why in gpu.torch_on_gpu()[1]
+
+
+NVML = """
+#include <string.h>
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **handle) { *handle = (void *)7; return i > 1 ? 6 : 0; }
+int nvmlDeviceGetName(void *handle, char *name, unsigned length) { strcpy(name, "Pretended"); return handle != (void *)7; }
+int nvmlDeviceGetCudaComputeCapability(void *handle, int *major, int *minor) { *major = 8; *minor = 9; return 0; }
+"""
+
+
+def test_a_gpu_is_found_by_its_driver(monkeypatch, tmp_path):
+    """Against a driver library of our own, so that the calls' signatures run where there is no driver."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    (tmp_path / "nvml.c").write_text(NVML, "utf-8")
+    library = tmp_path / "nvml.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "nvml.c"], check=True)
+    monkeypatch.setattr(gpu, "NVML", str(library))
+    for visible, found in ((None, True), ("1", True), ("GPU-af3", True), ("2", False), ("", False), ("-1", False)):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpu.first_gpu() == (gpu.Gpu("Pretended", (8, 9)) if found else None)
+    monkeypatch.setattr(gpu, "NVML", str(tmp_path / "none.so"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert gpu.first_gpu() is None
 
 
 @pytest.mark.parametrize(

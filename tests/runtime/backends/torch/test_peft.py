@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from stepforge.runtime.backends import open_backend
-from stepforge.runtime.backends.torch import backend, peft
+from stepforge.runtime.backends.torch import peft
+from stepforge.runtime.backends.torch.precision import DTYPES
 from stepforge.runtime.bundle import UNET, read
 from stepforge.runtime.engine.adapters import Adapters
 
@@ -57,7 +58,7 @@ def rows_of(slots, strength):
 @pytest.mark.parametrize("alpha", [8, 4])
 def test_one_adapter_gives_the_bits_of_peft(tiny_sd1, tiny_sd1_banks, step, tmp_path, precision, alpha):
     """All linear layers, vectors and convolutions, with and without strides; rows without the adapter beside those with it."""
-    dtype = backend.DTYPES[precision]
+    dtype = DTYPES[precision]
     unet = with_adapter(tiny_sd1, dtype, alpha, tmp_path / "a.safetensors")
     bundle = read(tiny_sd1_banks)
     opened = open_backend("torch-exact", bundle, precision=precision, threads=1)
