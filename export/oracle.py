@@ -1,7 +1,7 @@
 """Any linear diffusers scheduler as rows of numbers, by pushing basis vectors through it.
 
 A scheduler whose steps are linear in latent, predictions and noise is known exactly from what it does to unit vectors.
-So `expansion` is the reference for every sampler of `runtime/samplers.py`, and `from_diffusers` compiles schedulers for
+So `expansion` is the reference for every sampler of `runtime/plan/samplers.py`, and `from_diffusers` compiles schedulers for
 which stepforge has no formula.
 """
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stepforge.runtime.checks import shown
 from stepforge.runtime.errors import BundleError, RequestError
 
 Array = NDArray[np.float64]
@@ -45,7 +46,7 @@ SAMPLER_NAMES = (  # keys of samplers.SAMPLERS, which is built on this file
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerCard:
-    """What a bundle stores of a model's scheduler.
+    """What a bundle stores of a model's scheduler; hashable.
 
     `timestep_spacing` and `set_alpha_to_one` are None where the model's config is silent: each sampler then takes the
     default of its diffusers class, as `Scheduler.from_config(pipe.scheduler.config)` does.
@@ -71,6 +72,11 @@ class SchedulerCard:
         choose("prediction_type", self.prediction_type, PREDICTIONS)
         choose("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         choose("timestep_spacing", self.timestep_spacing, (None, *SPACINGS))
+        choose("rescale_betas_zero_snr", self.rescale_betas_zero_snr, (False, True))
+        choose("set_alpha_to_one", self.set_alpha_to_one, (None, False, True))
+        for name in ("num_train_timesteps", "steps_offset"):
+            if not isinstance(getattr(self, name), int):
+                raise BundleError(f"{name} is {shown(getattr(self, name))}; it must be a whole number")
         if self.num_train_timesteps < 1:
             raise BundleError(f"num_train_timesteps is {self.num_train_timesteps}; at least 1 is needed")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
@@ -105,7 +111,7 @@ class SchedulerCard:
 def choose(what: str, value: object, choices: tuple[Any, ...]) -> None:
     """Refuses a value of a card that is not among the choices."""
     if value not in choices:
-        raise BundleError(f"{what} is {value!r}; choose one of {', '.join(dict.fromkeys(map(str, choices)))}")
+        raise BundleError(f"{what} is {shown(value)}; choose one of {', '.join(dict.fromkeys(map(str, choices)))}")
 
 
 def betas(card: SchedulerCard) -> Array:
@@ -207,8 +213,8 @@ def check_falling(what: str, values: Any) -> Array:
     """A list of numbers as an array: finite, strictly falling, at least one."""
     try:
         array = np.array([float(value) for value in values], dtype=np.float64)
-    except (TypeError, ValueError):
-        raise RequestError(f"{what} must be a list of numbers, got {values!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise RequestError(f"{what} must be a list of numbers, got {shown(values)}") from None
     if not array.size or not np.isfinite(array).all() or (np.diff(array) >= 0).any():
-        raise RequestError(f"{what} must be finite and strictly falling, got {array.tolist()}")
+        raise RequestError(f"{what} must be finite and strictly falling, got {shown(array.tolist())}")
     return array
