@@ -32,7 +32,6 @@ ALSO = {  # beside those, by folder or file of runtime/
 BUDGET = 400  # lines a file
 ENTRIES = 16  # a folder of code
 LONGER = {
-    "runtime/plan/samplers.py": "one table of samplers, and what turns a request into its row of it",
 }
 
 
