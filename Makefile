@@ -34,14 +34,10 @@ quick: $(STAMP)  ## without the slow tests
 aot: $(STAMP)  ## every kernel compiled for six architectures, against golden.json (4 minutes on 2 cores)
 	$(BIN)/python -m stepforge.kernels.aot --check
 
-# All three run even if the first fails: a stranger's first run shall tell everything it can.
 test-gpu: export TRITON_INTERPRET := 0
-test-gpu: $(STAMP)  ## what needs an NVIDIA GPU: its tests, then every kernel checked and timed into out/kernels.json
+test-gpu: $(STAMP)  ## on an NVIDIA GPU: kernels, networks and parity, six minutes at most, into out/gpu/report.json
 	$(BIN)/python benchmarks/check_gpu.py
-	status=0; \
-	$(BIN)/pytest -m gpu tests/kernels tests/runtime || status=1; \
-	$(BIN)/python benchmarks/bench_kernels.py --fit --sanitize --json out/kernels.json || status=1; \
-	exit $$status
+	$(BIN)/python benchmarks/gpu_report.py
 
 check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff format --check .

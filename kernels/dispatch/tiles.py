@@ -59,3 +59,6 @@ def check_block(arch: int, block_m: int) -> None:
 def shrink_tile(block_m: int, rank: int) -> Tile:
     """Short tiles: a shrink has one column of programs, so its rows are what fills the multiprocessors."""
     return Tile(min(32, block_m), 0, 64 if rank == 64 else 128, warps=4, stages=3)  # 128 deep spilled 8 bytes at R = 64
+
+
+WHOLE_NORM = 16384  # elements of a padded group of a norm that one program holds in registers

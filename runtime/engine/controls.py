@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +11,13 @@ from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays, Backend, Graph, SideCall
 from stepforge.runtime.bundle import Bundle, Component, ComponentId
+from stepforge.runtime.engine.hints import Hints
 from stepforge.runtime.engine.state import Batch, Job
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.imaging.preprocess import hint_of
 from stepforge.runtime.imaging.read import check_image
 from stepforge.runtime.request import Control
 
 Array = NDArray[np.float32]
-CACHED_BYTES = 64 << 20  # of encoded hints, least recently used first
 
 
 def no_residuals(denoiser: Component) -> dict[str, Array]:
@@ -51,7 +48,7 @@ class Controls:
         self._bundle, self._backend = bundle, backend
         self._graphs: dict[ComponentId, Graph] = {}
         self._stacks: dict[tuple[str, int], tuple[list[Array], Array]] = {}
-        self._encoded_hints: OrderedDict[tuple[str, tuple[int, ...], str], Array] = OrderedDict()
+        self._hints = Hints(self._open)
 
     def check(self, controls: Sequence[Control]) -> None:
         """Raises RequestError if the bundle lacks one, or its image is none."""
@@ -67,28 +64,17 @@ class Controls:
         return control.guess_mode or self._bundle.controls[control.name].global_pool
 
     def prepare(self, job: Job) -> None:
-        """Draw a job's hint images, and run the hint encoder of each ControlNet that some step uses."""
+        """A job's hints: each ControlNet that some step uses has its hint encoder run on the image that it is shown."""
         hints, digests = [], []
         for index, control in enumerate(job.request.controls):
-            image = hint_of(control.image, control.preprocessor, job.size.width, job.size.height)
-            digests.append(hashlib.sha256(image.tobytes()).hexdigest())
-            used = any(step.control[index] for step in job.plan.steps)
-            hints.append(self._encoded(control.name, image, digests[-1]) if used else np.empty(0, np.float32))
-            if used:
-                job.count(ComponentId("control_hint", control.name).label, 1)
+            if any(step.control[index] for step in job.plan.steps):
+                digest, hint, ran = self._hints.encoded(control, job.size)
+                job.count(ComponentId("control_hint", control.name).label, int(ran))
+            else:
+                digest, hint = self._hints.digest(control, job.size), np.empty(0, np.float32)
+            hints.append(hint)
+            digests.append(digest)
         job.hints, job.hint_digests = hints, digests
-
-    def _encoded(self, name: str, image: Array, digest: str) -> Array:
-        """An image [3, height, width] in 0..1 through the hint encoder: [C, h, w]; kept by the image's digest."""
-        key = name, image.shape, digest
-        if key not in self._encoded_hints:
-            hint = np.array(self._open(ComponentId("control_hint", name))({"image": image[None]})["hint"][0])
-            self._encoded_hints[key] = hint
-            while sum(hint.nbytes for hint in self._encoded_hints.values()) > CACHED_BYTES:
-                self._encoded_hints.popitem(last=False)
-            return hint
-        self._encoded_hints.move_to_end(key)
-        return self._encoded_hints[key]
 
     def calls(self, uses: Sequence[ControlUse], variant: str = "") -> list[SideCall]:
         """What runs for these uses. Each ControlNet is called once for all its rows, and again only for a second use in one

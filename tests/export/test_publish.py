@@ -18,7 +18,7 @@ import pytest
 from stepforge.export import publish
 from stepforge.export.build import export_bundle
 from stepforge.export.publish import check_out, staged
-from stepforge.runtime.bundle import read
+from stepforge.runtime.bundle import locked, read
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.errors import BundleError, CheckpointError
 
@@ -145,6 +145,21 @@ def test_no_moment_without_a_bundle(tmp_path: Path) -> None:
         reader.join()
     assert missing == []
     assert entries(tmp_path) == ["out", "out/bundle.json"]
+
+
+@pytest.mark.usefixtures("renames")
+def test_a_bundle_is_not_replaced_while_somebody_stores_in_it(tmp_path: Path) -> None:
+    """A preset or verdict that is being stored goes into the old bundle, not into the new one."""
+    out = tmp_path / "out"
+    put(out, "old")
+    with locked(out):
+        publisher = threading.Thread(target=put, args=(out, "new"), kwargs={"overwrite": True})
+        publisher.start()
+        publisher.join(0.3)
+        assert publisher.is_alive()
+        assert (out / "bundle.json").read_text() == "old"
+    publisher.join()
+    assert (out / "bundle.json").read_text() == "new"
 
 
 def test_a_failed_exchange_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
