@@ -4,11 +4,11 @@
 
 Host times are measured on the fake backend at SD1.5's 512x512 latent size. `plan`: `compile_plan`, with another guidance
 weight each time (cold) and the same request again (cached). `submit`: the call on the caller's thread. Both are processor
-time of that thread. `step`: the wall time
-from the first submit to the last result less the time inside the networks, over the steps of all requests. `result`: from
-the decoder's return to the future's callback. Submit and result also with the manifest of an SD1.5 bundle with two variants
-of the denoiser (`LAYERS`). With a bundle (default out/emoji.bundle, if there) it also measures the time from starting Python
-to the first image on disk, without and with the engine library's cache.
+time of that thread. `step`: the wall time from the first submit to the last result less the time inside the networks, over
+the steps of all requests. `result`: wall time from the decoder's return to the future's callback. Submit and result also
+with a manifest like that of an SD1.5 bundle with two variants of the denoiser (`LAYERS`). With a bundle (default
+out/emoji.bundle, if there) it also measures the time from starting Python to the first image on disk, without and with the
+engine library's cache.
 """
 
 from __future__ import annotations
