@@ -2,15 +2,15 @@
 
     python benchmarks/bench_kernels.py --model          what the roofline predicts for each layer, rank and GPU; needs no GPU
     python benchmarks/bench_kernels.py                  all families on the first CUDA GPU, and one table at the end
-    make test-gpu                                       what the GPU needs, its tests, then this with --fit, --json, --sanitize
+    make test-gpu                                       this with --fit, and all else that a GPU has to say (gpu_report.py)
 
 Every path's result is checked against its error bound in fp64 and must repeat to the bit before it is timed. A time is the
 median of a captured CUDA graph, with L2 overwritten before each run and outside the clock. Limits are printed first.
 Exit status: 0 all pass, 1 something failed, 2 there is no GPU that can run the kernels.
 
-The first person with a GPU: run `make test-gpu` on an idle machine and commit the `out/kernels.json` that it writes as
+The first person with a GPU: run `make test-gpu` on an idle machine and commit the `out/gpu/kernels.json` that it writes as
 `benchmarks/results/kernels_<gpu>.json`, or send it with the whole output. It has every measurement, the machine, the driver
-and the versions, and the constants that fit; those then go into `stepforge/kernels/cost.py`, and
+and the versions, and the constants that fit; those then go into `stepforge/kernels/dispatch/cost.py`, and
 `python -m stepforge.kernels.dispatch` writes the table of choices again.
 """
 
@@ -59,7 +59,7 @@ def predicted(gpu: cost.Gpu, layer: Layer, rank: int) -> dict[str, float]:
 
 
 def print_model(gpus: Sequence[str], ranks: Sequence[int]) -> None:
-    print("Overhead over the layer without an adapter, %, by a roofline (see stepforge/kernels/cost.py).")
+    print("Overhead over the layer without an adapter, %, by a roofline (see stepforge/kernels/dispatch/cost.py).")
     print(f"{100 * cost.OURS - 100:.0f} % are added for Triton's product over cuBLAS'. * marks what dispatch takes.")
     for name in gpus:
         gpu = cost.GPUS[name]

@@ -176,15 +176,19 @@ def model(graphs: list[Path], rows: list[int], out: Path | None) -> int:
         "tables": {},
     }
     for graph in graphs or sorted(network_model.SHAPES.glob("*.onnx.xz")):
-        for count in rows:
-            with network_model.with_holes(graph) as path, torch.inference_mode():
-                network = network_model.cuda_network(path)
-                given = network_model.given(network.program, count)
-                found = network_model.works(network, given)
-                measured = network_model.measure(*network_model.drawn(network, given, "cuda")) if on_gpu else None
-            size = "x".join(map(str, given["sample"].shape[2:]))
+        with network_model.with_holes(graph) as path, torch.inference_mode():
+            network = network_model.cuda_network(path)
+            calls = {count: network_model.given(network.program, count) for count in rows}
+            works = {count: network_model.works(network, given) for count, given in calls.items()}
+            network = network_model.drawn(network, "cuda") if on_gpu else network
+        for count, found in works.items():
+            measured = None
+            if on_gpu:
+                with torch.inference_mode():
+                    measured = network_model.measure(network, network_model.numbers(calls[count], "cuda"))
+            size = "x".join(map(str, calls[count]["sample"].shape[2:]))
             print(f"\n{graph.name.partition('.')[0]}, {count} rows, fp16, latents {size}: {network_model.WHAT}")
-            print("\n".join(network_model.table(found, gpus, measured)))
+            print("\n".join(network_model.table(found, gpus, measured)), flush=True)
             report["tables"][f"{graph.name} {count}"] = {
                 "measured ms": measured,
                 "kinds": {

@@ -198,27 +198,28 @@ def table(found: list[Work], gpus: Mapping[str, Gpu], measured: Mapping[str, flo
     return lines
 
 
-def drawn(network: Any, inputs: Mapping[str, Any], device: str) -> tuple[Any, dict[str, Any]]:
-    """The network and inputs of shapes with random numbers on a device: weights of 1/√depth, norms about 1."""
+def drawn(network: Any, device: str) -> Any:
+    """The network of shapes with random weights on a device: products of 1/√depth, vectors about 0, in place."""
+    constants = network.program.constants
+    given = {name: value for name, value in constants.items() if isinstance(value, torch.Tensor)}
+    constants |= numbers(given, device)
+    if device == "cuda":
+        backend.channels_last(network.program)
+    return network
+
+
+def numbers(shapes: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Random numbers for what has none, as strided; of matrices 1/√depth in size."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def numbers(value: Any) -> Any:
+    def filled(value: Any) -> Any:
         if value.device.type != "meta":
             return value.to(device)
-        scale = (value[0].numel() ** -0.5) if value.ndim > 1 else 1.0
-        # as strided: a convolution's weight keeps its memory format
+        scale = value[0].numel() ** -0.5 if value.ndim > 1 else 1.0
         found = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
         return found.normal_(generator=generator).mul_(scale)
 
-    constants = network.program.constants
-    for name, value in constants.items():
-        if isinstance(value, torch.Tensor):
-            constants[name] = numbers(value)
-    if device == "cuda":
-        backend.channels_last(network.program)
-    return network, {
-        name: torch.randn(value.shape, device=device, generator=generator) for name, value in inputs.items()
-    }
+    return {name: filled(value) for name, value in shapes.items()}
 
 
 def measure(network: Any, inputs: Mapping[str, Any], *, times: int = 3) -> dict[str, float]:

@@ -32,7 +32,7 @@ def test_limits_and_failures(tmp_path):
     slow = gpu_report.Part(
         "slow", ((sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(60)"),), 3
     )
-    found = gpu_report.run(slow, 60, tmp_path)
+    found = gpu_report.run(slow, slow.seconds, tmp_path)
     assert (found["failed"], found["last"]) == ("out of time", "begun")
     assert found["seconds"] < 30
     wrong = gpu_report.Part("wrong", ((sys.executable, "-c", "raise SystemExit('no luck')"),), 60)

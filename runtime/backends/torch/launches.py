@@ -9,7 +9,8 @@ from stepforge.runtime.backends.torch.program import Node, Program
 VIEWS = ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Columns", "Identity", "Shape", "Range")
 KINDS = {
     "Linear": "product", "Pointwise": "product", "Accumulate": "product", "MatMul": "product", "Gemm": "product",
-    "Conv": "convolution", "Attention": "attention", "LayerNorm": "layer norm", "Geglu": "GEGLU", "Sum": "sum of images", "Widen": "widened rows", "Strengths": "strengths",
+    "Conv": "convolution", "Attention": "attention", "LayerNorm": "layer norm", "Geglu": "GEGLU", "Sum": "sum of images",
+    "Widen": "widened rows", "Strengths": "strengths",
     "Sin": "timestep", "Cos": "timestep", "Silu": "time embedding", "Add": "addition", "Mul": "multiplication",
     "Concat": "concatenation", "Resize": "upsampling", "Cast": "cast", "Gather": "gather",
     "LayerNormalization": "PyTorch's layer norm", "Gelu": "PyTorch's GELU",

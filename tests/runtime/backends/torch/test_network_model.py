@@ -56,7 +56,7 @@ def test_times_by_kind_and_the_file(model, tiny_sd1_bundle, tmp_path, monkeypatc
         network = model.cuda_network(path, "fp32")
         given = model.given(network.program, 2, 16)
         found = model.works(network, given)
-        measured = model.measure(*model.drawn(network, given, "cpu"), times=1)
+        measured = model.measure(model.drawn(network, "cpu"), model.numbers(given, "cpu"), times=1)
     assert set(measured) == {*model.by_kind(found), model.VIEWS}
     assert all(value > 0 for value in measured.values())
     lines = model.table(found, {}, measured)
