@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend, Graph, SideCall
 from stepforge.runtime.bundle import Bundle, Component, ComponentId
 from stepforge.runtime.engine.hints import Hints
@@ -17,10 +18,8 @@ from stepforge.runtime.errors import RequestError
 from stepforge.runtime.imaging.read import check_image
 from stepforge.runtime.request import Control
 
-Array = NDArray[np.float32]
 
-
-def no_residuals(denoiser: Component) -> dict[str, Array]:
+def no_residuals(denoiser: Component) -> dict[str, Float32]:
     """The residual inputs of a denoiser when no row has a ControlNet: [1, C, 1, 1] zeros."""
     return {
         tensor.name: np.zeros((1, int(tensor.shape[1]), 1, 1), np.float32)
@@ -36,7 +35,7 @@ class ControlUse:
     row: int
     name: str
     occurrence: int  # 0-based, when a row uses one ControlNet several times
-    hint: Array  # [C, h, w]
+    hint: Float32  # [C, h, w]
     scale: float
     guess_mode: bool
 
@@ -47,7 +46,7 @@ class Controls:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self._bundle, self._backend = bundle, backend
         self._graphs: dict[ComponentId, Graph] = {}
-        self._stacks: dict[tuple[str, int], tuple[list[Array], Array]] = {}
+        self._stacks: dict[tuple[str, int], tuple[list[Float32], Float32]] = {}
         self._hints = Hints(self._open)
 
     def check(self, controls: Sequence[Control]) -> None:
@@ -109,13 +108,13 @@ class Controls:
                 uses.append(ControlUse(r, control.name, occurrence, hint, scale, control.guess_mode))
         return uses
 
-    def residuals(self, calls: Sequence[SideCall], inputs: Arrays, wanted: Sequence[str]) -> dict[str, Array]:
+    def residuals(self, calls: Sequence[SideCall], inputs: Arrays, wanted: Sequence[str]) -> dict[str, Float32]:
         """Sum of the residuals of all calls for each row of `inputs`; nothing if there is none.
 
         inputs: what the denoiser reads, before residuals. wanted: the denoiser's residual inputs.
         """
         rows = len(inputs["sample"])
-        totals: dict[str, Array] = {}
+        totals: dict[str, Float32] = {}
         for call in calls:
             outputs = self._run(call, inputs)
             picked = call.rows
@@ -132,7 +131,7 @@ class Controls:
                 totals[residual][picked] += value
         return totals
 
-    def _run(self, call: SideCall, inputs: Arrays) -> Mapping[str, Array]:
+    def _run(self, call: SideCall, inputs: Arrays) -> Mapping[str, Float32]:
         every = len(call.rows) == len(inputs["sample"])
         own: dict[str, NDArray[Any]] = dict(call.inputs)
         names = [tensor.name for tensor in self._bundle.components[call.component].inputs]
@@ -141,7 +140,7 @@ class Controls:
                 own[name] = inputs[name] if every else inputs[name][call.rows]
         return call.graph({name: own[name] for name in names})
 
-    def _stacked(self, name: str, occurrence: int, group: Sequence[ControlUse]) -> Array:
+    def _stacked(self, name: str, occurrence: int, group: Sequence[ControlUse]) -> Float32:
         """The hints of a call, [rows, C, h, w], some MB a row; the same array while the same hints come back."""
         hints = [use.hint for use in group]
         before, stacked = self._stacks.get((name, occurrence), ([], np.empty(0, np.float32)))
@@ -150,7 +149,7 @@ class Controls:
             self._stacks[name, occurrence] = hints, stacked
         return stacked
 
-    def _scale(self, use: ControlUse) -> Array:
+    def _scale(self, use: ControlUse) -> Float32:
         """Strength of each residual; guess mode weakens the shallow ones, see diffusers' ControlNetModel.forward."""
         entry = self._bundle.components[ComponentId("control_residuals", use.name)]
         (count,) = (t.shape[1] for t in entry.inputs if t.name == "scale")

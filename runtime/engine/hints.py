@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Graph
 from stepforge.runtime.bundle import ComponentId, Size
 from stepforge.runtime.errors import RequestError
@@ -18,7 +18,6 @@ from stepforge.runtime.imaging.preprocess import Recipe, hint_of
 from stepforge.runtime.imaging.read import Picture
 from stepforge.runtime.request import Control
 
-Array = NDArray[np.float32]
 CACHED_BYTES = 64 << 20  # encoded hints, LRU
 CACHED_DIGESTS = 1024  # LRU
 
@@ -31,7 +30,7 @@ class Hints:
     def __init__(self, open_graph: Callable[[ComponentId], Graph]) -> None:
         self._open = open_graph
         self._digests: OrderedDict[Drawing, str] = OrderedDict()
-        self._encoded: OrderedDict[tuple[str, Drawing], Array] = OrderedDict()
+        self._encoded: OrderedDict[tuple[str, Drawing], Float32] = OrderedDict()
 
     def digest(self, control: Control, size: Size) -> str:
         """sha256 of the hint image, float32 [3, height, width]. Raises RequestError if the image cannot be read."""
@@ -40,7 +39,7 @@ class Hints:
             self._draw(control, drawing)
         return self._digests[drawing]
 
-    def encoded(self, control: Control, size: Size) -> tuple[str, Array, bool]:
+    def encoded(self, control: Control, size: Size) -> tuple[str, Float32, bool]:
         """The hint image's digest, the encoded hint [C, h, w], and whether the encoder ran for it."""
         drawing = _drawing(control, size)
         key = control.name, drawing
@@ -55,7 +54,7 @@ class Hints:
             self._encoded.popitem(last=False)
         return self._digests[drawing], hint, True
 
-    def _draw(self, control: Control, drawing: Drawing) -> Array:
+    def _draw(self, control: Control, drawing: Drawing) -> Float32:
         _, recipe, size = drawing
         image = hint_of(control.image, recipe, size.width, size.height)
         self._digests[drawing] = hashlib.sha256(image.tobytes()).hexdigest()

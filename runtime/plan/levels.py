@@ -9,11 +9,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from stepforge.runtime.arrays import Float64
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan.linear import Level, NoisePath
 from stepforge.runtime.plan.schedules import (
     RESPACE,
-    Array,
     SchedulerCard,
     alphas_cumprod,
     check_timesteps,
@@ -31,8 +31,8 @@ class SamplerOptions:
     steps: int
     schedule: str
     spacing: str
-    timesteps: Array | None  # the request's own
-    sigmas: Array | None  # the request's own
+    timesteps: Float64 | None  # the request's own
+    sigmas: Float64 | None  # the request's own
     eta: float
     alpha_to_one: bool
 
@@ -42,13 +42,13 @@ def in_line(card: SchedulerCard, levels: Sequence[Level], options: SamplerOption
     return NoisePath(card.prediction_type, tuple(levels[:-1]), tuple(pairwise(levels)), options.eta)
 
 
-def table_level(bar: Array, t: float, final: float) -> Level:
+def table_level(bar: Float64, t: float, final: float) -> Level:
     """Level of timestep t in the table of ᾱ; before timestep 0, of ᾱ = final."""
     value = float(bar[int(t)]) if t >= 0 else final
     return Level(float(t), math.sqrt(value), math.sqrt(1 - value))
 
 
-def table_times(card: SchedulerCard, options: SamplerOptions) -> Array:
+def table_times(card: SchedulerCard, options: SamplerOptions) -> Float64:
     """Timesteps that index the table of ᾱ."""
     if options.timesteps is not None:
         return options.timesteps
@@ -82,7 +82,7 @@ def ddpm_levels(card: SchedulerCard, options: SamplerOptions) -> NoisePath:
     return in_line(card, [table_level(bar, t, 1.0) for t in (*times, -1)], options)
 
 
-def distilled_times(card: SchedulerCard, options: SamplerOptions) -> Array:
+def distilled_times(card: SchedulerCard, options: SamplerOptions) -> Float64:
     """A subset of the 50 timesteps on which consistency models are distilled, or the request's own."""
     if options.timesteps is not None:
         return options.timesteps
@@ -109,7 +109,7 @@ def tcd_levels(card: SchedulerCard, options: SamplerOptions) -> NoisePath:
     return NoisePath(card.prediction_type, at, tuple(zip(at, lows, ends, strict=True)), options.eta)
 
 
-def sigma_table(card: SchedulerCard) -> Array:
+def sigma_table(card: SchedulerCard) -> Float64:
     """sigma of every training timestep. A last sigma of infinity is held at 4096, as in diffusers: ᾱ = 2⁻²⁴."""
     bar = alphas_cumprod(card)
     if card.rescale_betas_zero_snr:
@@ -117,14 +117,14 @@ def sigma_table(card: SchedulerCard) -> Array:
     return ratio(bar)
 
 
-def sigmas_at(times: Array, table: Array) -> Array:
+def sigmas_at(times: Float64, table: Float64) -> Float64:
     sigmas = np.interp(times, np.arange(len(table)), table)
     if (np.diff(sigmas) >= 0).any():
         raise RequestError(f"{len(times)} steps are too many for this spacing: two of them have the same timestep")
     return sigmas
 
 
-def sigma_points(card: SchedulerCard, options: SamplerOptions) -> tuple[Array, Array]:
+def sigma_points(card: SchedulerCard, options: SamplerOptions) -> tuple[Float64, Float64]:
     """Timesteps and sigmas, with the end, of samplers that move in sigma."""
     table = sigma_table(card)
     if options.sigmas is not None:
@@ -202,7 +202,7 @@ def flow_levels(card: SchedulerCard, options: SamplerOptions) -> NoisePath:
     """Flow sigmas, shifted: s·sigma / (1 + (s − 1)·sigma). As in diffusers the lowest of the grid is shifted twice."""
     count, shift = card.num_train_timesteps, card.shift
 
-    def shifted(sigma: Array) -> Array:
+    def shifted(sigma: Float64) -> Float64:
         return shift * sigma / (1 + (shift - 1) * sigma)
 
     if options.sigmas is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from stepforge.runtime.arrays import Float64
 from stepforge.runtime.checks import choice, shown, whole
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan.levels import SamplerOptions
 from stepforge.runtime.plan.linear import Linear, NoisePath
 from stepforge.runtime.plan.samplers import SAMPLERS, Sampler
-from stepforge.runtime.plan.schedules import SPACINGS, Array, SchedulerCard, check_falling, check_timesteps
+from stepforge.runtime.plan.schedules import SPACINGS, SchedulerCard, check_falling, check_timesteps
 from stepforge.runtime.plan.step import Step
 
 
@@ -97,7 +98,7 @@ def _check_model(card: SchedulerCard, name: str) -> None:
         raise RequestError(f"sampler {name!r} cannot run a model of zero terminal SNR; {fit}")
 
 
-def _count(card: SchedulerCard, name: str, steps: int | None, timesteps: Array | None, sigmas: Array | None) -> int:
+def _count(card: SchedulerCard, name: str, steps: int | None, timesteps: Float64 | None, sigmas: Float64 | None) -> int:
     """Steps of the sampler."""
     own = {"timesteps": timesteps, "sigmas": sigmas}
     given = [what for what, values in own.items() if values is not None]

@@ -13,12 +13,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from stepforge.runtime.arrays import Float64
 from stepforge.runtime.checks import shown
 from stepforge.runtime.errors import BundleError, RequestError
-
-Array = NDArray[np.float64]
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
@@ -114,7 +112,7 @@ def choose(what: str, value: object, choices: tuple[Any, ...]) -> None:
         raise BundleError(f"{what} is {shown(value)}; choose one of {', '.join(dict.fromkeys(map(str, choices)))}")
 
 
-def betas(card: SchedulerCard) -> Array:
+def betas(card: SchedulerCard) -> Float64:
     """Noise added at each training timestep. Cosine: Nichol and Dhariwal, arXiv:2102.09672, eq. 17, capped at 0.999."""
     count = card.num_train_timesteps
     if card.trained_betas is not None:
@@ -127,7 +125,7 @@ def betas(card: SchedulerCard) -> Array:
     return np.asarray(np.minimum(1.0 - bar[1:] / bar[:-1], 0.999))
 
 
-def alphas_cumprod(card: SchedulerCard) -> Array:
+def alphas_cumprod(card: SchedulerCard) -> Float64:
     """ᾱ_t = Π_{s ≤ t} (1 − beta_s); with zero terminal SNR, √ᾱ shifted and scaled to end at 0.
 
     Lin et al., arXiv:2305.08891, algorithm 1.
@@ -139,12 +137,12 @@ def alphas_cumprod(card: SchedulerCard) -> Array:
     return np.asarray(bar, dtype=np.float64)
 
 
-def ratio(alphas_bar: Array) -> Array:
+def ratio(alphas_bar: Float64) -> Float64:
     """sigma = √((1 − ᾱ)/ᾱ)."""
     return np.sqrt((1.0 - alphas_bar) / alphas_bar)
 
 
-def spaced(spacing: str, steps: int, count: int, *, offset: int = 0, ahead: bool = False) -> Array:
+def spaced(spacing: str, steps: int, count: int, *, offset: int = 0, ahead: bool = False) -> Float64:
     """`steps` timesteps of 0..count−1, falling; Lin et al., arXiv:2305.08891, table 2.
 
     ahead: the grid has one more point, the end of the last step, which is left out (DPM-Solver, UniPC, DEIS);
@@ -159,18 +157,18 @@ def spaced(spacing: str, steps: int, count: int, *, offset: int = 0, ahead: bool
     return np.round(np.arange(count, 0, -count / steps))[:steps] - 1.0
 
 
-def karras(high: float, low: float, steps: int) -> Array:
+def karras(high: float, low: float, steps: int) -> Float64:
     """Equal steps in sigma^(1/7); Karras et al., arXiv:2206.00364, eq. 5."""
     ramp = np.linspace(0.0, 1.0, steps)
     return np.asarray((high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7)
 
 
-def exponential(high: float, low: float, steps: int) -> Array:
+def exponential(high: float, low: float, steps: int) -> Float64:
     """Equal steps in log sigma."""
     return np.exp(np.linspace(math.log(high), math.log(low), steps))
 
 
-def beta(high: float, low: float, steps: int) -> Array:
+def beta(high: float, low: float, steps: int) -> Float64:
     """Quantiles of Beta(0.6, 0.6) between low and high; Lee et al., arXiv:2407.12173."""
     return low + beta_quantile(1.0 - np.linspace(0.0, 1.0, steps), 0.6) * (high - low)
 
@@ -178,7 +176,7 @@ def beta(high: float, low: float, steps: int) -> Array:
 RESPACE = {"karras": karras, "exponential": exponential, "beta": beta}
 
 
-def beta_quantile(q: Array, a: float) -> Array:
+def beta_quantile(q: Float64, a: float) -> Float64:
     """x with I_x(a, a) = q, by bisection; at 1/2 and beyond by symmetry.
 
     I_x(a, a) = x^a / (a·B(a, a)) · Σ_n x^n · a/(a + n) · Π_{i ≤ n} (i − a)/i, which halves with each n for x ≤ 1/2.
@@ -195,13 +193,13 @@ def beta_quantile(q: Array, a: float) -> Array:
     return np.where(q <= 0.5, low, 1.0 - low)
 
 
-def times_of(sigmas: Array, table: Array) -> Array:
+def times_of(sigmas: Float64, table: Float64) -> Float64:
     """Where sigmas lie in the rising table of all sigmas, in timesteps; linear in log sigma, held at the ends."""
     logs = np.log(np.maximum(sigmas, 1e-10))
     return np.interp(logs, np.log(table), np.arange(len(table), dtype=np.float64))
 
 
-def check_timesteps(values: Any, low: int, high: int) -> Array:
+def check_timesteps(values: Any, low: int, high: int) -> Float64:
     """Timesteps as an array: falling, within low..high."""
     times = check_falling("timesteps", values)
     if times[0] > high or times[-1] < low:
@@ -209,7 +207,7 @@ def check_timesteps(values: Any, low: int, high: int) -> Array:
     return times
 
 
-def check_falling(what: str, values: Any) -> Array:
+def check_falling(what: str, values: Any) -> Float64:
     """A list of numbers as an array: finite, strictly falling, at least one."""
     try:
         array = np.array([float(value) for value in values], dtype=np.float64)
