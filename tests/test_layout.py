@@ -14,7 +14,7 @@ ROOMS = ("kernels", "runtime", "export")
 # Packages and modules of a room, ground floor first: each imports those that stand before it, never one behind it.
 FLOORS = {
     "runtime": (
-        "arrays", "errors", "files", "checks", "grammar", "bundle", "plan", "imaging", "lora", "request", "presets", "backends",
+        "arrays", "errors", "files", "checks", "grammar", "bundle", "plan", "imaging", "lora", "request", "backends",
         "engine", "load", "tune", "cli", "__main__",
     ),
     "export": ("models", "lora", "graph", "publish", "build", "oracle", "parity", "cli"),
