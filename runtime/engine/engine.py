@@ -228,6 +228,8 @@ class Engine:
                         self._scheduler.submit(jobs[queued], wait=queued == yielded)
                     except QueueFull:
                         break
+                    except RequestError as error:  # the engine was closed: what has ended is still told
+                        jobs[queued].future.settle(error)
                     jobs[queued].future.add_done_callback(lambda _, index=queued: ended.put(index))  # type: ignore[misc]
                     queued += 1
                 index = ended.get()
