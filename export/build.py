@@ -34,6 +34,7 @@ from stepforge.runtime.bundle import (
     TEXT_ENCODERS,
     UNET,
     VAE_DECODER,
+    WEIGHT_PRECISIONS,
     Bundle,
     Component,
     ComponentId,
@@ -48,7 +49,7 @@ from stepforge.runtime.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]  # stage, stages done, stages in all
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = dict(zip(WEIGHT_PRECISIONS, (torch.float32, torch.float16), strict=True))
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
 MOST_SLOTS, HIGHEST_RANK = 64, 512
 NO_VARIANTS = Variants()

@@ -1,7 +1,7 @@
 """Any linear diffusers scheduler as rows of numbers, by pushing basis vectors through it.
 
 A scheduler whose steps are linear in latent, predictions and noise is known exactly from what it does to unit vectors.
-So `expansion` is the reference for every sampler of `runtime/samplers.py`, and `from_diffusers` compiles schedulers for
+So `expansion` is the reference for every sampler of `runtime/plan/samplers.py`, and `from_diffusers` compiles schedulers for
 which stepforge has no formula.
 """
 
@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from stepforge.runtime.arrays import Float64
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.plan import Step
 
-Array = NDArray[np.float64]
 Window = tuple[tuple[float, ...], tuple[float, ...], float]  # keep, gain, noise
 LONGEST = 8  # latents or predictions of a window
 RESIDUAL = 1e-9  # relative error of a window; expansions are good to about 1e-12
@@ -68,7 +67,7 @@ def from_diffusers(
 class Trace:
     """K evaluations of a scheduler: latents over its inputs, and what the network was given."""
 
-    latents: Array  # [K + 1, 1 + 2K]: coefficients of x_0, p_0..p_{K-1}, z_0..z_{K-1}
+    latents: Float64  # [K + 1, 1 + 2K]: coefficients of x_0, p_0..p_{K-1}, z_0..z_{K-1}
     t: tuple[float, ...]
     scale_in: tuple[float, ...]
     sigma: tuple[float, ...]  # noise-to-signal
@@ -98,7 +97,7 @@ def follow(
 
 
 def drive(
-    scheduler: Any, inputs_of: Callable[[int], Array], options: Mapping[str, Any], timing: Mapping[str, Any]
+    scheduler: Any, inputs_of: Callable[[int], Float64], options: Mapping[str, Any], timing: Mapping[str, Any]
 ) -> Trace:
     """Runs the scheduler. inputs_of(n) gives its n inputs x_0, p_0.., z_0.., each a vector of any length."""
     scheduler.set_timesteps(**timing)
@@ -141,11 +140,11 @@ def drive(
     )
 
 
-def as_latent(vector: Array) -> Any:
+def as_latent(vector: Float64) -> Any:
     return torch.tensor(vector, dtype=torch.float64).reshape(-1, 1, 1, 1)
 
 
-def as_vector(latent: Any) -> Array:
+def as_vector(latent: Any) -> Float64:
     return np.asarray(latent.to(torch.float64).flatten().numpy())
 
 
@@ -242,7 +241,7 @@ def clean_by_level(scheduler: Any, k: int, alpha: float, sigma: float) -> tuple[
     raise CheckpointError(f"{type(scheduler).__name__}: prediction type {prediction!r} is unknown (evaluation {k})")
 
 
-def shortest_windows(latents: Array) -> list[Window]:
+def shortest_windows(latents: Float64) -> list[Window]:
     """keep, gain and noise of every step, within the least number of latents and predictions that does for all."""
     steps = range(len(latents) - 1)
     for total in range(2, 2 * LONGEST + 1):
@@ -252,14 +251,14 @@ def shortest_windows(latents: Array) -> list[Window]:
     raise CheckpointError(f"a step needs more than {LONGEST} latents or predictions")
 
 
-def smallest(latents: Array, k: int, most_kept: int, most_gained: int) -> Window:
+def smallest(latents: Float64, k: int, most_kept: int, most_gained: int) -> Window:
     """The window of one step with the fewest coefficients, and of those the fewest latents."""
     sizes = ((i, j) for i in range(1, most_kept + 1) for j in range(1, most_gained + 1))
     found = (window(latents, k, *size) for size in sorted(sizes, key=lambda size: (sum(size), size)))
     return next(coefficients for coefficients in found if coefficients)
 
 
-def window(latents: Array, k: int, kept: int, gained: int) -> Window | None:
+def window(latents: Float64, k: int, kept: int, gained: int) -> Window | None:
     """x_{k+1} over the last latents and predictions, or None where these are too few."""
     target, count = latents[k + 1], len(latents) - 1
     past = latents[max(0, k + 1 - kept) : k + 1][::-1]

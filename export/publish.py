@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from stepforge.runtime.bundle import MANIFEST
+from stepforge.runtime.bundle import MANIFEST, locked
 from stepforge.runtime.errors import BundleError
 
 NOREPLACE, EXCHANGE = 1, 2  # flags of renameat2 (linux/fs.h)
@@ -93,10 +93,11 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
     """
     check_out(out, overwrite)
     if _exists(out):
-        _exchange(folder, out)
-        if not _is_bundle(folder):  # something else took its place after the check
+        with locked(out):  # else who is about to store a preset or a verdict would write it into the new bundle
             _exchange(folder, out)
-            raise BundleError(f"{out} was replaced by something that is not a bundle, which is left alone")
+            if not _is_bundle(folder):  # something else took its place after the check
+                _exchange(folder, out)
+                raise BundleError(f"{out} was replaced by something that is not a bundle, which is left alone")
     else:
         _take(folder, out)
     _sync(out.parent)

@@ -14,7 +14,7 @@ ROOMS = ("kernels", "runtime", "export")
 # Packages and modules of a room, ground floor first: each imports those that stand before it, never one behind it.
 FLOORS = {
     "runtime": (
-        "errors", "files", "checks", "grammar", "bundle", "plan", "imaging", "lora", "request", "presets", "backends",
+        "arrays", "errors", "files", "checks", "grammar", "bundle", "plan", "imaging", "lora", "request", "backends",
         "engine", "load", "tune", "cli", "__main__",
     ),
     "export": ("models", "lora", "graph", "publish", "build", "oracle", "parity", "cli"),
@@ -31,9 +31,6 @@ ALSO = {  # beside those, by folder or file of runtime/
 }
 BUDGET = 400  # lines a file
 ENTRIES = 16  # a folder of code
-LONGER = {
-    "runtime/plan/samplers.py": "one table of samplers, and what turns a request into its row of it",
-}
 
 
 def imports(path: Path, *, types: bool = True) -> Iterator[str]:
@@ -128,7 +125,7 @@ def test_files_and_folders_are_small():
         for path in sources(room):
             name = path.relative_to(ROOT).as_posix()
             lines = len(path.read_text(encoding="utf-8").splitlines())
-            assert lines <= BUDGET or name in LONGER, f"{name} has {lines} lines"
+            assert lines <= BUDGET, f"{name} has {lines} lines"
         for folder in {path.parent for path in sources(room)}:
             entries = [e.name for e in folder.iterdir() if e.name not in ("__pycache__", "py.typed", "__init__.py")]
             assert len(entries) <= ENTRIES, f"{folder.relative_to(ROOT)} has {len(entries)} entries"

@@ -73,8 +73,7 @@ def resolve_probes(graphs: Sequence[Path], component: Component, *, control: boo
             kept.append(_deep(skips[reuse.deepcache], joints[reuse.deepcache], component, reuse.deepcache))
         kept = [_as_float32(model, value) for value in kept]
         outputs = tuple(Tensor(value.name or "", "float32", _axes(value)) for value in kept)
-        del model.graph.outputs[1:]
-        model.graph.outputs.extend(kept)
+        model.graph.outputs[1:] = kept
         forget_shapes(model)
         ir.save(model, path)
     return replace(component, inputs=(*component.inputs, *inputs), outputs=(*component.outputs, *outputs))
@@ -191,7 +190,7 @@ def variant(folder: Path, component: Component, name: str, given: Sequence[str],
 def _cut(model: ir.Model, given: Sequence[str], drop: Sequence[str]) -> None:
     values: Mapping[str, ir.Value] = {value.name or "": value for value in model.graph.outputs}
     kept = [value for name, value in values.items() if name not in drop]
-    del model.graph.outputs[:]
+    model.graph.outputs.clear()  # not `del`: it would leave the values marked as outputs
     model.graph.outputs.extend(kept)
     for name in given:
         old, cast = values[name], values[name].producer()

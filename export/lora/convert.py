@@ -10,19 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from stepforge.export.lora.merge import source_modules
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import named_modules
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.bundle import ComponentId
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.files import written
 from stepforge.runtime.lora.adapter import read_adapter
 from stepforge.runtime.lora.layers import delta, low_rank
 
-Array = NDArray[np.float32]
 FORMATS = (".safetensors", ".onnx_adapter")
 
 
@@ -59,7 +58,7 @@ def convert(file: Path, model: Path, out: Path, *, rank: int | None = None, **so
         """Layers of a network, which is read when the first of them is asked for."""
         return named_modules(source.adaptable[component](torch.float32))
 
-    tensors: dict[str, Array] = {}
+    tensors: dict[str, Float32] = {}
     done = []
     for (component, path), layer in adapter.layers.items():
         shape = shapes[component, path]
@@ -84,7 +83,7 @@ def convert(file: Path, model: Path, out: Path, *, rank: int | None = None, **so
     return done
 
 
-def _write(out: Path, tensors: Mapping[str, Array]) -> None:
+def _write(out: Path, tensors: Mapping[str, Float32]) -> None:
     """In one atomic step. Raises AdapterError."""
     try:
         with written(out) as file:
@@ -98,7 +97,7 @@ def _write(out: Path, tensors: Mapping[str, Array]) -> None:
         raise AdapterError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
-def truncate(change: Array, rank: int) -> tuple[tuple[Array, Array], float]:
+def truncate(change: Float32, rank: int) -> tuple[tuple[Float32, Float32], float]:
     """The best pair of a rank, (down, up), and its relative error (Eckart-Young)."""
     matrix = torch.from_numpy(change)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -108,7 +107,7 @@ def truncate(change: Array, rank: int) -> tuple[tuple[Array, Array], float]:
     return (down.numpy(), up.numpy()), (float(s[rank:].square().sum()) / norm) ** 0.5 if norm else 0.0
 
 
-def _weights(module: Any) -> tuple[Array, Array | None]:
+def _weights(module: Any) -> tuple[Float32, Float32 | None]:
     """Weight and bias of a layer of the base model."""
     bias = getattr(module, "bias", None)
     return module.weight.detach().numpy(), None if bias is None else bias.detach().numpy()

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from stepforge.export.parity.measures import relative_error
-from stepforge.export.parity.reference import Array, Reference, References, Settings
+from stepforge.export.parity.reference import Reference, References, Settings
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend
 from stepforge.runtime.bundle import UNET, VAE_DECODER, Bundle, ComponentId
 from stepforge.runtime.engine import Engine
@@ -18,7 +19,7 @@ from stepforge.runtime.engine.controls import no_residuals
 from stepforge.runtime.plan import Step
 from stepforge.runtime.request import Request
 
-Probe = tuple[Step, Array]  # a step of the plan, and latents [C, h, w] of the reference there
+Probe = tuple[Step, Float32]  # a step of the plan, and latents [C, h, w] of the reference there
 
 
 @torch.no_grad()
@@ -71,7 +72,7 @@ def probes(engine: Engine, reference: Reference, settings: Settings) -> list[Pro
     return [(steps[index], reference.latents[max(0, index - 1)]) for index in places]
 
 
-def denoiser_inputs(bundle: Bundle, step: Step, latents: Array, texts: Arrays) -> dict[str, Any]:
+def denoiser_inputs(bundle: Bundle, step: Step, latents: Float32, texts: Arrays) -> dict[str, Any]:
     """Inputs of a denoiser or a ControlNet at a step, two equal rows."""
     inputs = {
         "sample": np.stack([latents, latents]) * np.float32(step.scale_in),

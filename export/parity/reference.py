@@ -16,9 +16,8 @@ from transformers import CLIPTokenizer
 
 from stepforge.export.models.controlnet import ControlSource
 from stepforge.export.models.source import Source
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.bundle import Bundle
-
-Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class Settings:
 class Reference:
     """One run of diffusers' pipeline."""
 
-    latents: list[Array]  # after every network evaluation, [C, h, w]
+    latents: list[Float32]  # after every network evaluation, [C, h, w]
     image: NDArray[np.uint8]
 
 
@@ -117,7 +116,7 @@ def run_reference(
     pipeline: Any, prompt: str, bundle: Bundle, steps: int, guidance: float, seed: int, **more: Any
 ) -> Reference:
     """One image of the reference, with the latents after every step."""
-    trajectory: list[Array] = []
+    trajectory: list[Float32] = []
 
     def note(_: Any, index: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
         trajectory.append(values["latents"][0].float().numpy().copy())

@@ -27,7 +27,8 @@ from stepforge.export.models.source import Source
 from stepforge.export.parity.components import component_errors
 from stepforge.export.parity.control import control_errors, exported_controls
 from stepforge.export.parity.measures import psnr, relative_error
-from stepforge.export.parity.reference import Array, Reference, References, Settings, run_references
+from stepforge.export.parity.reference import Reference, References, Settings, run_references
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend, Graph, open_backend, runnable
 from stepforge.runtime.bundle import Bundle, ComponentId, read, update
 from stepforge.runtime.engine import Engine
@@ -188,7 +189,7 @@ class _OpenOnce:
 
 def _trajectory(engine: Engine, request: Request, reference: Reference, name: str, limits: Limits) -> Iterator[Check]:
     """A request's latents and image against the reference's."""
-    ours: list[Array] = []
+    ours: list[Float32] = []
 
     def note(progress: Progress) -> None:
         ours.append(progress.latents())

@@ -16,6 +16,10 @@ from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
 PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
+# OpenVINO keeps what it made for each shape in an LRU cache for each kind of primitive, of 5000 entries by default: with
+# requests of many sizes its memory grows without end that anybody sees (benchmarks/soak_shapes.py). A network has fewer
+# primitives of one kind than half its layers, so that this many for each layer keep some four shapes ready.
+ENTRIES_PER_LAYER, LEAST_ENTRIES = 2, 128
 
 
 class OpenVino:
@@ -34,6 +38,8 @@ class OpenVino:
         self.precision = precision
         self.versions = {"openvino": openvino.get_version().split("-")[0]}
         self._threads = threads
+        layers = max(len(entry.modules) for entry in bundle.components.values())
+        self._entries = max(LEAST_ENTRIES, ENTRIES_PER_LAYER * layers)
         self._cache = CompileCache(f"openvino-{self.versions['openvino']}")
 
     def bank_dtype(self, component: ComponentId) -> type[np.float32] | type[np.uint16]:
@@ -50,6 +56,7 @@ class OpenVino:
             "INFERENCE_NUM_THREADS": self._threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
+            "CPU_RUNTIME_CACHE_CAPACITY": self._entries,
         }
         path = self._bundle.file(entry.graph)
         try:

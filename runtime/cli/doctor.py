@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from stepforge.runtime.backends import AUTO, available_threads, choose, open_backend, runnable
+from stepforge.runtime.backends.compile_cache import root
 from stepforge.runtime.backends.fake import fake_bundle
 from stepforge.runtime.backends.gpu import torch_on_gpu
 from stepforge.runtime.bundle import read
@@ -67,7 +68,7 @@ def examine(bundle: Path | None = None) -> list[Finding]:
         findings.append(Finding("backend", True, f"auto is {choose(fake_bundle())}"))
     except StepforgeError as error:
         findings.append(Finding("backend", False, str(error)))
-    findings += _openvino()
+    findings += [*_openvino(), _cache()]
     if _version("torch") and _version("onnx"):
         runs, reason = torch_on_gpu()
         text = (
@@ -98,6 +99,20 @@ def _openvino() -> list[Finding]:
     abilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     precision = "bf16" if "BF16" in abilities else "fp32"
     return [Finding("processor", True, f"{processor}; openvino computes in {precision} by default")]
+
+
+def _cache() -> Finding:
+    """Not having one costs time at each start, nothing else."""
+    folder = root()
+    if folder is None:
+        return Finding("compile cache", True, "none: STEPFORGE_CACHE is empty, or this user has no home folder")
+    try:
+        above = next(place for place in (folder, *folder.parents) if place.exists())
+        writable = above.is_dir() and os.access(above, os.W_OK)
+    except OSError:
+        writable = False
+    kept = "compiled networks are kept there" if writable else "cannot be written, networks are compiled at each start"
+    return Finding("compile cache", True, f"{folder}: {kept} (STEPFORGE_CACHE moves it)")
 
 
 def _bundle(path: Path) -> list[Finding]:

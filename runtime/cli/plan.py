@@ -27,8 +27,8 @@ def plan(
     from stepforge.runtime.load import open_bundle
     from stepforge.runtime.plan.compile import check_variants, compile_plan, describe
     from stepforge.runtime.plan.schedules import SchedulerCard
-    from stepforge.runtime.presets import resolve
     from stepforge.runtime.request import Request
+    from stepforge.runtime.request.presets import resolve
 
     fields = options.plan_fields(
         steps=steps, sampler=sampler, schedule=schedule, spacing=spacing, timesteps=timesteps, sigmas=sigmas, eta=eta,

@@ -61,8 +61,8 @@ def tune(
     Tries guidance windows, ControlNet windows and reuse variants by drawing the prompts with them.
     """
     from stepforge.runtime.load import load
-    from stepforge.runtime.presets import store
     from stepforge.runtime.request import Request
+    from stepforge.runtime.request.presets import store
     from stepforge.runtime.tune.search import tune as search
 
     _check(bundle, name, limit, plot)

@@ -20,6 +20,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Backend, Banks
 from stepforge.runtime.bundle import Bank, Bundle, ComponentId, Module
 from stepforge.runtime.errors import AdapterError, RequestError
@@ -27,7 +28,6 @@ from stepforge.runtime.lora.adapter import Adapter, read_adapter
 from stepforge.runtime.lora.binding import unbindable
 from stepforge.runtime.lora.layers import low_rank
 
-Array = NDArray[np.float32]
 Stored = NDArray[Any]  # float32, or bfloat16 as uint16
 BankType = type[np.float32] | type[np.uint16]
 NONE = 0  # the slot of zeros
@@ -40,7 +40,7 @@ class Block:
     rank: int
     a: Stored
     b: Stored
-    exact_b: Array  # float32: a set scales it by the adapter's strength before it is stored
+    exact_b: Float32  # float32: a set scales it by the adapter's strength before it is stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +208,7 @@ class Buffers:
             (self.bank.slots, rows, columns), self._dtype
         )  # pages are taken when they are filled
 
-    def block(self, path: str, down: Array, up: Array) -> Block:
+    def block(self, path: str, down: Float32, up: Float32) -> Block:
         """A layer's pair, down [r, in·k·k] and up [out, r], in the layout of the bank."""
         module = self.modules[path]
         if module.kind == "conv":
@@ -244,7 +244,7 @@ class Buffers:
         offset = place * self.bank.rank
         return a[:, offset + first : offset + last], b[first:last]
 
-    def _stored(self, values: Array) -> Stored:
+    def _stored(self, values: Float32) -> Stored:
         """Contiguous, in the bank's type; uint16 stands for bfloat16, rounded to the nearest, ties to even."""
         values = np.ascontiguousarray(values)
         if self._dtype == np.float32:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend, Graph, SideCall
 from stepforge.runtime.bundle import Bundle, Component, ComponentId
+from stepforge.runtime.engine.hints import Hints
 from stepforge.runtime.engine.state import Batch, Job
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.imaging.preprocess import hint_of
 from stepforge.runtime.imaging.read import check_image
 from stepforge.runtime.request import Control
 
-Array = NDArray[np.float32]
-CACHED_BYTES = 64 << 20  # of encoded hints, least recently used first
 
-
-def no_residuals(denoiser: Component) -> dict[str, Array]:
+def no_residuals(denoiser: Component) -> dict[str, Float32]:
     """The residual inputs of a denoiser when no row has a ControlNet: [1, C, 1, 1] zeros."""
     return {
         tensor.name: np.zeros((1, int(tensor.shape[1]), 1, 1), np.float32)
@@ -39,7 +35,7 @@ class ControlUse:
     row: int
     name: str
     occurrence: int  # 0-based, when a row uses one ControlNet several times
-    hint: Array  # [C, h, w]
+    hint: Float32  # [C, h, w]
     scale: float
     guess_mode: bool
 
@@ -50,8 +46,8 @@ class Controls:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self._bundle, self._backend = bundle, backend
         self._graphs: dict[ComponentId, Graph] = {}
-        self._stacks: dict[tuple[str, int], tuple[list[Array], Array]] = {}
-        self._encoded_hints: OrderedDict[tuple[str, tuple[int, ...], str], Array] = OrderedDict()
+        self._stacks: dict[tuple[str, int], tuple[list[Float32], Float32]] = {}
+        self._hints = Hints(self._open)
 
     def check(self, controls: Sequence[Control]) -> None:
         """Raises RequestError if the bundle lacks one, or its image is none."""
@@ -67,28 +63,17 @@ class Controls:
         return control.guess_mode or self._bundle.controls[control.name].global_pool
 
     def prepare(self, job: Job) -> None:
-        """Draw a job's hint images, and run the hint encoder of each ControlNet that some step uses."""
+        """A job's hints: each ControlNet that some step uses has its hint encoder run on the image that it is shown."""
         hints, digests = [], []
         for index, control in enumerate(job.request.controls):
-            image = hint_of(control.image, control.preprocessor, job.size.width, job.size.height)
-            digests.append(hashlib.sha256(image.tobytes()).hexdigest())
-            used = any(step.control[index] for step in job.plan.steps)
-            hints.append(self._encoded(control.name, image, digests[-1]) if used else np.empty(0, np.float32))
-            if used:
-                job.count(ComponentId("control_hint", control.name).label, 1)
+            if any(step.control[index] for step in job.plan.steps):
+                digest, hint, ran = self._hints.encoded(control, job.size)
+                job.count(ComponentId("control_hint", control.name).label, int(ran))
+            else:
+                digest, hint = self._hints.digest(control, job.size), np.empty(0, np.float32)
+            hints.append(hint)
+            digests.append(digest)
         job.hints, job.hint_digests = hints, digests
-
-    def _encoded(self, name: str, image: Array, digest: str) -> Array:
-        """An image [3, height, width] in 0..1 through the hint encoder: [C, h, w]; kept by the image's digest."""
-        key = name, image.shape, digest
-        if key not in self._encoded_hints:
-            hint = np.array(self._open(ComponentId("control_hint", name))({"image": image[None]})["hint"][0])
-            self._encoded_hints[key] = hint
-            while sum(hint.nbytes for hint in self._encoded_hints.values()) > CACHED_BYTES:
-                self._encoded_hints.popitem(last=False)
-            return hint
-        self._encoded_hints.move_to_end(key)
-        return self._encoded_hints[key]
 
     def calls(self, uses: Sequence[ControlUse], variant: str = "") -> list[SideCall]:
         """What runs for these uses. Each ControlNet is called once for all its rows, and again only for a second use in one
@@ -123,13 +108,13 @@ class Controls:
                 uses.append(ControlUse(r, control.name, occurrence, hint, scale, control.guess_mode))
         return uses
 
-    def residuals(self, calls: Sequence[SideCall], inputs: Arrays, wanted: Sequence[str]) -> dict[str, Array]:
+    def residuals(self, calls: Sequence[SideCall], inputs: Arrays, wanted: Sequence[str]) -> dict[str, Float32]:
         """Sum of the residuals of all calls for each row of `inputs`; nothing if there is none.
 
         inputs: what the denoiser reads, before residuals. wanted: the denoiser's residual inputs.
         """
         rows = len(inputs["sample"])
-        totals: dict[str, Array] = {}
+        totals: dict[str, Float32] = {}
         for call in calls:
             outputs = self._run(call, inputs)
             picked = call.rows
@@ -146,7 +131,7 @@ class Controls:
                 totals[residual][picked] += value
         return totals
 
-    def _run(self, call: SideCall, inputs: Arrays) -> Mapping[str, Array]:
+    def _run(self, call: SideCall, inputs: Arrays) -> Mapping[str, Float32]:
         every = len(call.rows) == len(inputs["sample"])
         own: dict[str, NDArray[Any]] = dict(call.inputs)
         names = [tensor.name for tensor in self._bundle.components[call.component].inputs]
@@ -155,7 +140,7 @@ class Controls:
                 own[name] = inputs[name] if every else inputs[name][call.rows]
         return call.graph({name: own[name] for name in names})
 
-    def _stacked(self, name: str, occurrence: int, group: Sequence[ControlUse]) -> Array:
+    def _stacked(self, name: str, occurrence: int, group: Sequence[ControlUse]) -> Float32:
         """The hints of a call, [rows, C, h, w], some MB a row; the same array while the same hints come back."""
         hints = [use.hint for use in group]
         before, stacked = self._stacks.get((name, occurrence), ([], np.empty(0, np.float32)))
@@ -164,7 +149,7 @@ class Controls:
             self._stacks[name, occurrence] = hints, stacked
         return stacked
 
-    def _scale(self, use: ControlUse) -> Array:
+    def _scale(self, use: ControlUse) -> Float32:
         """Strength of each residual; guess mode weakens the shallow ones, see diffusers' ControlNetModel.forward."""
         entry = self._bundle.components[ComponentId("control_residuals", use.name)]
         (count,) = (t.shape[1] for t in entry.inputs if t.name == "scale")

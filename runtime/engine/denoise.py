@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend, Graph, LoopingGraph
 from stepforge.runtime.bundle import Bundle, Component, ComponentId, Size
 from stepforge.runtime.engine.adapters import Adapters, row_inputs
@@ -22,7 +23,6 @@ from stepforge.runtime.engine.device_loop import DevicePool, can_run_on_device
 from stepforge.runtime.engine.state import Batch, Job, Row, Trajectory
 from stepforge.runtime.engine.text import Condition
 
-Array = NDArray[np.float32]
 KEPT = re.compile(r"deep|text_\d+")  # inputs of variants; text_embeds is SDXL's pooled prompt
 MOST_POOLS = 8  # networks times latent shapes whose images a device holds; idle ones go first
 
@@ -36,12 +36,12 @@ class Denoisers:
         self._graphs: dict[ComponentId, Graph] = {}
         for network in bundle.denoisers:
             self._open(network)
-        self._packed: tuple[tuple[tuple[int, Size], ...], dict[str, Array], list[Condition]] | None = None
-        self._sample: Array = np.empty(0, np.float32)
+        self._packed: tuple[tuple[tuple[int, Size], ...], dict[str, Float32], list[Condition]] | None = None
+        self._sample: Float32 = np.empty(0, np.float32)
         self._pools: OrderedDict[tuple[ComponentId, tuple[int, int, int]], DevicePool] = OrderedDict()
         self._zeros = {key: no_residuals(entry) for key, entry in bundle.components.items()}
 
-    def __call__(self, batch: Batch) -> Array:
+    def __call__(self, batch: Batch) -> Float32:
         """The raw predictions, [rows, C, h, w]; valid until the next call."""
         rows = batch.rows
         network = batch.network
@@ -113,7 +113,7 @@ class Denoisers:
             timestep[r] = step.t
         return {"sample": self._sample, "timestep": timestep, **self._context(rows)}
 
-    def _context(self, rows: Sequence[Row]) -> dict[str, Array]:
+    def _context(self, rows: Sequence[Row]) -> dict[str, Float32]:
         """Prompt inputs of the rows; kept while the same rows come back, as they do on most steps."""
         key = tuple((id(row.condition), row.trajectory.job.size) for row in rows)
         if self._packed is not None and self._packed[0] == key:
@@ -134,7 +134,7 @@ def _count(uses: Sequence[ControlUse], rows: Sequence[Row], variant: str) -> Non
         rows[use.row].trajectory.job.count(label, 1)
 
 
-def _reused(batch: Batch, entry: Component) -> dict[str, Array]:
+def _reused(batch: Batch, entry: Component) -> dict[str, Float32]:
     """Kept activations of the rows' images as inputs of a variant."""
     inputs = {}
     for name in (t.name for t in entry.inputs if KEPT.fullmatch(t.name)):

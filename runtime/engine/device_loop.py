@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Loop, SideCall, StepTable
 from stepforge.runtime.engine.state import Batch, Job, Trajectory
 from stepforge.runtime.plan.guiders import Guider
-
-Array = NDArray[np.float32]
 
 
 def can_run_on_device(job: Job, rings: tuple[int, int]) -> bool:
@@ -32,7 +31,7 @@ def step_table(trajectory: Trajectory) -> StepTable:
     adapters = trajectory.job.adapters
     strength = 0.0 if adapters is None else adapters.strength
 
-    def column(values: Sequence[Any]) -> Array:
+    def column(values: Sequence[Any]) -> Float32:
         return np.array(values, np.float32)
 
     return StepTable(

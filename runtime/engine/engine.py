@@ -27,8 +27,8 @@ from stepforge.runtime.errors import QueueFull, RequestError
 from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.compile import Rows, check_variants, compile_plan
 from stepforge.runtime.plan.schedules import SchedulerCard
-from stepforge.runtime.presets import resolve
 from stepforge.runtime.request import Request, Result
+from stepforge.runtime.request.presets import resolve
 
 MAX_ROWS = 8  # denoiser rows in one call; on a CPU more rows cost memory and gain nothing (reference: measured.md)
 MAX_PIXELS = 8 << 20  # of all rows of a call: eight of 1024×1024
@@ -228,6 +228,8 @@ class Engine:
                         self._scheduler.submit(jobs[queued], wait=queued == yielded)
                     except QueueFull:
                         break
+                    except RequestError as error:  # the engine was closed: what has ended is still told
+                        jobs[queued].future.settle(error)
                     jobs[queued].future.add_done_callback(lambda _, index=queued: ended.put(index))  # type: ignore[misc]
                     queued += 1
                 index = ended.get()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.bundle import ComponentId, Size
 from stepforge.runtime.engine.adapters import NONE, AdapterSet
 from stepforge.runtime.engine.future import RequestFuture
@@ -23,7 +24,6 @@ from stepforge.runtime.plan import Plan, Step
 from stepforge.runtime.plan.reuse import recordings
 from stepforge.runtime.request import Progress, Request
 
-Array = NDArray[np.float32]
 OnStep = Callable[[Progress], None]
 
 
@@ -51,11 +51,11 @@ class Job:
         self.bank_slot = NONE
         self.cond: Condition | None = None
         self.uncond: Condition | None = None
-        self.hints: Sequence[Array] = ()  # encoded, one a ControlNet; empty where no step uses it
+        self.hints: Sequence[Float32] = ()  # encoded, one a ControlNet; empty where no step uses it
         self.hint_digests: Sequence[str] = ()
         self.started = 0  # images that have become trajectories
         # filled as images end
-        self.latents: list[Array | None] = [None] * request.images
+        self.latents: list[Float32 | None] = [None] * request.images
         self.pixels: list[NDArray[np.uint8] | None] = [None] * request.images
         self.rows: dict[str, int] = {}
         self.seconds = {"prompt": 0.0, "denoise": 0.0, "decode": 0.0}
@@ -137,8 +137,8 @@ class Trajectory:
                 self.table[k, self.num_x + (k - j) % self.num_p] = coefficient
             self.table[k, -1] = step.noise
         self.guide = job.guider.start()
-        self._kept: dict[str, tuple[list[bool], Array]] = {}
-        self._means: dict[str, Array] = {}
+        self._kept: dict[str, tuple[list[bool], Float32]] = {}
+        self._means: dict[str, Float32] = {}
         self.generator = Generator(job.request.seed + index)
         self._drawn = -1  # the evaluation that the noise in `state` is for
         self.state = np.zeros((self.table.shape[1], math.prod(shape)), np.float32)
@@ -186,24 +186,24 @@ class Trajectory:
         return [Row(self, condition, is_cond) for condition, is_cond, use in wanted if use and condition is not None]
 
     @property
-    def x(self) -> Array:
+    def x(self) -> Float32:
         """The current latent, flat."""
-        latent: Array = self.state[self.k % self.num_x]
+        latent: Float32 = self.state[self.k % self.num_x]
         return latent
 
     @property
-    def p(self) -> Array:
+    def p(self) -> Float32:
         """Place of the current step's guided prediction, flat."""
-        prediction: Array = self.state[self.num_x + self.k % self.num_p]
+        prediction: Float32 = self.state[self.num_x + self.k % self.num_p]
         return prediction
 
-    def draw(self) -> Array | None:
+    def draw(self) -> Float32 | None:
         """Fresh noise of the next step, flat, if it wants any; the same if asked again."""
         if not self.table[self.k, -1]:
             return None
         if self._drawn != self.k:
             self.state[-1], self._drawn = self.generator.normal(self.shape).reshape(-1), self.k
-        noise: Array = self.state[-1]
+        noise: Float32 = self.state[-1]
         return noise
 
     def advance(self) -> None:
@@ -213,24 +213,24 @@ class Trajectory:
         self.k += 1
         self.x[:] = latent
 
-    def latents(self) -> Array:
+    def latents(self) -> Float32:
         """A copy of the current latent, [C, h, w]."""
         return self.x.reshape(self.shape).copy()
 
-    def denoised(self) -> Array:
+    def denoised(self) -> Float32:
         """Estimate of the clean latent that the last step made, [C, h, w]."""
         k = self.k - 1
         a, b = self.job.plan.steps[k].denoised
         x, p = self.state[k % self.num_x], self.state[self.num_x + k % self.num_p]
-        estimate: Array = (np.float32(a) * x + np.float32(b) * p).reshape(self.shape)
+        estimate: Float32 = (np.float32(a) * x + np.float32(b) * p).reshape(self.shape)
         return estimate
 
-    def remember(self, name: str, roles: list[bool], values: Array) -> None:
+    def remember(self, name: str, roles: list[bool], values: Float32) -> None:
         """Keep a copy of activations, [rows, ...], for later steps; roles: whether each row is the conditional one."""
         self._kept[name] = (roles, values.copy())
         self._means.pop(name, None)
 
-    def recall(self, name: str, roles: list[bool]) -> Array:
+    def recall(self, name: str, roles: list[bool]) -> Float32:
         """Kept activations of the rows that a step runs.
 
         A step that runs one row of two kept ones takes the mean of cross-attention, as T-GATE does (arXiv:2404.02747), and its

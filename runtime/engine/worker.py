@@ -13,11 +13,12 @@ import math
 import time
 from functools import partial
 
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Backend, is_out_of_memory
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.decode import Decoder
-from stepforge.runtime.engine.denoise import Array, Denoisers
+from stepforge.runtime.engine.denoise import Denoisers
 from stepforge.runtime.engine.scheduler import Scheduler
 from stepforge.runtime.engine.stages import Stage
 from stepforge.runtime.engine.state import Batch, Job, Trajectory, failure, stage
@@ -101,7 +102,7 @@ class Worker:
         A backend's loop guides and updates by itself, and may still be at it when the call returns.
         """
         started = time.perf_counter()
-        prediction: Array | None = None
+        prediction: Float32 | None = None
         try:
             if batch.kind.on_device:
                 self.denoisers.step(batch)
@@ -136,7 +137,7 @@ class Worker:
         for half in batch.halves():
             self._denoise(half)
 
-    def _update(self, trajectory: Trajectory, batch: Batch, span: slice, prediction: Array) -> None:
+    def _update(self, trajectory: Trajectory, batch: Batch, span: slice, prediction: Float32) -> None:
         """Guidance, then x_{k+1}."""
         flat = prediction.reshape(len(prediction), -1)
         given = {row.is_cond: values for row, values in zip(batch.rows[span], flat, strict=True)}
@@ -168,11 +169,11 @@ class Worker:
         except BaseException as error:
             job.future.settle(failure("callback", error))
 
-    def _latents(self, trajectory: Trajectory, k: int) -> Array:
+    def _latents(self, trajectory: Trajectory, k: int) -> Float32:
         self._bring(trajectory, k)
         return trajectory.latents()
 
-    def _estimate(self, trajectory: Trajectory, k: int) -> Array:
+    def _estimate(self, trajectory: Trajectory, k: int) -> Float32:
         self._bring(trajectory, k)
         return trajectory.denoised()
 

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.bundle import ComponentId, Module
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.file import Contents, read_file
-from stepforge.runtime.lora.layers import BIASES, Array, Layer, check
+from stepforge.runtime.lora.layers import BIASES, Layer, check
 from stepforge.runtime.lora.names import Names, Place
 from stepforge.runtime.lora.peft import PeftConfig, brief
 
@@ -156,9 +157,9 @@ def resolve(contents: Contents, modules: Mapping[ComponentId, Iterable[Module]],
     return Adapter(contents.name, sha256, layers, called, refused)
 
 
-def _grouped(contents: Contents, refused: dict[str, str]) -> dict[str, dict[str, tuple[str, Array]]]:
+def _grouped(contents: Contents, refused: dict[str, str]) -> dict[str, dict[str, tuple[str, Float32]]]:
     """Module name in the file -> role -> kind and tensor; what has no known ending goes to `refused`."""
-    groups: dict[str, dict[str, tuple[str, Array]]] = defaultdict(dict)
+    groups: dict[str, dict[str, tuple[str, Float32]]] = defaultdict(dict)
     for key, tensor in contents.tensors.items():
         # PEFT's own name for it
         plain = key.replace(".default.", ".") if ".lora_" in key else key.removesuffix(".default")
@@ -180,7 +181,7 @@ def _grouped(contents: Contents, refused: dict[str, str]) -> dict[str, dict[str,
     return groups
 
 
-def _layer(name: str, roles: Mapping[str, tuple[str, Array]], configs: Mapping[str, PeftConfig]) -> Layer:
+def _layer(name: str, roles: Mapping[str, tuple[str, Float32]], configs: Mapping[str, PeftConfig]) -> Layer:
     """Raises ValueError if the tensors of a module do not make a layer."""
     kinds = {kind for kind, _ in roles.values()} - {""}
     tensors = {role: tensor for role, (_, tensor) in roles.items()}
@@ -220,7 +221,7 @@ def _layer(name: str, roles: Mapping[str, tuple[str, Array]], configs: Mapping[s
     return Layer(kind, rank, scale, tensors, magnitude, by)
 
 
-def _rank(kind: str, tensors: Mapping[str, Array]) -> int | None:
+def _rank(kind: str, tensors: Mapping[str, Float32]) -> int | None:
     """What alpha is divided by; None if nothing is. Raises ValueError for a tensor that has no axis to tell it by."""
     if kind == "lora":
         by = tensors["down"]

@@ -13,9 +13,9 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.files import is_lfs_pointer
-from stepforge.runtime.lora.layers import Array
 from stepforge.runtime.lora.peft import PeftConfig, brief
 
 CONFIG = "adapter_config.json"
@@ -35,7 +35,7 @@ class Contents:
     """Tensors under their own names, and PEFT's settings by the prefix of the names that they rule."""
 
     name: str
-    tensors: Mapping[str, Array]
+    tensors: Mapping[str, Float32]
     configs: Mapping[str, PeftConfig] = field(default_factory=dict)
     raw: tuple[bytes, ...] = ()  # what was read, for its hash
 
@@ -88,20 +88,20 @@ def _read(path: Path) -> Contents:
     return Contents(name, tensors, configs, tuple(raw))
 
 
-def _tensors(path: Path, data: bytes) -> dict[str, Array]:
+def _tensors(path: Path, data: bytes) -> dict[str, Float32]:
     from safetensors import SafetensorError, deserialize
 
     try:
         entries = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise AdapterError(f"{path} is not a valid safetensors file: {brief(error)}") from error
-    tensors: dict[str, Array] = {}
+    tensors: dict[str, Float32] = {}
     for name, entry in entries:
         tensors[name] = _checked(path, name, _array(path, name, entry))
     return tensors
 
 
-def _checked(path: Path, name: str, values: NDArray[Any]) -> Array:
+def _checked(path: Path, name: str, values: NDArray[Any]) -> Float32:
     """As float32, finite."""
     with np.errstate(over="ignore"):  # what does not fit float32 is infinite, and refused
         array = values.astype(np.float32, copy=False)

@@ -12,7 +12,7 @@ from stepforge.runtime.plan.guidance import Guidance, weights
 from stepforge.runtime.plan.guiders import Guider
 from stepforge.runtime.plan.plan import Plan
 from stepforge.runtime.plan.reuse import Reuse, variants
-from stepforge.runtime.plan.samplers import sample_rows
+from stepforge.runtime.plan.sample import sample_steps
 from stepforge.runtime.plan.schedules import SchedulerCard
 from stepforge.runtime.plan.step import Step, rows_of
 from stepforge.runtime.plan.windows import Window
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CACHED_PLANS = 64  # LRU capacity
 
-Rows = tuple[tuple[Step, ...], float]  # as samplers.sample_rows returns them
+Rows = tuple[tuple[Step, ...], float]  # as sample.sample_steps returns them
 
 
 class Sampling(NamedTuple):
@@ -79,7 +79,7 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
 
 @lru_cache(CACHED_PLANS)
 def _compiled(scheduler: SchedulerCard, sampling: Sampling, weighing: Weighing) -> Plan:
-    return _weighed(*sample_rows(scheduler, **sampling._asdict()), weighing)
+    return _weighed(*sample_steps(scheduler, **sampling._asdict()), weighing)
 
 
 def _weighed(steps: tuple[Step, ...], init_noise: float, weighing: Weighing) -> Plan:

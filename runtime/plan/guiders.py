@@ -15,26 +15,26 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.checks import clipped, shown
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.grammar import Call, number, plain, read_call, split, text_of
 from stepforge.runtime.plan.step import Step, rows_of
 
-Array = NDArray[np.float32]
 GRAMMAR = (
     "cfg, zero_star(zero=1) or apg(momentum=-0.5, norm=15, eta=1), with adaptive(0.991), then rescale(0.7), then "
     "dynamic(p=0.995, max=1.5), joined by +"
 )
 
 
-def cfg(w: float, cond: Array, uncond: Array, out: Array) -> None:
+def cfg(w: float, cond: Float32, uncond: Float32, out: Float32) -> None:
     """uncond + w·(cond − uncond): classifier-free guidance; Ho & Salimans, arXiv:2207.12598, eq. 6 with w = w' + 1."""
     np.subtract(cond, uncond, out=out)
     out *= np.float32(w)
     out += uncond
 
 
-def zero_star(w: float, cond: Array, uncond: Array, out: Array) -> None:
+def zero_star(w: float, cond: Float32, uncond: Float32, out: Float32) -> None:
     """s·uncond + w·(cond − s·uncond) with s = ⟨cond, uncond⟩ / (|uncond|² + 1e-8), CFG-Zero*'s optimised scale.
 
     Fan et al., arXiv:2503.18886; diffusers, guiders/classifier_free_zero_star_guidance.py.
@@ -43,7 +43,7 @@ def zero_star(w: float, cond: Array, uncond: Array, out: Array) -> None:
     cfg(w, cond, uncond * np.float32(scale), out)
 
 
-def apg(w: float, cond: Array, uncond: Array, out: Array, *, change: Array, norm: float, eta: float) -> None:
+def apg(w: float, cond: Float32, uncond: Float32, out: Float32, *, change: Float32, norm: float, eta: float) -> None:
     """uncond + w·(d⊥ + eta·d∥), d = change·min(1, norm/|change|) split against cond: adaptive projected guidance.
 
     change: cond − uncond + momentum·(the change before); norm: 0 for no limit. Sadat et al., arXiv:2410.02416, in the
@@ -57,7 +57,7 @@ def apg(w: float, cond: Array, uncond: Array, out: Array, *, change: Array, norm
     np.add(uncond, w * (shrunk + (eta - 1) * parallel * along), out=out, casting="same_kind")
 
 
-def rescale(guided: Array, cond: Array, phi: float) -> None:
+def rescale(guided: Float32, cond: Float32, phi: float) -> None:
     """guided·(phi·std(cond)/std(guided) + 1 − phi), in place; the ratio is the same for either kind of std.
 
     Lin et al., arXiv:2305.08891, section 3.4; diffusers, guiders/guider_utils.py. A constant prediction stays as it is.
@@ -76,7 +76,7 @@ def threshold(x0: NDArray[np.float64], percentile: float, cap: float) -> NDArray
     return np.clip(x0, -s, s) / s
 
 
-def dynamic(step: Step, x: Array, guided: Array, percentile: float, cap: float) -> None:
+def dynamic(step: Step, x: Float32, guided: Float32, percentile: float, cap: float) -> None:
     """Thresholds x0 = a·x + b·p of the step, and gives the p that belongs to it, in place.
 
     Where p says nothing about x0 (b is 0, or there is no signal), the prediction stays as it is.
@@ -88,13 +88,13 @@ def dynamic(step: Step, x: Array, guided: Array, percentile: float, cap: float) 
     guided[:] = (threshold(known + b * guided, percentile, cap) - known) / b
 
 
-def alignment(cond: Array, uncond: Array) -> float:
+def alignment(cond: Float32, uncond: Float32) -> float:
     """Cosine of the angle between the two predictions; 0 where one of them is 0."""
     size = math.sqrt(dot(cond, cond) * dot(uncond, uncond))
     return dot(cond, uncond) / size if size else 0.0
 
 
-def dot(a: Array, b: Array) -> float:
+def dot(a: Float32, b: Float32) -> float:
     return float(np.einsum("i,i->", a, b, dtype=np.float64))
 
 
@@ -176,7 +176,7 @@ class Guider:
         return State(self)
 
     def __call__(
-        self, state: State, step: Step, w: float, x: Array, cond: Array | None, uncond: Array | None, out: Array
+        self, state: State, step: Step, w: float, x: Float32, cond: Float32 | None, uncond: Float32 | None, out: Float32
     ) -> None:
         """Writes the guided prediction of one image into `out`.
 
@@ -198,7 +198,7 @@ class Guider:
         if self.dynamic is not None:
             dynamic(step, x, out, self.dynamic.percentile, self.dynamic.cap)
 
-    def _combine(self, state: State, w: float, cond: Array, uncond: Array, out: Array) -> None:
+    def _combine(self, state: State, w: float, cond: Float32, uncond: Float32, out: Float32) -> None:
         match self.combiner:
             case None:
                 cfg(w, cond, uncond, out)
@@ -224,7 +224,7 @@ class State:
     def __init__(self, guider: Guider) -> None:
         self.guider = guider
         self.aligned: int | None = None  # index of the step at which adaptive guidance found the predictions aligned
-        self.change: Array | None = None  # of APG
+        self.change: Float32 | None = None  # of APG
 
     def weight(self, step: Step) -> float:
         """The step's weight, or 1.0 where the unconditional row is not needed after all.

@@ -79,7 +79,7 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class NoisePath:
     """All that a sampler reads. Evaluation k sees x_k at at[k]; its move is from moves[k][0] to moves[k][-1].
 
     The two differ for samplers of two evaluations per step, and where diffusers counts back from t by a fixed stride.

@@ -13,11 +13,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from stepforge.runtime.arrays import Float64
+from stepforge.runtime.checks import shown
 from stepforge.runtime.errors import BundleError, RequestError
-
-Array = NDArray[np.float64]
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
@@ -45,7 +44,7 @@ SAMPLER_NAMES = (  # keys of samplers.SAMPLERS, which is built on this file
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerCard:
-    """What a bundle stores of a model's scheduler.
+    """What a bundle stores of a model's scheduler; hashable.
 
     `timestep_spacing` and `set_alpha_to_one` are None where the model's config is silent: each sampler then takes the
     default of its diffusers class, as `Scheduler.from_config(pipe.scheduler.config)` does.
@@ -71,6 +70,11 @@ class SchedulerCard:
         choose("prediction_type", self.prediction_type, PREDICTIONS)
         choose("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         choose("timestep_spacing", self.timestep_spacing, (None, *SPACINGS))
+        choose("rescale_betas_zero_snr", self.rescale_betas_zero_snr, (False, True))
+        choose("set_alpha_to_one", self.set_alpha_to_one, (None, False, True))
+        for name in ("num_train_timesteps", "steps_offset"):
+            if not isinstance(getattr(self, name), int):
+                raise BundleError(f"{name} is {shown(getattr(self, name))}; it must be a whole number")
         if self.num_train_timesteps < 1:
             raise BundleError(f"num_train_timesteps is {self.num_train_timesteps}; at least 1 is needed")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
@@ -105,10 +109,10 @@ class SchedulerCard:
 def choose(what: str, value: object, choices: tuple[Any, ...]) -> None:
     """Refuses a value of a card that is not among the choices."""
     if value not in choices:
-        raise BundleError(f"{what} is {value!r}; choose one of {', '.join(dict.fromkeys(map(str, choices)))}")
+        raise BundleError(f"{what} is {shown(value)}; choose one of {', '.join(dict.fromkeys(map(str, choices)))}")
 
 
-def betas(card: SchedulerCard) -> Array:
+def betas(card: SchedulerCard) -> Float64:
     """Noise added at each training timestep. Cosine: Nichol and Dhariwal, arXiv:2102.09672, eq. 17, capped at 0.999."""
     count = card.num_train_timesteps
     if card.trained_betas is not None:
@@ -121,7 +125,7 @@ def betas(card: SchedulerCard) -> Array:
     return np.asarray(np.minimum(1.0 - bar[1:] / bar[:-1], 0.999))
 
 
-def alphas_cumprod(card: SchedulerCard) -> Array:
+def alphas_cumprod(card: SchedulerCard) -> Float64:
     """ᾱ_t = Π_{s ≤ t} (1 − beta_s); with zero terminal SNR, √ᾱ shifted and scaled to end at 0.
 
     Lin et al., arXiv:2305.08891, algorithm 1.
@@ -133,12 +137,12 @@ def alphas_cumprod(card: SchedulerCard) -> Array:
     return np.asarray(bar, dtype=np.float64)
 
 
-def ratio(alphas_bar: Array) -> Array:
+def ratio(alphas_bar: Float64) -> Float64:
     """sigma = √((1 − ᾱ)/ᾱ)."""
     return np.sqrt((1.0 - alphas_bar) / alphas_bar)
 
 
-def spaced(spacing: str, steps: int, count: int, *, offset: int = 0, ahead: bool = False) -> Array:
+def spaced(spacing: str, steps: int, count: int, *, offset: int = 0, ahead: bool = False) -> Float64:
     """`steps` timesteps of 0..count−1, falling; Lin et al., arXiv:2305.08891, table 2.
 
     ahead: the grid has one more point, the end of the last step, which is left out (DPM-Solver, UniPC, DEIS);
@@ -153,18 +157,18 @@ def spaced(spacing: str, steps: int, count: int, *, offset: int = 0, ahead: bool
     return np.round(np.arange(count, 0, -count / steps))[:steps] - 1.0
 
 
-def karras(high: float, low: float, steps: int) -> Array:
+def karras(high: float, low: float, steps: int) -> Float64:
     """Equal steps in sigma^(1/7); Karras et al., arXiv:2206.00364, eq. 5."""
     ramp = np.linspace(0.0, 1.0, steps)
     return np.asarray((high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7)
 
 
-def exponential(high: float, low: float, steps: int) -> Array:
+def exponential(high: float, low: float, steps: int) -> Float64:
     """Equal steps in log sigma."""
     return np.exp(np.linspace(math.log(high), math.log(low), steps))
 
 
-def beta(high: float, low: float, steps: int) -> Array:
+def beta(high: float, low: float, steps: int) -> Float64:
     """Quantiles of Beta(0.6, 0.6) between low and high; Lee et al., arXiv:2407.12173."""
     return low + beta_quantile(1.0 - np.linspace(0.0, 1.0, steps), 0.6) * (high - low)
 
@@ -172,7 +176,7 @@ def beta(high: float, low: float, steps: int) -> Array:
 RESPACE = {"karras": karras, "exponential": exponential, "beta": beta}
 
 
-def beta_quantile(q: Array, a: float) -> Array:
+def beta_quantile(q: Float64, a: float) -> Float64:
     """x with I_x(a, a) = q, by bisection; at 1/2 and beyond by symmetry.
 
     I_x(a, a) = x^a / (a·B(a, a)) · Σ_n x^n · a/(a + n) · Π_{i ≤ n} (i − a)/i, which halves with each n for x ≤ 1/2.
@@ -189,13 +193,13 @@ def beta_quantile(q: Array, a: float) -> Array:
     return np.where(q <= 0.5, low, 1.0 - low)
 
 
-def times_of(sigmas: Array, table: Array) -> Array:
+def times_of(sigmas: Float64, table: Float64) -> Float64:
     """Where sigmas lie in the rising table of all sigmas, in timesteps; linear in log sigma, held at the ends."""
     logs = np.log(np.maximum(sigmas, 1e-10))
     return np.interp(logs, np.log(table), np.arange(len(table), dtype=np.float64))
 
 
-def check_timesteps(values: Any, low: int, high: int) -> Array:
+def check_timesteps(values: Any, low: int, high: int) -> Float64:
     """Timesteps as an array: falling, within low..high."""
     times = check_falling("timesteps", values)
     if times[0] > high or times[-1] < low:
@@ -203,12 +207,12 @@ def check_timesteps(values: Any, low: int, high: int) -> Array:
     return times
 
 
-def check_falling(what: str, values: Any) -> Array:
+def check_falling(what: str, values: Any) -> Float64:
     """A list of numbers as an array: finite, strictly falling, at least one."""
     try:
         array = np.array([float(value) for value in values], dtype=np.float64)
-    except (TypeError, ValueError):
-        raise RequestError(f"{what} must be a list of numbers, got {values!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise RequestError(f"{what} must be a list of numbers, got {shown(values)}") from None
     if not array.size or not np.isfinite(array).all() or (np.diff(array) >= 0).any():
-        raise RequestError(f"{what} must be finite and strictly falling, got {array.tolist()}")
+        raise RequestError(f"{what} must be finite and strictly falling, got {shown(array.tolist())}")
     return array

@@ -14,7 +14,7 @@ import torch
 from stepforge.export.oracle import expansion, from_diffusers
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.plan import expand
-from stepforge.runtime.plan.samplers import sample_rows
+from stepforge.runtime.plan.sample import sample_steps
 from stepforge.runtime.plan.schedules import SchedulerCard
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -77,7 +77,7 @@ def test_estimates_of_the_clean_latent(name: str):
 def test_rows_equal_those_of_the_formula():
     card = SchedulerCard(sampler="dpmpp_2m", **BETAS)
     found, _ = from_diffusers(diffusers.DPMSolverMultistepScheduler(**BETAS), 9)
-    wanted, _ = sample_rows(card, steps=9)
+    wanted, _ = sample_steps(card, steps=9)
     for ours, theirs in zip((found[0], *found[2:]), (wanted[0], *wanted[2:]), strict=True):  # x_0 is in x_1 and p_0
         assert (ours.t, ours.noise, ours.scale_in) == (theirs.t, theirs.noise, theirs.scale_in)
         for field in ("sigma", "keep", "gain", "denoised"):

@@ -5,20 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stepforge.export import publish
 from stepforge.export.build import export_bundle
 from stepforge.export.publish import check_out, staged
-from stepforge.runtime.bundle import read
+from stepforge.runtime.bundle import locked
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.errors import BundleError, CheckpointError
 
@@ -147,6 +147,21 @@ def test_no_moment_without_a_bundle(tmp_path: Path) -> None:
     assert entries(tmp_path) == ["out", "out/bundle.json"]
 
 
+@pytest.mark.usefixtures("renames")
+def test_a_bundle_is_not_replaced_while_somebody_stores_in_it(tmp_path: Path) -> None:
+    """A preset or verdict that is being stored goes into the old bundle, not into the new one."""
+    out = tmp_path / "out"
+    put(out, "old")
+    with locked(out):
+        publisher = threading.Thread(target=put, args=(out, "new"), kwargs={"overwrite": True})
+        publisher.start()
+        publisher.join(0.3)
+        assert publisher.is_alive()
+        assert (out / "bundle.json").read_text() == "old"
+    publisher.join()
+    assert (out / "bundle.json").read_text() == "new"
+
+
 def test_a_failed_exchange_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "out", "old")
 
@@ -219,17 +234,17 @@ def test_a_kill_leaves_nothing(number: signal.Signals, tiny_sd1: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_of_two_exports_to_one_place_the_first_to_finish_stays(
-    tiny_sd1: Path, tiny_sd1_bundle: Path, tmp_path: Path
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
+    """The tracing is left out."""
 
-    def other_finishes(stage: str, done: int, total: int) -> None:
-        if stage == "manifest":
-            shutil.copytree(tiny_sd1_bundle, out)
+    def run(export: Any, name: str) -> None:
+        (export.folder / "bundle.json").write_text("second")
+        put(tmp_path / "out", "first")
 
+    monkeypatch.setattr("stepforge.export.build._Export.run", run)
     with pytest.raises(BundleError, match="out exists; choose another place or pass --overwrite"):
-        export_bundle(tiny_sd1, out, progress=other_finishes)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert read(out).digest == read(tiny_sd1_bundle).digest
+        export_bundle(tiny_sd1, tmp_path / "out")
+    assert entries(tmp_path) == ["out", "out/bundle.json"]
+    assert (tmp_path / "out" / "bundle.json").read_text() == "first"

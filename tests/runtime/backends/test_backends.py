@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -208,3 +209,32 @@ def test_the_cache_keeps_precisions_apart(tiny_sd1_control_bundle, tmp_path, mon
     for name, exact in found["fp32"].items():
         error = np.linalg.norm(found["bf16"][name] - exact) / np.linalg.norm(exact)
         assert 0 < error <= 5e-2, name  # export.parity's limit of a component in bf16
+
+
+@pytest.mark.slow
+def test_memory_reaches_a_plateau_over_many_shapes(tiny_sd1_bundle):
+    """72 latent sizes, one call each: the last 24 may not take half of what the first 24 took (all of it without a bound)."""
+    code = """
+import sys
+import numpy as np
+from pathlib import Path
+from stepforge.runtime.backends import open_backend
+from stepforge.runtime.bundle import UNET, read
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+graph = open_backend("openvino", read(sys.argv[1]), precision="fp32", threads=1).open(UNET)
+found = []
+for height in range(8, 32, 2):
+    for width in range(8, 20, 2):
+        graph({"sample": np.ones((1, 4, height, width), np.float32), "timestep": np.ones(1, np.float32),
+               "encoder_hidden_states": np.ones((1, 77, 32), np.float32)})
+        found.append(resident())
+print(found[23] - found[0], found[71] - found[47])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_sd1_bundle)], capture_output=True, text=True, check=True
+    )
+    first, last = map(int, done.stdout.split())
+    assert last < first / 2

@@ -16,7 +16,6 @@ def test_what_the_manifest_says_cannot_command_the_terminal(run, capsys, monkeyp
     fake, evil = fake_bundle(), "\x1b[2J\r\x07"
     hostile = replace(
         fake, card=replace(fake.card, name=f"a{evil}"), versions={f"torch{evil}": evil}, verdict={"summary": evil},
-        presets={f"p{evil}": {"guidance": evil}}, components={f"{name}{evil}": c for name, c in fake.components.items()},
     )  # fmt: skip
     monkeypatch.setattr(load, "open_bundle", lambda *_, **__: hostile)
     assert run("info", "fake") == 0

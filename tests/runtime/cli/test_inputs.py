@@ -39,10 +39,11 @@ def test_files_that_may_not_be_read(kind, refuse, foreign):
 
 LINES = {
     "no JSON": ("{", "line 2: "),
-    "a list": ("[1]", "an object with prompt and any of"),
-    "an unknown field": ('{"prompt": "x", "stpes": 3}', "an object with prompt and any of"),
-    "no prompt": ('{"steps": 3}', "an object with prompt and any of"),
+    "a list": ("[1]", "an object with the fields of a request is needed"),
+    "an unknown field": ('{"prompt": "x", "stpes": 3}', "a request has no 'stpes'; it has prompt"),
+    "no prompt": ('{"steps": 3}', "a request needs a prompt"),
     "deep": ("[" * 100_000, "line 2: "),
+    "one field by two names": ('{"prompt": "x", "steps": 3, "num_inference_steps": 4}', "are the same; give one"),
     "a wrong value": ('{"prompt": "x", "steps": 0}', "steps is 0"),
     "a control": ('{"prompt": "x", "controls": [{"name": "a"}]}', "has no name or no image"),
 }

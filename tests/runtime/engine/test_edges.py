@@ -236,6 +236,16 @@ def test_closing_a_stream_cancels_the_rest(engine):
     assert still_works(engine)
 
 
+def test_a_stream_of_a_closed_engine_tells_every_request():
+    engine = load("fake", queue_limit=2, max_rows=2)
+    outcomes = engine.stream([Request(prompt="x", steps=n) for n in (1, 900, 900, 900, 900)])
+    found = [next(outcomes)]
+    engine.close()
+    found += outcomes
+    assert [outcome.error is None for outcome in found] == [True, False, False, False, False]
+    assert sorted(outcome.index for outcome in found) == [0, 1, 2, 3, 4]
+
+
 # Exit, fork, garbage
 
 ENDS = {

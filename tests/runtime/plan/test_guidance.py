@@ -19,7 +19,7 @@ from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Step
 from stepforge.runtime.plan import guidance as values
 from stepforge.runtime.plan.guidance import GRAMMAR, parse_guidance
-from stepforge.runtime.plan.samplers import sample_rows
+from stepforge.runtime.plan.sample import sample_steps
 from stepforge.runtime.plan.schedules import SchedulerCard
 
 CARD = SchedulerCard(sampler="ddim", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # SD 1.5
@@ -27,7 +27,7 @@ EXACT = {"rtol": 1e-14, "atol": 1e-14}  # both sides are the same few float64 op
 
 
 def rows(count: int, sampler: str = "ddim", **options: object) -> tuple[Step, ...]:
-    return sample_rows(CARD, sampler=sampler, steps=count, **options)[0]
+    return sample_steps(CARD, sampler=sampler, steps=count, **options)[0]
 
 
 def weights(guidance: object, steps: Sequence[Step]) -> tuple[float, ...]:
@@ -145,7 +145,7 @@ def test_an_interval_in_sigma_is_not_one_in_steps():
 
 def test_no_signal_is_a_sigma_above_every_finite_one():
     card = replace(CARD, rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
-    steps, _ = sample_rows(card, sampler="ddim", steps=5)
+    steps, _ = sample_steps(card, sampler="ddim", steps=5)
     assert steps[0].sigma == math.inf
     assert weights("interval(7.5, sigma=0.28..5.42)", steps)[0] == 1.0
     assert weights("interval(7.5, sigma=0.28..inf)", steps)[0] == 7.5

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Step
 from stepforge.runtime.plan.guiders import GRAMMAR, PARTS, Guider
-from stepforge.runtime.plan.samplers import sample_rows
+from stepforge.runtime.plan.sample import sample_steps
 from stepforge.runtime.plan.schedules import SchedulerCard
 
 parse = Guider.parse
@@ -38,7 +38,7 @@ FLOAT32_SUMS = 3e-6
 
 
 def rows(count: int = STEPS, sampler: str = "ddim", w: float = 7.5, **options: object) -> list[Step]:
-    return [replace(step, guidance=w) for step in sample_rows(CARD, sampler=sampler, steps=count, **options)[0]]
+    return [replace(step, guidance=w) for step in sample_steps(CARD, sampler=sampler, steps=count, **options)[0]]
 
 
 def predictions(seed: int = 0, count: int = STEPS, near: float = 0.5) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -266,7 +266,7 @@ class TestAdaptive:
 def test_dynamic_thresholding(prediction: str, scheduler: type, w: float):
     """x0 of the guided prediction, thresholded by diffusers; a weight of 1 is thresholded, too."""
     card = replace(CARD, prediction_type=prediction)
-    steps = [replace(step, guidance=w) for step in sample_rows(card, steps=STEPS)[0]]
+    steps = [replace(step, guidance=w) for step in sample_steps(card, steps=STEPS)[0]]
     pairs, x = predictions(seed=3), np.random.default_rng(9).normal(size=SHAPE).astype(np.float32)
     for p, cap in ((0.995, 1.5), (0.9, 3.0), (1.0, 100.0)):
         reference = scheduler(thresholding=True, dynamic_thresholding_ratio=p, sample_max_value=cap)

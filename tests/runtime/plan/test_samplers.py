@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from stepforge.export.oracle import Trace, follow
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Step, expand
-from stepforge.runtime.plan.samplers import SAMPLERS, sample_rows
+from stepforge.runtime.plan.sample import sample_steps
+from stepforge.runtime.plan.samplers import SAMPLERS
 from stepforge.runtime.plan.schedules import SCHEDULES, SPACINGS, SchedulerCard
 
 STEPS = (1, 2, 3, 7, 20, 50)
@@ -126,7 +127,7 @@ def test_coefficients(sampler: str, prediction: str):
     card = replace(CARD, prediction_type=prediction, num_train_timesteps=200 if sampler in SLOW else 1000)
     if prediction not in kind.predictions:
         with pytest.raises(RequestError, match=f"predicts {prediction}; choose one of"):
-            sample_rows(card, sampler=sampler, steps=7)
+            sample_steps(card, sampler=sampler, steps=7)
         return
     spacings = SPACINGS if kind.spacing else (None,)
     latents = predictions = 0
@@ -138,7 +139,7 @@ def test_coefficients(sampler: str, prediction: str):
             and (spacing, schedule) not in (("linspace", "normal"), ("trailing", "karras"))
         ):
             continue
-        rows, init_noise = sample_rows(card, sampler=sampler, steps=steps, schedule=schedule, spacing=spacing)
+        rows, init_noise = sample_steps(card, sampler=sampler, steps=steps, schedule=schedule, spacing=spacing)
         trace = follow(reference(card, sampler, schedule, spacing), steps, None, {})
         check(rows, init_noise, trace, (spacing, schedule, steps))
         latents = max(latents, *(len(row.keep) for row in rows))
@@ -156,15 +157,15 @@ def test_zero_terminal_snr(sampler: str, prediction: str):
         pytest.skip("refused for the prediction type; see test_coefficients")
     if not kind.zero_snr:  # their diffusers classes have no such option, and drop it from a config
         with pytest.raises(RequestError, match="zero terminal SNR; choose one of ddim"):
-            sample_rows(card, sampler=sampler, steps=7)
+            sample_steps(card, sampler=sampler, steps=7)
         return
     if prediction == "epsilon" and sampler in ("ddim", "ddpm", "lcm", "tcd"):  # diffusers: x0 = (x − eps) / 0
         with pytest.raises(RequestError, match="no signal"):
-            sample_rows(card, sampler=sampler, steps=7, spacing="trailing" if kind.spacing else None)
+            sample_steps(card, sampler=sampler, steps=7, spacing="trailing" if kind.spacing else None)
         return
     spacing = "trailing" if kind.spacing else None
     for schedule, steps in itertools.product(kind.schedules, (1, 2, 7, 20)):
-        rows, init_noise = sample_rows(card, sampler=sampler, steps=steps, schedule=schedule, spacing=spacing)
+        rows, init_noise = sample_steps(card, sampler=sampler, steps=steps, schedule=schedule, spacing=spacing)
         assert rows[0].sigma == math.inf or rows[0].sigma == pytest.approx(4096, rel=1e-3)
         check(rows, init_noise, follow(reference(card, sampler, schedule, spacing), steps, None, {}), (schedule, steps))
 
@@ -175,14 +176,14 @@ def test_beta_schedules(sampler: str, betas: tuple[str, float, float]):
     name, start, end = betas
     card = replace(CARD, beta_schedule=name, beta_start=start, beta_end=end, set_alpha_to_one=None, steps_offset=0)
     for schedule in ("normal", "karras") if "karras" in SAMPLERS[sampler].schedules else ("normal",):
-        rows, init_noise = sample_rows(card, sampler=sampler, steps=12, schedule=schedule)
+        rows, init_noise = sample_steps(card, sampler=sampler, steps=12, schedule=schedule)
         check(rows, init_noise, follow(reference(card, sampler, schedule), 12, None, {}), schedule)
 
 
 def test_trained_betas():
     betas = tuple(float(beta) for beta in np.linspace(0.001, 0.03, 100))
     card = replace(CARD, trained_betas=betas, num_train_timesteps=100)
-    rows, init_noise = sample_rows(card, sampler="dpmpp_2m", steps=9)
+    rows, init_noise = sample_steps(card, sampler="dpmpp_2m", steps=9)
     check(rows, init_noise, follow(reference(card, "dpmpp_2m"), 9, None, {}), None)
 
 
@@ -194,7 +195,7 @@ def test_eta(sampler: str, eta: float):
             continue  # no signal at the start; see test_zero_terminal_snr. diffusers: root of a rounded, negative 0
         card = replace(CARD, prediction_type=prediction, rescale_betas_zero_snr=snr, timestep_spacing="trailing")
         for steps in (1, 3, 20):
-            rows, init_noise = sample_rows(card, sampler=sampler, steps=steps, eta=eta)
+            rows, init_noise = sample_steps(card, sampler=sampler, steps=steps, eta=eta)
             trace = follow(reference(card, sampler, spacing="trailing"), steps, {"eta": eta}, {})
             check(rows, init_noise, trace, (prediction, snr, steps))
 
@@ -203,13 +204,13 @@ def test_eta(sampler: str, eta: float):
 def test_custom_timesteps(sampler: str):
     card = FLOW if sampler == "flow_euler" else CARD
     for timesteps in ([999, 850, 600, 359, 80, 10], [499], [721, 80, 1]):
-        rows, init_noise = sample_rows(card, sampler=sampler, timesteps=timesteps)
+        rows, init_noise = sample_steps(card, sampler=sampler, timesteps=timesteps)
         check(rows, init_noise, follow(reference(card, sampler), None, None, {"timesteps": timesteps}), timesteps)
 
 
 def test_custom_sigmas_of_flow():
     for sigmas in ([1.0, 0.75, 0.5, 0.25], [0.9], [0.6, 0.1]):
-        rows, init_noise = sample_rows(FLOW, sigmas=sigmas)
+        rows, init_noise = sample_steps(FLOW, sigmas=sigmas)
         check(rows, init_noise, follow(reference(FLOW, "flow_euler"), None, None, {"sigmas": sigmas}), sigmas)
 
 
@@ -217,7 +218,7 @@ def test_custom_sigmas_of_flow():
 @given(st.lists(st.floats(0.03, 80.0), min_size=1, max_size=12, unique=True), st.floats(0.0, 0.029))
 def test_custom_sigmas_of_euler(sigmas: list[float], last: float):
     sigmas = [*sorted(sigmas, reverse=True), last]
-    rows, init_noise = sample_rows(CARD, sampler="euler", sigmas=sigmas)
+    rows, init_noise = sample_steps(CARD, sampler="euler", sigmas=sigmas)
     check(rows, init_noise, follow(reference(CARD, "euler"), None, None, {"sigmas": sigmas}), sigmas)
 
 
@@ -226,13 +227,13 @@ def test_custom_sigmas_of_euler(sigmas: list[float], last: float):
 def test_flow_euler(schedule: str, shift: float):
     card = replace(FLOW, shift=shift)
     for steps in STEPS:
-        rows, init_noise = sample_rows(card, steps=steps, schedule=schedule)
+        rows, init_noise = sample_steps(card, steps=steps, schedule=schedule)
         check(rows, init_noise, follow(reference(card, "flow_euler", schedule), steps, None, {}), steps)
 
 
 @pytest.mark.parametrize("field", ["keep", "gain", "noise"])
 def test_a_wrong_coefficient_is_noticed(field: str):
-    rows, init_noise = sample_rows(CARD, sampler="dpmpp_2m_sde", steps=7)
+    rows, init_noise = sample_steps(CARD, sampler="dpmpp_2m_sde", steps=7)
     trace = follow(reference(CARD, "dpmpp_2m_sde"), 7, None, {})
     value = getattr(rows[3], field)
     wrong = value * (1 + 1e-6) if field == "noise" else (value[0], value[1] * (1 + 1e-6))
@@ -262,7 +263,7 @@ def test_trajectory(sampler: str, monkeypatch: pytest.MonkeyPatch):
     schedules = ("normal", "karras") if "karras" in SAMPLERS[sampler].schedules else ("normal",)
     for schedule in schedules:
         scheduler = reference(card, sampler, schedule)
-        rows, init_noise = sample_rows(card, sampler=sampler, steps=20, schedule=schedule)
+        rows, init_noise = sample_steps(card, sampler=sampler, steps=20, schedule=schedule)
         random = np.random.default_rng(1)
         start, noise = random.normal(size=(1, 4, 8, 8)), random.normal(size=(len(rows), 1, 4, 8, 8))
         draws = iter(noise)
@@ -291,7 +292,7 @@ def test_times_of_unmodified_diffusers(sampler: str):
         scheduler = reference(card, sampler, schedule)
         for steps in (7, 20):
             scheduler.set_timesteps(steps)
-            rows, _ = sample_rows(card, sampler=sampler, steps=steps, schedule=schedule)
+            rows, _ = sample_steps(card, sampler=sampler, steps=steps, schedule=schedule)
             ours, theirs = np.array([row.t for row in rows]), scheduler.timesteps.numpy()
             if ahead and schedule in CUT:
                 assert (ours[0], theirs[0]) == (999, 998)
@@ -325,30 +326,30 @@ def test_times_of_unmodified_diffusers(sampler: str):
         (CARD, {"sampler": "euler", "timesteps": [9, 3], "schedule": "karras"}, r"makes its own sigmas"),
         (CARD, {"sampler": "euler", "steps": 5, "eta": 1.0}, r"has no eta; choose one of ddim, tcd"),
         (CARD, {"sampler": "ddim", "steps": 5, "eta": 1.5}, r"must lie in 0..1"),
-        (CARD, {"steps": 0}, r"whole number in 1..1000"),
-        (CARD, {"steps": 1001}, r"whole number in 1..1000"),
-        (CARD, {"steps": 2.5}, r"whole number in 1..1000"),
+        (CARD, {"steps": 0}, r"whole number from 1 to 1000"),
+        (CARD, {"steps": 1001}, r"whole number from 1 to 1000"),
+        (CARD, {"steps": 2.5}, r"whole number from 1 to 1000"),
         (CARD, {"sampler": "dpmpp_2m", "steps": 1000}, r"too many for this spacing"),
     ],
     ids=lambda value: "" if isinstance(value, SchedulerCard | str) else "-".join(map(str, value.values())),
 )
 def test_refusals(card: SchedulerCard, request_: dict, message: str):
     with pytest.raises(RequestError, match=message) as error:
-        sample_rows(card, **request_)
+        sample_steps(card, **request_)
     assert "\n" not in str(error.value)
 
 
 def test_the_models_own_choices():
     own = replace(CARD, sampler="euler", schedule="karras", timestep_spacing="trailing")
     asked = {"sampler": "euler", "steps": 9}
-    assert sample_rows(own, steps=9) == sample_rows(CARD, **asked, schedule="karras", spacing="trailing")
-    assert sample_rows(own, sampler="ddim", steps=9) == sample_rows(CARD, sampler="ddim", steps=9, spacing="trailing")
-    assert sample_rows(own, steps=9, schedule="normal", spacing="linspace") == sample_rows(CARD, **asked)
+    assert sample_steps(own, steps=9) == sample_steps(CARD, **asked, schedule="karras", spacing="trailing")
+    assert sample_steps(own, sampler="ddim", steps=9) == sample_steps(CARD, sampler="ddim", steps=9, spacing="trailing")
+    assert sample_steps(own, steps=9, schedule="normal", spacing="linspace") == sample_steps(CARD, **asked)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_rows_are_plain_floats(sampler: str):
-    rows, init_noise = sample_rows(FLOW if sampler == "flow_euler" else CARD, sampler=sampler, steps=5)
+    rows, init_noise = sample_steps(FLOW if sampler == "flow_euler" else CARD, sampler=sampler, steps=5)
     values = [init_noise]
     for row in rows:
         values += [row.t, row.sigma, row.scale_in, row.noise, *row.keep, *row.gain, *row.denoised]
@@ -359,7 +360,7 @@ def test_rows_are_plain_floats(sampler: str):
 def test_rows_number_the_steps_of_the_sampler(sampler: str):
     """Two evaluations share a step of heun and kdpm2, and their last step has one; all others have one a step."""
     for count in (1, 2, 5):
-        rows, _ = sample_rows(FLOW if sampler == "flow_euler" else CARD, sampler=sampler, steps=count)
+        rows, _ = sample_steps(FLOW if sampler == "flow_euler" else CARD, sampler=sampler, steps=count)
         indices = [row.index for row in rows]
         if sampler in ("heun", "kdpm2"):
             assert indices == [k for k in range(count) for _ in range(2)][:-1]

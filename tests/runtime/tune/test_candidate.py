@@ -7,7 +7,7 @@ import pytest
 from stepforge import Request
 from stepforge.runtime.bundle import Preset
 from stepforge.runtime.plan.compile import compile_plan
-from stepforge.runtime.presets import resolve
+from stepforge.runtime.request.presets import resolve
 from stepforge.runtime.tune.candidate import FULL, Candidate, candidates
 from stepforge.runtime.tune.price import denoising_rows, row_counts
 

@@ -8,7 +8,7 @@ import pytest
 from stepforge import Request, RequestError
 from stepforge.runtime.bundle import Bundle, Preset, read, write_manifest
 from stepforge.runtime.cli.main import main
-from stepforge.runtime.presets import resolve, store
+from stepforge.runtime.request.presets import resolve, store
 
 FAST = {"guidance": "7.5@0-0.6,1@0.6-1", "reuse": "deepcache(2)", "control_end": 0.5, "found": {"rows": 14}}
 

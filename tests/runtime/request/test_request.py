@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stepforge import Control, Request, RequestError
+from stepforge.runtime.backends.fake import fake_bundle
 from stepforge.runtime.imaging.preprocess import hint_of
+from stepforge.runtime.plan.compile import compile_plan
 from stepforge.runtime.plan.guiders import Guider
 from stepforge.runtime.plan.reuse import Reuse
+from stepforge.runtime.plan.schedules import SchedulerCard
 from stepforge.runtime.request.request import ALIASES, MAX_CONTROLS, MAX_PROMPT, MAX_STEPS
 
 ARRAY = np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8)
@@ -213,3 +216,25 @@ def test_echoes_never_fail(value: object):
     for field in fields(Control):
         with pytest.raises(RequestError):
             Control(**{**CONTROL, field.name: value})
+
+
+def test_requests_that_decide_the_same_steps_share_one_plan():
+    card = SchedulerCard.from_dict(fake_bundle().scheduler)
+    asked = {"steps": 9, "guidance": "linear(7.5)", "guider": "rescale", "controls": [{**CONTROL, "end": 0.5}]}
+    plan = compile_plan(Request(prompt="a", **asked), card)
+    again = Request(prompt="b", seed=4, images=2, width=64, adapters={"a": 1}, **{**asked, "guidance": "linear( 7.5 )"})
+    assert compile_plan(again, SchedulerCard.from_dict(card.to_dict())) is plan
+    assert plan.guider == Guider.parse("rescale(0.7)")
+    others = {
+        "steps": 8, "sampler": "euler", "schedule": "karras", "spacing": "trailing", "guidance": 3, "guider": "apg",
+        "eta": 0.5, "adapter_schedule": 0.5, "controls": (), "reuse": "tgate(0.5)", "timesteps": (900, 1), "sigmas": (3, 0),
+    }  # fmt: skip
+    rest = {"prompt", "negative", "width", "height", "preset", "seed", "images", "prompt_syntax", "adapters"}
+    assert others.keys() | rest == {field.name for field in fields(Request)}
+    for name, value in others.items():
+        base = {**asked, "sampler": {"schedule": "euler", "timesteps": "euler", "sigmas": "euler"}.get(name, "ddim")}
+        first, second = (compile_plan(Request(prompt="", **one), card) for one in (base, {**base, name: value}))
+        assert first != second, name
+        assert first == compile_plan(Request(prompt="", **base), card)
+    own = (plan.steps[:3], 2.0)
+    assert compile_plan(Request(prompt="a", **asked), card, own).init_noise == 2.0
