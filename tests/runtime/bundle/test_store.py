@@ -60,7 +60,8 @@ def test_processes_and_threads_lose_no_entry(bundle):
 
 
 def test_a_kill_at_any_moment_leaves_a_bundle_that_loads(bundle):
-    """30 processes that write without end are killed after 0 to 12 ms; each finds the bundle as the last one left it."""
+    """30 processes that write without end are killed 0 to 12 ms after their start or, every other one, after their first
+    write; each finds the bundle as the last one left it."""
     code = """
 import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[2])
@@ -68,12 +69,17 @@ from test_store import add
 from stepforge.runtime.bundle import read
 for i in range(30):
     bundle = read(sys.argv[1])
+    written, told = os.pipe()
     child = os.fork()
     if not child:
         try:
-            for k in range(10000): add(bundle, f'p{k % 5}', 200_000)
+            for k in range(10000):
+                add(bundle, f'p{k % 5}', 200_000)
+                os.write(told, b'.')
         finally:
             os._exit(1)
+    if i % 2:
+        os.read(written, 1)
     time.sleep(random.Random(i).uniform(0, 0.012))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
