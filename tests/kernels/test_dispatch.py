@@ -91,8 +91,8 @@ def test_model_against_a_second_calculation(name, rank):
 
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-# what dispatch takes on an H100 over what was fastest there, both as measured: 1.30 × a layer at worst (a one pass that the
-# roofline thinks as fast as two), 1.03 × in the mean; before the fit it was 1.5 × at worst
+# what dispatch takes on an H100 over what was fastest there, both as measured; the worst is a one pass that the roofline
+# thinks as fast as two
 AT_WORST, IN_THE_MEAN = 1.35, 1.04
 
 
