@@ -1,4 +1,4 @@
-"""One import name, three rooms: `stepforge.runtime` is `runtime/`, and so on. Each room may import those to its left."""
+"""One import name: `stepforge/` is the face, `stepforge.runtime` is `runtime/`, and so on; rooms import to their left."""
 
 from pathlib import Path
 
@@ -14,6 +14,7 @@ BASE = [
     "openvino>=2025.4",  # default CPU backend: bf16 at 96 % of the matrix peak (benchmarks/bench_denoiser.py)
     "typer>=0.16",  # the command line: help, completion, validation
     "rich>=13.9",  # progress bars and tables of the command line
+    "ml_dtypes>=0.5",  # bfloat16 for NumPy: LoRA files, banks; Apache-2.0, no dependencies but NumPy
     "safetensors>=0.5",  # LoRA files and model weights; the only format read
 ]
 EXPORT = [
@@ -34,11 +35,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10,<3.14",
+    python_requires=">=3.11,<3.15",
     install_requires=BASE,
     extras_require={
         "export": EXPORT,
         "control": ["opencv-python-headless>=4.10"],  # the Canny preprocessor; Apache-2.0, needs numpy only
+        "plot": ["matplotlib>=3.8"],  # `stepforge tune --plot`
         "cuda": ["onnxruntime-gpu>=1.23"],
         "torch": [
             "torch>=2.9",  # the backend on NVIDIA GPUs; its wheels for CUDA bring Triton
@@ -56,7 +58,7 @@ setup(
             "peft>=0.18",  # trains the demo's adapters; the oracle of LoRA files
             "lycoris-lora>=3.4",  # the oracle of LyCORIS files
             "triton==3.7.1",  # kernels in its interpreter and ahead of time (golden.json); what torch 2.13 wants on CUDA
-            "matplotlib>=3.8",  # plots of benchmarks
+            "matplotlib>=3.8",  # as in the extra plot; plots of benchmarks
             "opencv-python-headless>=4.10",  # as in the extra control
             "fonttools>=4.50",  # the emoji list of the demo's training recipe
             "ruff>=0.8",  # format and lint
@@ -64,8 +66,11 @@ setup(
             "build>=1.2",  # wheel and sdist, as a user would build them
         ],
     },
-    package_dir={f"stepforge.{room}": room for room in ROOMS},
-    packages=[f"stepforge.{room}{sub}" for room in ROOMS for sub in ("", *(f".{p}" for p in find_packages(room)))],
+    package_dir={"stepforge": "stepforge", **{f"stepforge.{room}": room for room in ROOMS}},
+    packages=[
+        "stepforge",
+        *(f"stepforge.{room}{sub}" for room in ROOMS for sub in ("", *(f".{p}" for p in find_packages(room)))),
+    ],
     package_data={
         "": ["py.typed"],
         "stepforge.runtime.backends": ["fake_tokenizer.json"],
@@ -73,7 +78,7 @@ setup(
         "stepforge.kernels.aot": ["golden.json"],
     },
     entry_points={
-        "console_scripts": ["stepforge=stepforge.runtime.cli:main"],
+        "console_scripts": ["stepforge=stepforge.runtime.cli:start"],
         # commands of the offline room join the command line here, so that the run time need not import it
         "stepforge.commands": [
             "export=stepforge.export.cli:export_command",

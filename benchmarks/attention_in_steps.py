@@ -25,18 +25,18 @@ import numpy as np
 from harness import machine
 from PIL import Image
 
-from stepforge.runtime import Request, load, open_bundle
-from stepforge.runtime.adapters import Adapters
+from stepforge import Request, load, open_bundle
 from stepforge.runtime.backends import open_backend
-from stepforge.runtime.bundle import MANIFEST
-from stepforge.runtime.conditioning import Condition, Conditioner
-from stepforge.runtime.denoise import Denoisers, rows_of_slot
-from stepforge.runtime.guiders import alignment
-from stepforge.runtime.images import to_pil, to_uint8
-from stepforge.runtime.planner import compile_plan, image_size
-from stepforge.runtime.schedules import SchedulerCard
-from stepforge.runtime.slot import Job, Slot
-from stepforge.runtime.tune import distance
+from stepforge.runtime.bundle import MANIFEST, UNET, VAE_DECODER
+from stepforge.runtime.engine.adapters import Adapters
+from stepforge.runtime.engine.denoise import Denoisers, rows_of_slot
+from stepforge.runtime.engine.state import Job, Slot
+from stepforge.runtime.engine.text import Condition, Conditioner
+from stepforge.runtime.imaging.png import to_pil, to_uint8
+from stepforge.runtime.plan.compile import compile_plan
+from stepforge.runtime.plan.guiders import alignment
+from stepforge.runtime.plan.schedules import SchedulerCard
+from stepforge.runtime.tune.distance import distance
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 8  # in one network call
@@ -54,12 +54,12 @@ class Tables:
         self.backend = f"{backend.name} {backend.precision}"
         self.conditioner = Conditioner(self.bundle, backend, adapters)
         self._denoisers = Denoisers(self.bundle, backend, adapters)
-        self._decoder = backend.open("vae_decoder")
+        self._decoder = backend.open(VAE_DECODER)
 
     def start(self, request: Request) -> Slot:
         """The first image of a request, before its first step."""
         plan = compile_plan(request, SchedulerCard.from_dict(self.bundle.scheduler))
-        job = Job(request, plan, image_size(request, self.bundle.card), None)
+        job = Job(request, plan, self.bundle.card.size(request.width, request.height), None)
         job.cond, job.uncond = self.conditioner(request.prompt, request.negative, request.prompt_syntax)
         return Slot(job, 0, job.size.latents(self.bundle.card))
 
@@ -165,7 +165,7 @@ def seconds(path: Path, request: dict[str, Any], args: argparse.Namespace) -> di
             whole = 0.0
             for kind, reuse in KINDS.items():
                 variant = reuse.partition("(")[0]
-                if variant and f"denoiser/unet.{variant}" not in engine.bundle.components:
+                if variant and variant not in engine.bundle.variants(UNET):
                     continue
                 w = 1.0 if kind == "unguided" else args.guidance
                 result = engine.generate(Request(**{**request, "steps": 5, "guidance": w}, reuse=reuse))

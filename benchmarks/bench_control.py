@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from bench_denoiser import PROMPT, inputs, prepare
 from bench_lora import write_adapter
 from harness import Timing, interleaved, machine, timed
 
+from stepforge.runtime.bundle import UNET, ComponentId
+
+HINT, RESIDUALS = ComponentId("control_hint", "net"), ComponentId("control_residuals", "net")
 RANK, SCALE = 16, 0.8
 # shorter plans; the last one has the settings that `stepforge tune` found for the demo model (docs/attention.md)
 PLANS = {
@@ -76,7 +80,7 @@ def diffusers_image(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def our_images(args: argparse.Namespace) -> dict[str, Any]:
-    from stepforge.runtime import Request, load
+    from stepforge import Request, load
 
     _, backend, precision = args.one.split()
     report: dict[str, Any] = {}
@@ -107,7 +111,7 @@ def our_images(args: argparse.Namespace) -> dict[str, Any]:
 
 def passes(args: argparse.Namespace) -> dict[str, Any]:
     """Each network for 2 rows, in turn."""
-    from stepforge.runtime import open_bundle
+    from stepforge import open_bundle
     from stepforge.runtime.backends import open_backend
 
     _, backend, precision = args.one.split()
@@ -121,36 +125,37 @@ def passes(args: argparse.Namespace) -> dict[str, Any]:
     engine = open_backend(backend, full, precision=precision)
     banks = bank_arrays(full, engine)
 
-    def run(opened: Any, name: str, graph: Any, given: dict[str, Any]) -> dict[str, np.ndarray]:
+    def run(opened: Any, name: ComponentId, graph: Any, given: dict[str, Any]) -> dict[str, np.ndarray]:
         return graph({t.name: given[t.name] for t in opened.components[name].inputs if t.name not in banks})
 
-    def opened(name: str) -> Any:
+    def opened(name: ComponentId) -> Any:
         read = {t.name for t in full.components[name].inputs}
         return engine.open(name, {key: array for key, array in banks.items() if key in read} or None)
 
-    hint = opened("control/net/hint")
-    values["hint"] = np.array(run(full, "control/net/hint", hint, values)["hint"])
-    residuals = opened("control/net/residuals")
-    (count,) = (t.shape[1] for t in full.components["control/net/residuals"].inputs if t.name == "scale")
+    hint = opened(HINT)
+    values["hint"] = np.array(run(full, HINT, hint, values)["hint"])
+    residuals = opened(RESIDUALS)
+    (count,) = (t.shape[1] for t in full.components[RESIDUALS].inputs if t.name == "scale")
     values["scale"] = np.ones((2, int(count)), np.float32)
-    made = {key: np.array(value) for key, value in run(full, "control/net/residuals", residuals, values).items()}
+    made = {key: np.array(value) for key, value in run(full, RESIDUALS, residuals, values).items()}
     zeros = {key: np.zeros((1, value.shape[1], 1, 1), np.float32) for key, value in made.items()}
-    whole = opened("denoiser/unet")
-    values |= {key: np.array(value) for key, value in run(full, "denoiser/unet", whole, {**values, **made}).items()}
-    bare = open_backend(backend, plain, precision=precision).open("denoiser/unet")
-    deep, gated = opened("denoiser/unet.deepcache"), opened("denoiser/unet.tgate")
-    shallow = opened("control/net/residuals.deepcache")
+    whole = opened(UNET)
+    values |= {key: np.array(value) for key, value in run(full, UNET, whole, {**values, **made}).items()}
+    bare = open_backend(backend, plain, precision=precision).open(UNET)
+    deepcache, tgate = (replace(UNET, variant=variant) for variant in ("deepcache", "tgate"))
+    shallow_residuals = replace(RESIDUALS, variant="deepcache")
+    deep, gated, shallow = opened(deepcache), opened(tgate), opened(shallow_residuals)
     timings = interleaved(
         {
             "denoiser of a plain bundle": lambda: bare(inputs(args.size)),
             "the same, 1 row": lambda: bare({name: value[:1] for name, value in inputs(args.size).items()}),
-            "denoiser, no ControlNet": lambda: run(full, "denoiser/unet", whole, {**values, **zeros}),
-            "denoiser, residuals": lambda: run(full, "denoiser/unet", whole, {**values, **made}),
-            "denoiser.tgate": lambda: run(full, "denoiser/unet.tgate", gated, {**values, **made}),
-            "denoiser.deepcache": lambda: run(full, "denoiser/unet.deepcache", deep, {**values, **made}),
-            "residuals": lambda: run(full, "control/net/residuals", residuals, values),
-            "residuals.deepcache": lambda: run(full, "control/net/residuals.deepcache", shallow, values),
-            "hint": lambda: run(full, "control/net/hint", hint, values),
+            "denoiser, no ControlNet": lambda: run(full, UNET, whole, {**values, **zeros}),
+            "denoiser, residuals": lambda: run(full, UNET, whole, {**values, **made}),
+            "denoiser.tgate": lambda: run(full, tgate, gated, {**values, **made}),
+            "denoiser.deepcache": lambda: run(full, deepcache, deep, {**values, **made}),
+            "residuals": lambda: run(full, RESIDUALS, residuals, values),
+            "residuals.deepcache": lambda: run(full, shallow_residuals, shallow, values),
+            "hint": lambda: run(full, HINT, hint, values),
         },
         runs=args.runs,
     )
@@ -158,9 +163,9 @@ def passes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def bank_arrays(opened: Any, engine: Any) -> dict[str, Any]:
-    from stepforge.runtime.adapters import Adapters
+    from stepforge.runtime.engine.adapters import Adapters
 
-    return dict(Adapters(opened, engine).banks("denoiser/unet") or {})
+    return dict(Adapters(opened, engine).banks(UNET) or {})
 
 
 def lossless(args: argparse.Namespace) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from harness import machine, timed
 
+from stepforge.runtime.bundle import UNET
+
 PASSES = ("diffusers fp32", "diffusers bf16", "onnxruntime fp32", "openvino fp32", "openvino bf16")
 OURS = ("stepforge onnxruntime fp32", "stepforge openvino fp32", "stepforge openvino bf16")
 PROMPT = "a photograph of a cat sitting on a wooden table"
@@ -72,10 +74,10 @@ def bare_runner(bundle: Path, engine: str, precision: str) -> tuple[Any, Any]:
 
 
 def our_runner(bundle: Path, backend: str, precision: str) -> tuple[Any, Any]:
-    from stepforge.runtime import Request, load
+    from stepforge import Request, load
 
     engine = load(bundle, backend=backend, precision=precision)
-    denoiser = engine.backend.open("denoiser/unet")
+    denoiser = engine.backend.open(UNET)
 
     def one_pass(size: int) -> np.ndarray:
         return np.array(denoiser(inputs(size))["prediction"])

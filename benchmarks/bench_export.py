@@ -73,7 +73,7 @@ def load(engine: str, bundle: str) -> dict[str, Any]:
     """Open each component and run it once, smallest size."""
     import numpy as np
 
-    from stepforge.runtime import open_bundle
+    from stepforge import open_bundle
     from stepforge.runtime.backends import open_backend
 
     opened = open_bundle(bundle, check=False)
@@ -89,7 +89,7 @@ def load(engine: str, bundle: str) -> dict[str, Any]:
         }
         outputs = graph(inputs)
         assert all(np.isfinite(value).all() for value in outputs.values()), f"{name} made NaN"
-        seconds[name] = round(time.perf_counter() - started, 1)
+        seconds[str(name)] = round(time.perf_counter() - started, 1)
     return {"seconds": seconds, "peak": peak()}
 
 
@@ -97,7 +97,7 @@ def make_opsets(folder: str) -> dict[str, Any]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from stepforge.export import trace
+    from stepforge.export.graph import trace
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(

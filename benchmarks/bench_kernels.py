@@ -2,15 +2,15 @@
 
     python benchmarks/bench_kernels.py --model          what the roofline predicts for each layer, rank and GPU; needs no GPU
     python benchmarks/bench_kernels.py                  all families on the first CUDA GPU, and one table at the end
-    make test-gpu                                       what the GPU needs, its tests, then this with --fit, --json, --sanitize
+    make test-gpu                                       this with --fit, and all else that a GPU has to say (gpu_report.py)
 
 Every path's result is checked against its error bound in fp64 and must repeat to the bit before it is timed. A time is the
 median of a captured CUDA graph, with L2 overwritten before each run and outside the clock. Limits are printed first.
 Exit status: 0 all pass, 1 something failed, 2 there is no GPU that can run the kernels.
 
-The first person with a GPU: run `make test-gpu` on an idle machine and commit the `out/kernels.json` that it writes as
+The first person with a GPU: run `make test-gpu` on an idle machine and commit the `out/gpu/kernels.json` that it writes as
 `benchmarks/results/kernels_<gpu>.json`, or send it with the whole output. It has every measurement, the machine, the driver
-and the versions, and the constants that fit; those then go into `stepforge/kernels/cost.py`, and
+and the versions, and the constants that fit; those then go into `stepforge/kernels/dispatch/cost.py`, and
 `python -m stepforge.kernels.dispatch` writes the table of choices again.
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from check_gpu import driver, missing
@@ -57,7 +59,7 @@ def predicted(gpu: cost.Gpu, layer: Layer, rank: int) -> dict[str, float]:
 
 
 def print_model(gpus: Sequence[str], ranks: Sequence[int]) -> None:
-    print("Overhead over the layer without an adapter, %, by a roofline (see stepforge/kernels/cost.py).")
+    print("Overhead over the layer without an adapter, %, by a roofline (see stepforge/kernels/dispatch/cost.py).")
     print(f"{100 * cost.OURS - 100:.0f} % are added for Triton's product over cuBLAS'. * marks what dispatch takes.")
     for name in gpus:
         gpu = cost.GPUS[name]
@@ -304,8 +306,10 @@ def run(args: argparse.Namespace, properties: Any, device: str, timer: Callable[
     for name, figure, origin in ACCEPTANCE:
         print(f"  {name:9} {figure:66} {origin}")
     flushed("\nµs: measured|predicted by the roofline. merged: the layer without an adapter; * what dispatch takes")
+    first, step = args.part or (0, 1)
     with torch.inference_mode():
-        outcomes = measure(cases(gpu, device, shapes, tuple(args.families)), gpu, timer)
+        chosen = itertools.islice(cases(gpu, device, shapes, tuple(args.families)), first, None, step)
+        outcomes = measure(chosen, gpu, timer)
     result: dict[str, Any] = {"about": about, "cases": record(outcomes, gpu)}
     others: list[tuple[str, str]] = []
     if args.fit:
@@ -324,7 +328,7 @@ def run(args: argparse.Namespace, properties: Any, device: str, timer: Callable[
         print(f"\nwrote {args.json}")
     table, good = summary(outcomes, others)
     print(f"\n{table}")
-    return 0 if good else 1
+    return 0 if good or (args.part and not outcomes) else 1
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -342,6 +346,14 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, default=Path("out/sd15"), help="folder for --network's model (4.3 GB), kept"
     )
+    parser.add_argument(
+        "--part",
+        nargs=2,
+        type=int,
+        metavar=("I", "N"),
+        help="every N-th case from the I-th, not timed: fills Triton's cache",
+    )
+    parser.add_argument("--on", default="cuda", help=argparse.SUPPRESS)  # cpu: as an sm_80 in the interpreter
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # small shapes, checked and not timed
     return parser.parse_args(given)
 
@@ -351,14 +363,17 @@ def main(given: Sequence[str] | None = None) -> int:
     if args.model:
         print_model(args.gpus, args.ranks or RANKS)
         return 0
+    if args.on == "cpu":
+        return run(args, SimpleNamespace(name="pretended", major=8, minor=0), "cpu", None)
     if lines := list(missing()):
         print(f"cannot run: {'; '.join(lines)}. Without a GPU, --model prints the prediction", file=sys.stderr)
         return 2
     import torch
 
-    if not args.tiny:
+    timed = not args.tiny and not args.part
+    if timed:
         raise_clocks()
-    return run(args, torch.cuda.get_device_properties(0), "cuda", None if args.tiny else CudaTimer())
+    return run(args, torch.cuda.get_device_properties(0), "cuda", CudaTimer() if timed else None)
 
 
 if __name__ == "__main__":

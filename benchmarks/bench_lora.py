@@ -23,6 +23,8 @@ import numpy as np
 from bench_denoiser import inputs, prepare
 from harness import Timing, interleaved, machine, timed
 
+from stepforge.runtime.bundle import UNET
+
 RUNNERS = ("openvino bf16", "openvino fp32", "onnxruntime fp32")
 ADAPTERS, REQUESTS = 8, 16
 
@@ -36,9 +38,9 @@ def write_adapter(bundle: Path, out: Path, rank: int, targets: str, seed: int) -
     random = np.random.default_rng(seed)
     tensors = {}
     for component, entry in read(bundle, check=False).components.items():
-        prefix = "lora_unet_" if component.startswith("denoiser") else "lora_te_text_model_"
+        prefix = "lora_unet_" if component.role == "denoiser" else "lora_te_text_model_"
         for module in entry.modules:
-            narrow = targets == "transformer" and component.startswith("denoiser") and ".attentions." not in module.path
+            narrow = targets == "transformer" and component.role == "denoiser" and ".attentions." not in module.path
             if module.kind == "norm" or narrow:
                 continue
             name = prefix + module.path.replace(".", "_")
@@ -54,19 +56,19 @@ def write_adapter(bundle: Path, out: Path, rank: int, targets: str, seed: int) -
 
 def measure_pass(args: argparse.Namespace) -> dict[str, Any]:
     """One runner, plain and banked in turn; a process of its own."""
-    from stepforge.runtime import open_bundle
-    from stepforge.runtime.adapters import Adapters, row_inputs
+    from stepforge import open_bundle
     from stepforge.runtime.backends import open_backend
+    from stepforge.runtime.engine.adapters import Adapters, row_inputs
 
     backend, precision = args.one.split()
     plain, banked = open_bundle(args.work / "bundle", check=False), open_bundle(args.banks, check=False)
-    plain_graph = open_backend(backend, plain, precision=precision).open("denoiser/unet")
+    plain_graph = open_backend(backend, plain, precision=precision).open(UNET)
     engine = open_backend(backend, banked, precision=precision)
     adapters = Adapters(banked, engine)
     adapters.load("one", args.adapter)
     adapters.load("two", args.adapter)
     slots = [adapters.acquire(adapters.choose({name: 1.0}), ()) for name in ("one", "two")]
-    banked_graph = engine.open("denoiser/unet", adapters.banks("denoiser/unet"))
+    banked_graph = engine.open(UNET, adapters.banks(UNET))
     values = inputs(args.size)
     rows = {**values, **row_inputs(slots, [1.0, 1.0])}
     runs = {"plain": lambda: plain_graph(values), "banks": lambda: banked_graph(rows)}
@@ -75,7 +77,7 @@ def measure_pass(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_swap(args: argparse.Namespace) -> dict[str, Any]:
     """In a running engine of the first runner."""
-    from stepforge.runtime import load
+    from stepforge import load
 
     backend, precision = args.one.split()
     with load(args.banks, backend=backend, precision=precision) as engine:
@@ -99,7 +101,7 @@ def measure_swap(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
-    from stepforge.runtime import Request, load
+    from stepforge import Request, load
 
     backend, precision = args.one.split()
     with load(args.banks, backend=backend, precision=precision) as engine:

@@ -4,6 +4,11 @@ bf16, 512x512 pixels, 2 and 8 rows, random weights, from NumPy to NumPy for all.
 and with two adapters of rank 16 mixed over the rows, which diffusers cannot do in one call. Each runner has a process of its
 own. `--work` keeps the 4.3 GB model and its bundles (the same folder as bench_denoiser.py's).
 
+    python benchmarks/bench_network.py --model              launches, FLOPs, bytes and predicted ms, two models' shapes
+    python benchmarks/bench_network.py --model GRAPH.onnx   of any denoiser, with or without its weights
+
+--model needs no GPU; where there is one, measured milliseconds stand beside the predictions.
+
 Pass: ours runs, and its error against diffusers in fp32 is at most twice that of diffusers in bf16. Times are reported only.
 """
 
@@ -24,11 +29,14 @@ from bench_lora import write_adapter
 from check_gpu import missing
 from harness import timed
 
+from stepforge.runtime.bundle import UNET
+
 TRUTH, EAGER = "diffusers fp32", "diffusers bf16"
 PEERS = (TRUTH, EAGER, "diffusers bf16 compiled")
 OURS = ("torch bf16", "torch-exact bf16", "torch bf16 adapters", "torch-exact bf16 adapters")
 ROWS = (2, 8)
 SIZE, SLOTS, RANK, RUNS = 512, 4, 16, 20
+MODELED = ("A100", "H100", "4090")
 Runner = Callable[[dict[str, np.ndarray]], np.ndarray]
 
 
@@ -51,21 +59,21 @@ def diffusers_runner(model: Path, precision: str, compiled: bool, device: str) -
 
 
 def our_runner(work: Path, backend: str, precision: str, adapters: bool) -> Runner:
-    from stepforge.runtime import open_bundle
-    from stepforge.runtime.adapters import Adapters, row_inputs
+    from stepforge import open_bundle
     from stepforge.runtime.backends import open_backend
+    from stepforge.runtime.engine.adapters import Adapters, row_inputs
 
     engine = open_backend(backend, bundle := open_bundle(work / ("banks" if adapters else "bundle"), check=False),
                           precision=precision)  # fmt: skip
     if not adapters:
-        plain = engine.open("denoiser/unet")
+        plain = engine.open(UNET)
         return lambda values: plain(values)["prediction"]
     loaded = Adapters(bundle, engine)
     names = ("one", "two")
     for name in names:
         loaded.load(name, work / f"{name}.safetensors")
     slots = [loaded.acquire(loaded.choose({name: 1.0}), ()) for name in names]
-    banked = engine.open("denoiser/unet", loaded.banks("denoiser/unet"))
+    banked = engine.open(UNET, loaded.banks(UNET))
 
     def run(values: dict[str, np.ndarray]) -> np.ndarray:
         rows = len(values["sample"])
@@ -152,6 +160,52 @@ def network(
     return found, faults
 
 
+def model(graphs: list[Path], rows: list[int], out: Path | None) -> int:
+    """Print the tables; on a CUDA GPU with what it measured, on weights drawn there."""
+    import network_model
+    import torch
+    from harness import machine
+
+    from stepforge.kernels.dispatch.cost import GPUS
+
+    gpus = {name: GPUS[name] for name in MODELED}
+    on_gpu = torch.cuda.is_available()
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "tables": {},
+    }
+    for graph in graphs or sorted(network_model.SHAPES.glob("*.onnx.xz")):
+        with network_model.with_holes(graph) as path, torch.inference_mode():
+            network = network_model.cuda_network(path)
+            calls = {count: network_model.given(network.program, count) for count in rows}
+            works = {count: network_model.works(network, given) for count, given in calls.items()}
+            network = network_model.drawn(network, "cuda") if on_gpu else network
+        for count, found in works.items():
+            measured = None
+            if on_gpu:
+                with torch.inference_mode():
+                    measured = network_model.measure(network, network_model.numbers(calls[count], "cuda"))
+            size = "x".join(map(str, calls[count]["sample"].shape[2:]))
+            print(f"\n{graph.name.partition('.')[0]}, {count} rows, fp16, latents {size}: {network_model.WHAT}")
+            print("\n".join(network_model.table(found, gpus, measured)), flush=True)
+            report["tables"][f"{graph.name} {count}"] = {
+                "measured ms": measured,
+                "kinds": {
+                    kind: {
+                        "launches": sum(w.launches for w in own), "flops": sum(w.flops for w in own),
+                        "elements": sum(w.elements for w in own),
+                        "predicted ms": {name: 1e3 * sum(w.seconds(gpu) for w in own) for name, gpu in gpus.items()},
+                    }
+                    for kind, own in network_model.by_kind(found).items()
+                },
+            }  # fmt: skip
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("out/sd15"))
@@ -159,7 +213,14 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=RUNS, help="counted calls")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--model", nargs="*", type=Path, metavar="GRAPH", help="predict; graphs, or those in benchmarks/shapes"
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=[2], help="with --model")
+    parser.add_argument("--json", type=Path, help="with --model: file to write every figure to")
     args = parser.parse_args()
+    if args.model is not None:
+        return model(args.model, args.rows, args.json)
     if args.one:
         print(json.dumps(measure_runner(args.one, args.work, args.size, args.runs, args.device)))
         return 0

@@ -1,8 +1,8 @@
 """One recorded denoiser step on a GPU, kernel by kernel: `python benchmarks/bench_step.py BUNDLE`.
 
 BUNDLE is an exported one, or one without its weights (`--fill` draws them on the device: norms about 1, products scaled by
-their depth, so that values keep their size). Prints the milliseconds of a replay (median, quartiles), its launches by kind as the
-program says and by name as the profiler saw them, the error against `torch-exact` in fp32, and with `--peers` diffusers.
+their depth, so that values keep their size). Prints the milliseconds of a replay (median, quartiles), its launches by kind as
+the program says and by name as the profiler saw them, the error against `torch-exact` in fp32, and with `--peers` diffusers.
 With a bundle that has banks, `--adapters N` mixes N adapter slots of random numbers over the rows.
 """
 
@@ -25,15 +25,14 @@ import torch
 
 from stepforge.runtime.backends import Banks, open_backend
 from stepforge.runtime.backends.torch.launches import count
-from stepforge.runtime.bundle import read
+from stepforge.runtime.bundle import UNET, ComponentId, read
 
-UNET = "denoiser/unet"
 WIDTHS = {768: "SD1.5", 2048: "SDXL"}
 
 
-def fill(bundle: Path, component: str = UNET, seed: int = 0) -> None:
+def fill(bundle: Path, component: ComponentId = UNET, seed: int = 0) -> None:
     """Write random weights where a bundle has none."""
-    graph = bundle / component / "model.onnx"
+    graph = bundle / component.folder / "model.onnx"
     model = onnx.load(str(graph), load_external_data=False)
     tensors = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     places = {t.name: {entry.key: entry.value for entry in t.external_data} for t in tensors}
@@ -75,7 +74,7 @@ def given(rows: int, width: int, side: int, slots: int) -> dict[str, np.ndarray]
     return values
 
 
-def banks_of(bundle: Any, component: str = UNET) -> Banks | None:
+def banks_of(bundle: Any, component: ComponentId = UNET) -> Banks | None:
     random = np.random.RandomState(7)
     banks = Banks({}, np.zeros(64, np.int64))
     for tensor in bundle.components[component].inputs:

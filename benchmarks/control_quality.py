@@ -28,7 +28,7 @@ from emoji_quality import ROOT, background
 from harness import machine
 from PIL import Image
 
-from stepforge.runtime import Engine, Request, load
+from stepforge import Engine, Request, load
 
 sys.path.append(str(ROOT / "examples" / "emoji"))
 from data import BACKGROUNDS, Picture, emoji, gallery, pictures

@@ -18,7 +18,7 @@ import numpy as np
 from harness import machine
 from PIL import Image
 
-from stepforge.runtime import Request, load
+from stepforge import Request, load
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "examples" / "emoji"))

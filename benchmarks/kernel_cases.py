@@ -213,7 +213,7 @@ def conv_setup(gpu: Gpu, device: str, layer: Layer, rank: int) -> Setup:
         Path("merged", base, lambda g: cost.base(g, layer)),
         Path("PEFT", eager, lambda g: cost.peft(g, layer, rank)),
         # checked on one y: what cuDNN rounds is not ours
-        Path("conv", lambda: added(base()), lambda g: cost.addmm(g, layer, padded_rank(rank)), lambda: added(y)),
+        Path("conv", lambda: added(base()), lambda g: cost.conv(g, layer, rank), lambda: added(y)),
     ]
     rows = y.permute(0, 2, 3, 1).contiguous()
     exact, bound = bounds.lowrank_conv(rows, pixels, **bank, u=bounds.TENSOR_CORE_SUM)

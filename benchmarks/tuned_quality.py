@@ -2,7 +2,7 @@
 
 Draws the demo model's captions with the full plan, with each ingredient of cheaper plans alone, with all of them, and with
 presets of the bundle; scores as emoji_quality.py does. Captions in `--tuned-on`, the file that `stepforge tune` was given, are
-left out. distance: mean of `runtime/tune.py`'s to the full plan's picture of the same caption and seed. cost: rows, each
+left out. distance: mean (of runtime/tune/distance.py) to the full plan's picture of the same caption and seed. cost: rows, each
 weighed by what a row of its network takes here. lost and won: pictures that the full plan gets right and this one wrong, and
 the other way round.
 """
@@ -18,8 +18,9 @@ import numpy as np
 from emoji_quality import ROOT, choose, nearest_emoji
 from harness import machine
 
-from stepforge.runtime import Engine, Request, Result, load
-from stepforge.runtime.tune import distance, prices, row_counts
+from stepforge import Bundle, Engine, Request, Result, load
+from stepforge.runtime.tune.distance import distance
+from stepforge.runtime.tune.price import prices, row_counts
 
 # name -> guidance and reuse; w stands for the full plan's weight
 PLANS = {
@@ -42,7 +43,9 @@ def draw(engine: Engine, requests: list[Request], name: str) -> list[Result]:
     return results
 
 
-def row(results: list[Result], full: list[Result], wanted: np.ndarray, worth: dict[str, float]) -> dict[str, Any]:
+def row(
+    results: list[Result], full: list[Result], wanted: np.ndarray, worth: dict[str, float], bundle: Bundle
+) -> dict[str, Any]:
     """Figures of one plan; wanted: the index of each caption's emoji."""
 
     def right(drawn: list[Result]) -> np.ndarray:
@@ -54,10 +57,10 @@ def row(results: list[Result], full: list[Result], wanted: np.ndarray, worth: di
     plan = results[0].plan
     away = [distance(a.images[0], b.images[0]) for a, b in zip(results, full, strict=True)]
     return {
-        "guidance": results[0].request.guidance,
-        "reuse": results[0].request.reuse,
+        "guidance": results[0].request.to_dict()["guidance"],
+        "reuse": str(results[0].request.reuse),
         "rows": plan.rows,
-        "cost": round(sum(n * worth[label] for label, n in row_counts(plan, results[0].request).items()), 2),
+        "cost": round(sum(n * worth[label] for label, n in row_counts(plan, results[0].request, bundle).items()), 2),
         "distance": round(float(np.mean(away)), 4),
         "top1": round(100 * float(mine.mean()), 1),
         "lost": int((theirs & ~mine).sum()),
@@ -107,7 +110,7 @@ def main() -> None:
             "captions": len(asked),
             "backend": f"{engine.backend.name} {engine.backend.precision}",
             "prices": worth,
-            "presets": {name: engine.bundle.presets[name] for name in args.preset},
+            "presets": {name: engine.bundle.presets[name].to_dict() for name in args.preset},
             "plans": {},
             "machine": machine(),
         }
@@ -116,7 +119,7 @@ def main() -> None:
             requests = [Request(prompt=p.caption, seed=1000 + i, **common, **values) for i, p in enumerate(asked)]
             results = draw(engine, requests, name)
             full = full or results
-            report["plans"][name] = row(results, full, wanted, worth)
+            report["plans"][name] = row(results, full, wanted, worth, engine.bundle)
             print(f"  {json.dumps(report['plans'][name])}", flush=True)
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")

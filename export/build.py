@@ -5,31 +5,39 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.metadata
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stepforge.export import trace
-from stepforge.export.bank import TARGETS, add_bank, modules_of, transformer_only, used_modules
-from stepforge.export.checkpoint import Source, load
-from stepforge.export.control import split
-from stepforge.export.control_checkpoint import ControlSource, load_control
-from stepforge.export.merge import read_all, with_adapters
-from stepforge.export.rewire import RESIDUAL, Reuse, cut_variants, settle_probes, variant
-from stepforge.export.tokenizer import tokenizer_json
+from stepforge.export.graph import trace
+from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, used_modules
+from stepforge.export.graph.control import split
+from stepforge.export.graph.rewire import RESIDUAL, Variants, cut_variants, resolve_probes, variant
+from stepforge.export.lora.merge import read_all, with_adapters
+from stepforge.export.models.controlnet import ControlSource, load_control
+from stepforge.export.models.load import load
+from stepforge.export.models.networks import modules_of
+from stepforge.export.models.scheduler import scheduler_card
+from stepforge.export.models.source import Source
+from stepforge.export.models.tokenizer import tokenizer_json
+from stepforge.export.models.weights import Loader
+from stepforge.export.publish import check_out, staged
 from stepforge.runtime.bundle import (
     MANIFEST,
     NAME,
-    PRECISIONS,
+    TEXT_ENCODERS,
+    UNET,
+    VAE_DECODER,
+    WEIGHT_PRECISIONS,
     Bundle,
     Component,
+    ComponentId,
     ControlCard,
     ModelCard,
     TextEncoder,
@@ -37,15 +45,14 @@ from stepforge.runtime.bundle import (
     sha256,
     write_manifest,
 )
-from stepforge.runtime.errors import BundleError, CheckpointError
-from stepforge.runtime.schedules import SchedulerCard
+from stepforge.runtime.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]  # stage, stages done, stages in all
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = dict(zip(WEIGHT_PRECISIONS, (torch.float32, torch.float16), strict=True))
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
 MOST_SLOTS, HIGHEST_RANK = 64, 512
-NO_REUSE = Reuse()
+NO_VARIANTS = Variants()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,29 +83,29 @@ def export_bundle(
     loras: Sequence[tuple[Path, float]] = (),
     bank: BankOptions | None = None,
     controls: Mapping[str, str | Path] | None = None,
-    reuse: Reuse = NO_REUSE,
+    reuse: Variants = NO_VARIANTS,
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Export a diffusers folder or single-file checkpoint to the bundle directory `out`.
 
     precision: of the weights and the arithmetic inside the graphs; inputs and outputs are float32 always.
-    tokenizer, prediction_type: see `checkpoint.load`. name: how requests call the model; its file name by default.
+    tokenizer, prediction_type: see `models.load.load`. name: how requests call the model; its file name by default.
     loras: files and strengths to merge into the weights. bank: take LoRA files as run-time inputs as well.
-    controls: ControlNets by the name that requests use, see `control_checkpoint.load_control`. reuse: variants of the
-    denoiser for approximate plans. `out` appears complete or not at all.
+    controls: ControlNets by the name that requests use, see `models.controlnet.load_control`. reuse: variants of the
+    denoiser for approximate plans. overwrite: replace a bundle at `out`; without it nothing is replaced, also not what appears
+    there during the export. `out` appears complete or not at all.
     Raises CheckpointError for the model and its ControlNets, AdapterError for a LoRA, BundleError for `out`.
     """
     out = Path(out)
-    if precision not in PRECISIONS:
-        raise CheckpointError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    if precision not in DTYPES:
+        raise CheckpointError(f"precision {precision!r} is unknown; choose one of {', '.join(DTYPES)}")
     check_out(out, overwrite)
-    tell = progress or (lambda stage, done, total: None)
     source = load(model_path, tokenizer=tokenizer, prediction_type=prediction_type)
     source = with_adapters(source, read_all(source, loras))
     nets = read_controls(source, controls or {})
-    with staged(out) as folder:
-        bundle = _write(source, nets, folder, precision, name or source.name, bank, reuse, tell)
+    with staged(out, overwrite=overwrite) as folder:
+        bundle = _Export(source, nets, folder, precision, bank, reuse, progress).run(name or source.name)
     return replace(bundle, path=out)
 
 
@@ -108,172 +115,166 @@ def read_controls(source: Source, controls: Mapping[str, str | Path]) -> list[Co
         return []
     if bad := [name for name in controls if not NAME.fullmatch(name) or "." in name]:
         raise CheckpointError(f"ControlNet name {bad[0]!r} is not allowed; use letters, digits, - and _")
-    config = dict(source.empty["denoiser/unet"]().config)
+    config = dict(source.empty[UNET]().config)
     return [load_control(path, config, source.vae_scale, name) for name, path in controls.items()]
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse to replace anything but a bundle, and that only when asked."""
-    if not out.exists() and not out.is_symlink():
-        return
-    if not overwrite:
-        raise BundleError(f"{out} exists; choose another place or pass --overwrite")
-    if out.is_symlink() or not (out / MANIFEST).is_file():
-        raise BundleError(f"{out} exists and is not a bundle; only a bundle is overwritten")
+class _Export:
+    """One export on its way: components are traced one at a time into a folder."""
 
+    def __init__(
+        self,
+        source: Source,
+        controls: Sequence[ControlSource],
+        folder: Path,
+        precision: str,
+        bank: BankOptions | None,
+        reuse: Variants,
+        progress: Progress | None,
+    ) -> None:
+        self.source, self.controls, self.folder, self.precision = source, controls, folder, precision
+        self.dtype, self.bank, self.reuse = DTYPES[precision], bank, reuse
+        self.components: dict[ComponentId, Component] = {}
+        self.progress, self.done, self.stages = progress, 0, len(source.text_encoders) + len(controls) + 3
 
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that takes its place when the block ends well, and is removed when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        yield folder
-        for path in (*folder.rglob("*"), folder):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-            _sync(path)
-        _publish(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    def run(self, name: str) -> Bundle:
+        encoders = self.text_encoders()
+        unet = self.denoiser()
+        for control in self.controls:
+            self.control(control)
+        vae = self.decoder()
+        _check_fit(unet, vae, self.components)
+        self.tell("manifest")
+        bundle = self.bundle(self.card(name, encoders, unet, vae))
+        write_manifest(bundle)
+        self.tell("done")
+        return bundle
 
+    def tell(self, stage: str) -> None:
+        if self.progress is not None:
+            self.progress(stage, self.done, self.stages)
+        self.done += 1
 
-def _publish(folder: Path, out: Path) -> None:
-    if out.exists():
-        old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
-        out.replace(old)  # an empty directory may be replaced
-        folder.replace(out)
-        shutil.rmtree(old)
-    else:
-        folder.replace(out)
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(
-    source: Source,
-    controls: Sequence[ControlSource],
-    folder: Path,
-    precision: str,
-    name: str,
-    bank: BankOptions | None,
-    reuse: Reuse,
-    tell: Progress,
-) -> Bundle:
-    dtype = DTYPES[precision]
-    total = len(source.text_encoders) + len(controls) + 3
-    components: dict[str, Component] = {}
-    stages = iter(range(total))
-    encoders = []
-
-    def add(component: str, load_network: Callable[[torch.dtype], Any], make: Callable[[Any], trace.Traced]) -> Any:
-        """Load one network, export it, and let go of it; keeps its config."""
-        tell(component, next(stages), total)
-        network = load_network(dtype)
+    def add(self, key: ComponentId, loader: Loader, make: Callable[[Any], trace.Traced]) -> Any:
+        """Load one network, export it, and let go of it; returns its config."""
+        self.tell(str(key))
+        network = loader(self.dtype)
         config = network.config
         traced = make(network)
-        entry = prefixed(component, trace.save(traced, folder / component))
-        if component in source.empty:
-            entry = replace(entry, modules=used_modules(folder / entry.graph, modules_of(network)))
+        entry = prefixed(key, trace.save(traced, self.folder / key.folder))
+        if key in self.source.empty:
+            entry = replace(entry, modules=used_modules(self.folder / entry.graph, modules_of(network)))
             if traced.probes:
-                entry = settle_probes(graphs_of(folder, entry), entry, control=bool(controls), reuse=reuse)
-            entry = entry if bank is None else adaptable(entry, folder, component, bank)
-        components[component] = entry
+                graphs = graphs_of(self.folder, entry)
+                entry = resolve_probes(graphs, entry, control=bool(self.controls), reuse=self.reuse)
+            entry = entry if self.bank is None else adaptable(entry, self.folder, key, self.bank)
+        self.components[key] = entry
         del network
         release()
         return config
 
-    for index, (loader, tokens) in enumerate(zip(source.text_encoders, source.tokenizers, strict=True)):
-        suffix = f"_{index + 1}" if index else ""
-        encoders.append(_tokenizer(tokens, folder, suffix))
-        length = encoders[-1].max_length
+    def text_encoders(self) -> tuple[TextEncoder, ...]:
+        """Tokenizers and text encoders; cards of both."""
+        cards = []
+        networks = list(zip(self.source.text_encoders, self.source.tokenizers, strict=True))
+        for key, (loader, tokens) in zip(TEXT_ENCODERS, networks, strict=False):
+            card = _tokenizer(tokens, self.folder, key)
+            make = partial(_text_encoder, card=card, penultimate=self.source.family == "sdxl")
+            self.add(key, loader, make)
+            cards.append(card)
+        return tuple(cards)
 
-        def make(network: Any, length: int = length) -> trace.Traced:
-            if length > (longest := network.config.max_position_embeddings):
-                raise CheckpointError(f"the tokenizer makes {length} tokens, the text encoder takes {longest}")
-            return trace.text_encoder(network, length, penultimate=source.family == "sdxl")
+    def denoiser(self) -> Any:
+        """The denoiser and its reuse variants; the denoiser's config."""
+        probe = bool(self.controls or self.reuse.names)
+        config = self.add(UNET, self.source.unet, lambda network: trace.denoiser(network, probe=probe))
+        self.components |= _variants(self.folder, self.components, self.reuse.names)
+        return config
 
-        add(f"text_encoder{suffix}", loader, make)
-    probe = bool(controls or reuse.names)
-    unet = add("denoiser/unet", source.unet, lambda network: trace.denoiser(network, probe=probe))
-    components |= _variants(folder, components, reuse.names)
-    for control in controls:
-        tell(f"control/{control.name}", next(stages), total)
-        components |= _control(control, folder, dtype, reuse)
-    vae = add("vae_decoder", lambda dtype: _vae(source, dtype), trace.vae_decoder)
-    _check_fit(unet, vae, components)
-    scale = 2 ** (len(vae.block_out_channels) - 1)
-    height, width = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else unet.sample_size
-    card = ModelCard(
-        name=name,
-        family=source.family,
-        width=width * scale,
-        height=height * scale,
-        latent_channels=unet.in_channels,
-        vae_scale=scale,
-        size_multiple=scale * 2 ** (len(unet.block_out_channels) - 1),
-        scaling_factor=vae.scaling_factor,
-        text_encoders=tuple(encoders),
-        zero_empty_negative=source.force_zeros_for_empty_prompt,
-    )
-    tell("manifest", next(stages), total)
+    def control(self, control: ControlSource) -> None:
+        """A ControlNet's two components. Where the denoiser skips, residuals beyond DeepCache's branch have no reader."""
+        keys = ComponentId("control_hint", control.name), ComponentId("control_residuals", control.name)
+        self.tell(keys[1].label)
+        network = control.network(self.dtype)
+        for key, traced in zip(keys, split(network), strict=True):
+            entry = prefixed(key, trace.save(traced, self.folder / key.folder))
+            self.components[key] = entry
+            if key.role == "control_residuals" and self.reuse.deepcache is not None:
+                unread = [t.name for t in entry.outputs if int(t.name.removeprefix(RESIDUAL)) > self.reuse.deepcache]
+                self.components[replace(key, variant="deepcache")] = variant(
+                    self.folder, entry, "deepcache", (), unread
+                )
+        del network
+        release()
+
+    def decoder(self) -> Any:
+        """The VAE decoder; the VAE's config."""
+        return self.add(VAE_DECODER, lambda dtype: _vae(self.source, dtype), trace.vae_decoder)
+
+    def card(self, name: str, encoders: tuple[TextEncoder, ...], unet: Any, vae: Any) -> ModelCard:
+        scale = self.source.vae_scale
+        height, width = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else unet.sample_size
+        return ModelCard(
+            name=name,
+            family=self.source.family,
+            width=width * scale,
+            height=height * scale,
+            latent_channels=unet.in_channels,
+            vae_scale=scale,
+            size_multiple=scale * 2 ** (len(unet.block_out_channels) - 1),
+            scaling_factor=vae.scaling_factor,
+            text_encoders=encoders,
+            zero_empty_negative=self.source.force_zeros_for_empty_prompt,
+        )
+
+    def bundle(self, card: ModelCard) -> Bundle:
+        """The manifest of what the folder holds."""
+        provenance = dict(self.source.provenance)
+        if self.controls:
+            provenance["controls"] = {control.name: dict(control.provenance) for control in self.controls}
+        return Bundle(
+            path=self.folder,
+            card=card,
+            scheduler=scheduler_card(self.source.scheduler).to_dict(),
+            components=self.components,
+            precision=self.precision,
+            versions={library: importlib.metadata.version(library) for library in ("stepforge", *LIBRARIES)},
+            source=provenance,
+            files=_hashed(self.folder),
+            controls={
+                control.name: ControlCard(bool(control.config.get("global_pool_conditions")))
+                for control in self.controls
+            },
+        )
+
+
+def _hashed(folder: Path) -> dict[str, tuple[int, str]]:
+    """Relative path -> (bytes, sha256) of every file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    provenance = dict(source.provenance)
-    if controls:
-        provenance["controls"] = {control.name: dict(control.provenance) for control in controls}
-    bundle = Bundle(
-        path=folder,
-        card=card,
-        scheduler=SchedulerCard.from_config(source.scheduler).to_dict(),
-        components=components,
-        precision=precision,
-        versions={library: importlib.metadata.version(library) for library in ("stepforge", *LIBRARIES)},
-        source=provenance,
-        files={path.relative_to(folder).as_posix(): (path.stat().st_size, sha256(path)) for path in files},
-        controls={
-            control.name: ControlCard(bool(control.config.get("global_pool_conditions"))) for control in controls
-        },
-    )
-    write_manifest(bundle)
-    tell("done", total, total)
-    return bundle
+    return {path.relative_to(folder).as_posix(): (path.stat().st_size, sha256(path)) for path in files}
 
 
-def _variants(folder: Path, components: Mapping[str, Component], names: Sequence[str]) -> dict[str, Component]:
-    """The reuse variants of the denoiser, by component."""
-    cut = cut_variants(folder, components["denoiser/unet"], names)
-    return {f"denoiser/unet.{name}": entry for name, entry in cut.items()}
+def _text_encoder(network: Any, card: TextEncoder, *, penultimate: bool) -> trace.Traced:
+    if card.max_length > (longest := network.config.max_position_embeddings):
+        raise CheckpointError(f"the tokenizer makes {card.max_length} tokens, the text encoder takes {longest}")
+    return trace.text_encoder(network, card.max_length, penultimate=penultimate)
 
 
-def _control(control: ControlSource, folder: Path, dtype: torch.dtype, reuse: Reuse) -> dict[str, Component]:
-    """A ControlNet's components. Where the denoiser skips, the residuals beyond DeepCache's branch have no reader."""
-    network = control.network(dtype)
-    parts = {}
-    for part, traced in zip(("hint", "residuals"), split(network), strict=True):
-        component = f"control/{control.name}/{part}"
-        parts[component] = entry = prefixed(component, trace.save(traced, folder / component))
-        if part == "residuals" and reuse.deepcache is not None:
-            unread = [t.name for t in entry.outputs if int(t.name.removeprefix(RESIDUAL)) > reuse.deepcache]
-            parts[f"{component}.deepcache"] = variant(folder, entry, "deepcache", (), unread)
-    del network
-    release()
-    return parts
+def _variants(
+    folder: Path, components: Mapping[ComponentId, Component], names: Sequence[str]
+) -> dict[ComponentId, Component]:
+    """The reuse variants of the denoiser."""
+    cut = cut_variants(folder, components[UNET], names)
+    return {replace(UNET, variant=name): entry for name, entry in cut.items()}
 
 
 def graphs_of(folder: Path, entry: Component) -> list[Path]:
     return [folder / graph for graph in (entry.graph, *entry.derived.values())]
 
 
-def adaptable(entry: Component, folder: Path, component: str, bank: BankOptions) -> Component:
+def adaptable(entry: Component, folder: Path, key: ComponentId, bank: BankOptions) -> Component:
     """The component with LoRA banks as inputs of its graphs, which are rewritten in the bundle's folder."""
-    narrow = bank.targets == "transformer" and component.startswith("denoiser/")
+    narrow = bank.targets == "transformer" and key.role == "denoiser"
     targets = transformer_only(entry.modules) if narrow else entry.modules
     banks, tensors = add_bank(graphs_of(folder, entry), targets, bank.slots + 1, bank.rank)
     return replace(entry, bank=banks, inputs=(*entry.inputs, *tensors))
@@ -286,29 +287,28 @@ def with_banks(plain: str | Path, out: str | Path, bank: BankOptions) -> Bundle:
     with staged(out) as folder:
         shutil.copytree(source.path, folder, dirs_exist_ok=True)
         components = {
-            name: adaptable(entry, folder, name, bank) if entry.modules else entry
-            for name, entry in source.components.items()
+            key: adaptable(entry, folder, key, bank) if entry.modules else entry
+            for key, entry in source.components.items()
         }
-        variants = [name.removeprefix("denoiser/unet.") for name in components if name.startswith("denoiser/unet.")]
-        components |= _variants(folder, components, variants)
-        files = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in source.files}
-        bundle = replace(source, path=folder, components=components, files=files, verdict=None)
+        components |= _variants(folder, components, source.variants(UNET))
+        (folder / MANIFEST).unlink()
+        bundle = replace(source, path=folder, components=components, files=_hashed(folder), verdict=None)
         write_manifest(bundle)
     return replace(bundle, path=out)
 
 
-def prefixed(component: str, entry: Component) -> Component:
+def prefixed(key: ComponentId, entry: Component) -> Component:
     """A component whose graphs are named from the bundle's root."""
-    derived = {backend: f"{component}/{graph}" for backend, graph in entry.derived.items()}
-    return replace(entry, graph=f"{component}/{entry.graph}", derived=derived)
+    derived = {backend: f"{key.folder}/{graph}" for backend, graph in entry.derived.items()}
+    return replace(entry, graph=f"{key.folder}/{entry.graph}", derived=derived)
 
 
-def _tokenizer(tokens: Path, folder: Path, suffix: str) -> TextEncoder:
+def _tokenizer(tokens: Path, folder: Path, encoder: ComponentId) -> TextEncoder:
     text, card = tokenizer_json(tokens)
-    path = f"tokenizer{suffix}/tokenizer.json"
+    path = f"{encoder.name.replace('text_encoder', 'tokenizer')}/tokenizer.json"
     (folder / path).parent.mkdir()
     (folder / path).write_text(text, encoding="utf-8")
-    return TextEncoder(component=f"text_encoder{suffix}", tokenizer=path, **card)
+    return TextEncoder(name=encoder.name, tokenizer=path, **card)
 
 
 def _vae(source: Source, dtype: torch.dtype) -> Any:
@@ -319,12 +319,10 @@ def _vae(source: Source, dtype: torch.dtype) -> Any:
     return source.vae(dtype)
 
 
-def _check_fit(unet: Any, vae: Any, components: dict[str, Component]) -> None:
+def _check_fit(unet: Any, vae: Any, components: Mapping[ComponentId, Component]) -> None:
     if unet.in_channels != vae.latent_channels:
         raise CheckpointError(f"the UNet takes {unet.in_channels} channels, the VAE makes {vae.latent_channels}")
-    widths = [
-        component.outputs[0].shape[-1] for name, component in components.items() if name.startswith("text_encoder")
-    ]
+    widths = [entry.outputs[0].shape[-1] for key, entry in components.items() if key.role == "text_encoder"]
     if sum(int(width) for width in widths) != unet.cross_attention_dim:
         raise CheckpointError(
             f"the text encoders make {' + '.join(map(str, widths))} numbers a token, the UNet takes "

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from stepforge.runtime.cli_lora import file_and_strength
+from stepforge.runtime.cli.inputs import file_and_strength
 from stepforge.runtime.errors import RequestError
 
 Tokenizer = Annotated[
@@ -77,7 +77,7 @@ def export_command(
 ) -> None:
     """Compile a model into a bundle."""
     from stepforge.export.build import BankOptions, export_bundle
-    from stepforge.export.rewire import Reuse
+    from stepforge.export.graph.rewire import Variants
 
     def progress(stage: str, done: int, total: int) -> None:
         print(f"[{done}/{total}] {stage}", file=sys.stderr)
@@ -92,7 +92,7 @@ def export_command(
         loras=[file_and_strength(text) for text in lora or ()],
         bank=BankOptions(lora_slots, lora_rank, lora_targets) if lora_slots else None,
         controls=parse_controls(control),
-        reuse=Reuse.parse(reuse or ()),
+        reuse=Variants.parse(reuse or ()),
         overwrite=overwrite,
         progress=progress,
     )
@@ -124,7 +124,7 @@ def verify_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Compare a bundle with diffusers and store the verdict in it. Exit code 1 if it fails."""
-    from stepforge.export.parity import PROMPTS, verify
+    from stepforge.export.parity.verify import PROMPTS, verify
 
     if guidance <= 1.0:
         raise RequestError(f"guidance is {guidance}; verify compares guided runs, give a weight above 1")
@@ -171,8 +171,11 @@ def convert_command(
     tokenizer: Tokenizer = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """Write a LoRA as plain low-rank pairs, which an engine binds at run time; prints the error of each layer cut."""
-    from stepforge.export.convert import convert
+    """Write a LoRA as plain low-rank pairs.
+
+    An engine binds these at run time. The error of each layer that was cut is printed.
+    """
+    from stepforge.export.lora.convert import convert
 
     done = convert(file, model, out, rank=rank, tokenizer=tokenizer)
     if as_json:

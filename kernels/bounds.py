@@ -110,8 +110,8 @@ def group_norm(
     longest chain of a sum. keep: y is made of the written sum, which is rounded."""
     dtype = x.dtype
     parts = {"other": other, "shift": shift, "residual": residual, "extra": extra}
-    wide = {name: None if part is None else part.double() for name, part in parts.items()}
-    size = {name: None if part is None else part.abs() for name, part in wide.items()}
+    wide: dict[str, Any] = {name: None if part is None else part.double() for name, part in parts.items()}
+    size: dict[str, Any] = {name: None if part is None else part.abs() for name, part in wide.items()}
     weight, bias = weight.double(), bias.double()
     z, total = reference.group_norm(x.double(), weight, bias, groups, eps, silu=False, **wide)
     v = x.double() if residual is None else x.double() + wide["residual"]
@@ -152,10 +152,10 @@ def image_sum(
     x: Tensor, residual: Tensor | None = None, shift: Tensor | None = None, *, scale: int = 1, u: float = IEEE_SUM
 ) -> tuple[Tensor, Tensor]:
     """For `reference.image_sum`."""
-    given = [None if part is None else part.double() for part in (x, residual, shift)]
-    sizes = [None if part is None else part.abs() for part in given]
-    exact = reference.image_sum(*given, scale=scale)
-    return exact, rounded_to(x.dtype, exact, gamma(2, u) * reference.image_sum(*sizes, scale=scale))
+    given: list[Any] = [None if part is None else part.double() for part in (x, residual, shift)]
+    sizes: list[Any] = [None if part is None else part.abs() for part in given]
+    exact = reference.image_sum(given[0], given[1], given[2], scale)
+    return exact, rounded_to(x.dtype, exact, gamma(2, u) * reference.image_sum(sizes[0], sizes[1], sizes[2], scale))
 
 
 def layer_norm(

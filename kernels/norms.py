@@ -121,15 +121,16 @@ def stats_kernel(
     # differences from the first pixel, so that a large mean costs no accuracy; nothing crosses threads inside the loop
     start = split * span + tl.zeros([1, 1], dtype=tl.int32)
     pivot = sum_of(x, other, residual, shift, extra, image * pixels + start, image, cs, c_ok[None, :] & (start < pixels),
-                   split_at, stride_x, stride_other, stride_residual, stride_shift, TWO, RESIDUAL, SHIFT, False, False)  # fmt: skip
+                   split_at, stride_x, stride_other, stride_residual, stride_shift, TWO, RESIDUAL, SHIFT,
+                   False, False)  # fmt: skip
     sums = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
     squares = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
     for p in range(split * span, end, BLOCK_P):
         ps = p + tl.arange(0, BLOCK_P)
         ok = (ps < end)[:, None] & c_ok[None, :]
         row = image * pixels + ps[:, None]
-        v = sum_of(x, other, residual, shift, extra, row, image, cs, ok, split_at, stride_x, stride_other, stride_residual, stride_shift,
-                   TWO, RESIDUAL, SHIFT, False, False)  # fmt: skip
+        v = sum_of(x, other, residual, shift, extra, row, image, cs, ok, split_at,
+                   stride_x, stride_other, stride_residual, stride_shift, TWO, RESIDUAL, SHIFT, False, False)  # fmt: skip
         if SUM:
             write_sum(v, total, extra, row, cs, ok, split_at, EXTRA)
         apart = tl.where(ok, v - pivot, 0.0)
@@ -182,8 +183,8 @@ def apply_kernel(
     ps = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     ok = (ps < pixels)[:, None] & c_ok[None, :]
     row = image * pixels + ps[:, None]
-    v = sum_of(x, other, residual, shift, extra, row, image, cs, ok, split_at, stride_x, stride_other, stride_residual, stride_shift,
-               TWO, RESIDUAL, SHIFT, WRITTEN, EXTRA)  # fmt: skip
+    v = sum_of(x, other, residual, shift, extra, row, image, cs, ok, split_at,
+               stride_x, stride_other, stride_residual, stride_shift, TWO, RESIDUAL, SHIFT, WRITTEN, EXTRA)  # fmt: skip
     y = normalised(v, mean, rstd, weight, bias, cs, c_ok, SILU)
     tl.store(out + row.to(tl.int64) * stride_out + cs[None, :], y.to(out.dtype.element_ty), mask=ok)
 
@@ -201,8 +202,8 @@ def whole_kernel(
     ps = tl.arange(0, BLOCK_P)
     ok = (ps < pixels)[:, None] & c_ok[None, :]
     row = image * pixels + ps[:, None]
-    v = sum_of(x, other, residual, shift, extra, row, image, cs, ok, split_at, stride_x, stride_other, stride_residual, stride_shift,
-               TWO, RESIDUAL, SHIFT, False, False)  # fmt: skip
+    v = sum_of(x, other, residual, shift, extra, row, image, cs, ok, split_at,
+               stride_x, stride_other, stride_residual, stride_shift, TWO, RESIDUAL, SHIFT, False, False)  # fmt: skip
     if SUM:
         write_sum(v, total, extra, row, cs, ok, split_at, EXTRA)
     every = (pixels * LANES).to(tl.float32)
@@ -216,7 +217,7 @@ def whole_kernel(
 
 def is_blackwell(x: Tensor) -> bool:
     """sm_100, where `stats` spilled 8 bytes with 4 warps (triton 3.7.1)."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 10
+    return bool(x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 10)
 
 
 @functools.cache

@@ -188,7 +188,7 @@ def _group_norm(
     other: torch.Tensor | None, shift: torch.Tensor | None, residual: torch.Tensor | None, extra: torch.Tensor | None,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    sources = {"other": other, "shift": shift, "residual": residual, "extra": extra}
+    sources: dict[str, Any] = {"other": other, "shift": shift, "residual": residual, "extra": extra}
     if x.device.type == "cpu":
         y, total = reference.group_norm(x, weight, bias, groups, eps, silu=silu, **sources)
         return y, total if keep else y.new_empty(0)
@@ -211,7 +211,7 @@ def group_norm(
     silu: bool = True, other: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
     extra: Tensor | None = None, keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """silu(norm(v)) of v = [x + residual | other] + shift and, with keep, v + extra of x's channels; as `reference.group_norm`."""
+    """silu(norm(v)) of v = [x + residual | other] + shift and, with keep, v + extra of x's channels (`reference`)."""
     y, total = _group_norm(x, weight, bias, groups, eps, silu, other, shift, residual, extra, keep)
     return y, total if keep else None
 

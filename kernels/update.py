@@ -3,7 +3,7 @@
     p = Σ_j guidance[image, k, j] · prediction[sources[n, j]]
     x_{k+1} = Σ keep·x + Σ gain·p + noise·z
 
-`table[image, k]` holds step k's keep, gain and noise in the ring order of stepforge.runtime.slot. image = places[n] and k =
+`table[image, k]` holds step k's keep, gain and noise in the ring order of engine.state. image = places[n] and k =
 step[image] are read from the device, so one captured graph replays every step of any images. Coefficients of 0 read
 nothing: what their operand holds cannot leak.
 """

@@ -1,5 +1,5 @@
 """`python -m stepforge.runtime` is the `stepforge` command."""
 
-from stepforge.runtime.cli import main
+from stepforge.runtime.cli import start
 
-main()
+start()

@@ -6,9 +6,12 @@ StepforgeError            one line that says what was wrong and what is allowed
 ├── BackendError          a backend that is unknown, not installed or cannot load the graph
 ├── CheckpointError       a model that the exporter refuses
 ├── AdapterError          a LoRA file that is refused, or does not fit the model
-├── Cancelled             the caller cancelled the request
+├── QueueFull             more requests wait than the engine was told to hold
+├── Cancelled             a request that was cancelled; the text says by whom
 └── GenerationError       a request that failed while it ran (NaN latents, ...)
 """
+
+from concurrent.futures import CancelledError
 
 
 class StepforgeError(Exception):
@@ -35,8 +38,12 @@ class AdapterError(StepforgeError):
     """A LoRA file that is refused: not safetensors, damaged, made for another model, or of an unknown kind."""
 
 
-class Cancelled(StepforgeError):
-    """The caller cancelled the request."""
+class QueueFull(StepforgeError):
+    """The engine holds as many waiting requests as its `queue_limit` allows; try again later, or wait for room."""
+
+
+class Cancelled(StepforgeError, CancelledError):
+    """A request was cancelled: by its caller, or because the engine was closed; the text says which."""
 
 
 class GenerationError(StepforgeError):

@@ -227,7 +227,12 @@ def _export(
     from stepforge.export.build import LIBRARIES, export_bundle
 
     digest = hashlib.sha256(repr((sorted(controls or ()), sorted(options.items()))).encode())
-    code = [*(ROOT / "export").glob("*.py"), ROOT / "runtime" / "bundle.py", ROOT / "runtime" / "schedules.py"]
+    places = (
+        (ROOT / "export").rglob("*.py"),
+        (ROOT / "runtime" / "bundle").glob("*.py"),
+        [ROOT / "runtime/plan/schedules.py"],
+    )
+    code = [file for place in places for file in sorted(place)]
     weights = [file for folder in (model, *(controls or {}).values()) for file in folder.rglob("*") if file.is_file()]
     for file in sorted(code) + sorted(weights):
         digest.update(file.name.encode() + file.read_bytes())
@@ -274,15 +279,15 @@ def tiny_sdxl_banks(tiny_sdxl_bundle: Path, tmp_path_factory: pytest.TempPathFac
 def tiny_sd1_control_bundle(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], request: pytest.FixtureRequest) -> Path:
     """Two ControlNets, DeepCache of branch 0, T-GATE and LoRA banks."""
     from stepforge.export.build import BankOptions
-    from stepforge.export.rewire import Reuse
+    from stepforge.export.graph.rewire import Variants
 
-    return _export(tiny_sd1, request, tiny_sd1_controls, reuse=Reuse(0, True), bank=BankOptions(3, 8))
+    return _export(tiny_sd1, request, tiny_sd1_controls, reuse=Variants(0, True), bank=BankOptions(3, 8))
 
 
 @pytest.fixture(scope="session")
 def tiny_sdxl_control_bundle(
     tiny_sdxl: Path, tiny_sdxl_controls: dict[str, Path], request: pytest.FixtureRequest
 ) -> Path:
-    from stepforge.export.rewire import Reuse
+    from stepforge.export.graph.rewire import Variants
 
-    return _export(tiny_sdxl, request, tiny_sdxl_controls, reuse=Reuse(0, True))
+    return _export(tiny_sdxl, request, tiny_sdxl_controls, reuse=Variants(0, True))

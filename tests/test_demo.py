@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from stepforge.export.build import BankOptions, export_bundle
-from stepforge.export.parity import verify
-from stepforge.export.rewire import Reuse
+from stepforge.export.graph.rewire import Variants
+from stepforge.export.parity.verify import verify
 
 MODEL = Path(__file__).resolve().parents[1] / "examples/emoji/model"
 ADAPTERS = MODEL.parent / "adapters"
@@ -22,13 +22,13 @@ CONTROL = MODEL.parent / "control"
 def test_demo_model_from_weights_to_images_with_adapters(tmp_path):
     bundle = tmp_path / "emoji.bundle"
     controls = {"silhouette": CONTROL / "silhouette"}
-    export_bundle(MODEL, bundle, name="emoji", bank=BankOptions(6, 16), controls=controls, reuse=Reuse(0, True))
+    export_bundle(MODEL, bundle, name="emoji", bank=BankOptions(6, 16), controls=controls, reuse=Variants(0, True))
     prompts = ["cat face on a blue background"]
     verdict = verify(bundle, MODEL, controls=controls, precisions=["fp32"], prompts=prompts, steps=20, guidance=3.0)
     assert verdict["passed"], [check for check in verdict["checks"] if not check["passed"]]
     assert any(check["name"] == "with ControlNet silhouette" for check in verdict["checks"])
     code = (
-        "import sys; from stepforge.runtime.cli import main\n"
+        "import sys; from stepforge.runtime.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     )

@@ -19,13 +19,13 @@ def test_wheel_and_sdist_hold_the_package_and_nothing_else(tmp_path):
     (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
     with tarfile.open(sdist) as archive:
         tops = {Path(name).parts[1] for name in archive.getnames() if len(Path(name).parts) > 1}
-    assert {"kernels", "runtime", "export", "setup.py", "LICENSE"} <= tops
+    assert {"kernels", "runtime", "export", "stepforge", "setup.py", "LICENSE"} <= tops
     target = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         assert {name.split("/")[0].split("-")[0] for name in archive.namelist()} == {"stepforge"}
         archive.extractall(target)
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import stepforge.runtime as r; "
+        "import sys; sys.path.insert(0, sys.argv[1]); import stepforge as r; "
         "assert r.__file__.startswith(sys.argv[1]), r.__file__\n"
         "with r.load('fake') as engine: engine.generate(r.Request(prompt='x', steps=1))"
     )

@@ -12,12 +12,13 @@ import json
 import math
 from pathlib import Path
 
-from stepforge.kernels.dispatch.cost import GPU_OF_ARCH, Choice, choose
+from stepforge.kernels.dispatch.cost import GPU_OF_ARCH, Choice, base, choose, wide
 from stepforge.kernels.dispatch.layers import GATED, SD15, SDXL, Layer
 from stepforge.kernels.dispatch.tiles import ARCHES, padded_rank
 
 TABLE = Path(__file__).with_name("table.json")
 RANKS = (16, 32, 64, 128)
+WIDTHS = (16, 64, 128)  # columns behind x that the pilot measured
 
 
 def key(layer: Layer, rank: int, grouped: bool) -> str:
@@ -91,6 +92,16 @@ def explain(layer: Layer, rank: int = 16, arch: int = 80, *, grouped: bool = Fal
         lines.append(
             f"  {label:{16 if layer.gated else 8}} {1e6 * seconds:7.1f} µs  {100 * (seconds / choice.base - 1):+6.1f} %"
         )
+    if layer.taps == 1:  # no path of these kernels: one library product for any mix of adapters
+        for columns in WIDTHS:
+            seconds = choice.base + wide(gpu, layer, columns) - base(gpu, layer)
+            label = f"wide {columns}"
+            lines.append(
+                f"  {label:{16 if layer.gated else 8}} {1e6 * seconds:7.1f} µs  "
+                f"{100 * (seconds / choice.base - 1):+6.1f} %  [x | S]·[W | B]ᵀ, {columns} columns for all adapters"
+            )
+    measured = "on this kind" if gpu.arch == 90 else "on an H100 only, their shares assumed here"
+    lines.append(f"  constants: benchmarks/results/h100_kernels.json and h100_pilot.json, measured {measured}")
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """The time of a layer with an adapter by a roofline: seconds = max(FLOPs / sustained rate, bytes / sustained bandwidth).
 
-70 % of the tensor peak, 80 % of the memory bandwidth, 1 µs a further launch inside a CUDA graph, nothing found in L2.
-Peaks are the makers' data sheets (dense, 16-bit in, fp32 sum). No GPU has confirmed the constants: `bench_kernels.py`
-prints prediction beside measurement where there is one.
+Nothing is found in L2. Peaks are the makers' data sheets (dense, 16-bit in, fp32 sum). The constants fit 570 times of one
+H100 (`benchmarks/kernel_fit.py benchmarks/results/h100_kernels.json`), with a median deviation of 7.7 %: 721 TFLOP/s and
+3.0 TB/s sustained. Other GPUs are assumed to sustain the same shares of their peaks; none of them has been measured.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ from math import ceil
 from stepforge.kernels.dispatch.layers import Layer
 from stepforge.kernels.dispatch.tiles import EXPAND_RANKS, ONEPASS_RANKS, block_rows, onepass_tile, padded_rank
 
-TENSOR_SHARE = 0.7  # of the tensor peak, sustained
-BANDWIDTH_SHARE = 0.8  # of the memory bandwidth, sustained
-LAUNCH = 1e-6  # seconds a launch costs inside a CUDA graph
-OURS = 1.05  # Triton's product over cuBLAS'; LoRAFusion's 0.293 ms against 0.279 ms is the only figure published
+TENSOR_SHARE = 0.73  # of the tensor peak, sustained by cuBLAS (h100_kernels.json)
+BANDWIDTH_SHARE = 0.90  # of the memory bandwidth, sustained (h100_kernels.json)
+LAUNCH = 2.7e-6  # seconds a launch costs inside a CUDA graph (h100_kernels.json)
+OURS = 2.2  # Triton's products over cuBLAS', pointer loads (h100_kernels.json)
+STEP = 0.5e-6  # seconds a program of ours takes at least for DEPTH of K (h100_kernels.json)
+DEPTH = 64
+ADDMM_LAUNCHES = 10  # of `fallback.addmm` for each slice: masks, fp32, strengths, back to 16 bits, and three products
+CONV_LAUNCHES = 3  # shrink, expand, and the copy that they need
 BYTES = 2  # an element of 16 bits
 
 
@@ -31,6 +35,7 @@ class Gpu:
     bandwidth_share: float = BANDWIDTH_SHARE
     launch: float = LAUNCH
     ours: float = OURS
+    step: float = STEP
 
     @property
     def rate(self) -> float:
@@ -62,6 +67,15 @@ def base(gpu: Gpu, layer: Layer) -> float:
     return roofline(gpu, 2 * m * k * n, m * k / layer.taps + k * n + m * n)
 
 
+def wide(gpu: Gpu, layer: Layer, columns: int) -> float:
+    """[x | S]·[W | B]ᵀ, `columns` wider: cuBLAS takes the time of its roofline (0.99 × by the median of
+    h100_pilot.json, K 320 to 5120, 16 to 128 columns), and the kernel that writes x writes S too. Packed layers have their
+    columns once a slice."""
+    m, k, n, extra = layer.m, layer.k, layer.n, columns * layer.slices
+    product = roofline(gpu, 2 * m * (k + extra) * n, m * (k + extra) / layer.taps + (k + extra) * n + m * n)
+    return product + roofline(gpu, gpu.ours * 2 * m * k * extra, k * extra)
+
+
 def tiles_per_program(gpu: Gpu, layer: Layer, block_m: int, block_n: int) -> int:
     """NT: as many tiles of columns for one S as leave two programs for each multiprocessor."""
     tiles = ceil(layer.n / layer.slices / block_n)
@@ -72,20 +86,25 @@ def tiles_per_program(gpu: Gpu, layer: Layer, block_m: int, block_n: int) -> int
 
 
 def peft(gpu: Gpu, layer: Layer, rank: int) -> float:
-    """PEFT's eager layer: shrink, expand, times the strength, add: four launches, x and six times y."""
-    m, k, n = layer.m, layer.k, layer.n
+    """PEFT's eager layer: shrink, expand, times the strength, add: four launches a slice, x and six times y."""
+    m, k, n, slices = layer.m, layer.k, layer.n, layer.slices
     x = m * k / layer.taps
-    shrink = roofline(gpu, 2 * m * k * rank, x + k * rank + m * rank * layer.slices)
-    up = roofline(gpu, 2 * m * rank * n, m * rank * layer.slices + rank * n + m * n)
-    return base(gpu, layer) + shrink + up + roofline(gpu, 0, 5 * m * n) + 4 * gpu.launch
+    shrink = roofline(gpu, 2 * m * k * rank * slices, slices * (x + k * rank + m * rank))
+    up = roofline(gpu, 2 * m * rank * n, m * rank * slices + rank * n + m * n)
+    return base(gpu, layer) + shrink + up + roofline(gpu, 0, 5 * m * n) + 4 * slices * gpu.launch
 
 
 def addmm(gpu: Gpu, layer: Layer, rank: int) -> float:
-    """cuBLAS' product, shrink, and `addmm` onto y: two launches more, x and twice y."""
+    """`fallback.addmm`: cuBLAS' product, shrink, and a product onto y; x and twice y."""
     m, k, n = layer.m, layer.k, layer.n
     low = m * rank * layer.slices
     shrink = roofline(gpu, 2 * m * k * rank * layer.slices, m * k / layer.taps + k * rank * layer.slices + low)
-    return base(gpu, layer) + shrink + roofline(gpu, 2 * m * rank * n, low + rank * n + 2 * m * n) + 2 * gpu.launch
+    return (
+        base(gpu, layer)
+        + shrink
+        + roofline(gpu, 2 * m * rank * n, low + rank * n + 2 * m * n)
+        + (ADDMM_LAUNCHES * layer.slices * gpu.launch)
+    )
 
 
 def geglu(gpu: Gpu, layer: Layer) -> float:
@@ -101,7 +120,27 @@ def split(gpu: Gpu, layer: Layer, rank: int, *, gated: bool = False) -> float:
     shrink = roofline(gpu, 2 * m * k * r * layer.slices, m * k * layer.slices + k * r * layer.slices + 2 * low)
     flops = 2 * m * k * n + 2 * m * r * n
     written = m * n / 2 if gated else m * n
-    return gpu.ours * roofline(gpu, flops, m * k + k * n + written + 2 * low + r * n) + shrink + gpu.launch
+    expand = gpu.ours * roofline(gpu, flops, m * k + k * n + written + 2 * low + r * n)
+    parts = parts_of(gpu, layer)
+    return max(expand, serial(gpu, k)) + max(shrink, serial(gpu, k / parts)) + gpu.launch
+
+
+def conv(gpu: Gpu, layer: Layer, rank: int) -> float:
+    """cuDNN's convolution, implicit-GEMM shrink, expand onto its output: x once more, S, and twice y."""
+    m, k, n, r = layer.m, layer.k, layer.n, padded_rank(rank)
+    shrink = gpu.ours * roofline(gpu, 2 * m * k * r, m * k / layer.taps + k * r + 2 * m * r)
+    expand = gpu.ours * roofline(gpu, 2 * m * r * n, 2 * m * r + r * n + 2 * m * n)
+    return base(gpu, layer) + max(shrink, serial(gpu, k)) + expand + CONV_LAUNCHES * gpu.launch
+
+
+def serial(gpu: Gpu, depth: float) -> float:
+    """A program's own time over `depth` of K, however few programs there are: each step waits for its loads."""
+    return gpu.step * depth / DEPTH
+
+
+def parts_of(gpu: Gpu, layer: Layer) -> int:
+    """Parts of K in a shrink: too few programs and a long sum take two, added in order by `expand`."""
+    return 2 if ceil(layer.m / 32) * layer.slices < gpu.processors and layer.k >= 2048 else 1
 
 
 def onepass(gpu: Gpu, layer: Layer, rank: int, nt: int, block_n: int) -> float:
@@ -109,7 +148,9 @@ def onepass(gpu: Gpu, layer: Layer, rank: int, nt: int, block_n: int) -> float:
     m, k, n, r = layer.m, layer.k, layer.n, padded_rank(rank)
     chunks = layer.slices * ceil(ceil(n / layer.slices / block_n) / nt)
     flops = 2 * m * k * n + 2 * m * k * r * chunks + 2 * m * r * n
-    return gpu.ours * roofline(gpu, flops, m * k + k * n + m * n + k * r * layer.slices + r * n)
+    return max(
+        gpu.ours * roofline(gpu, flops, m * k + k * n + m * n + k * r * layer.slices + r * n), nt * serial(gpu, k)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +181,9 @@ def choose(gpu: Gpu, layer: Layer, rank: int, *, grouped: bool = False, block_m:
             seconds["onepass"] = onepass(gpu, layer, rank, nt, tile.block_n)
         if r in EXPAND_RANKS:
             seconds["split"] = split(gpu, layer, rank)
-            # too few programs and a long sum: two parts of K, added in order by `expand`
-            parts = 2 if ceil(layer.m / 32) * layer.slices < gpu.processors and layer.k >= 2048 else 1
+            parts = parts_of(gpu, layer)
     if layer.taps > 1:
-        seconds["conv"] = addmm(
-            gpu, layer, r
-        )  # cuDNN's convolution, implicit-GEMM shrink, expand onto y: the same traffic
+        seconds["conv"] = conv(gpu, layer, rank)
     elif not grouped or not seconds:
         seconds["addmm"] = addmm(gpu, layer, rank)
     without = base(gpu, layer)

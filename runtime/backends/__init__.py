@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import logging
 import os
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.backends.gpu import torch_on_gpu
+from stepforge.runtime.bundle import Bundle, ComponentId, Role
 from stepforge.runtime.errors import BackendError
+
+log = logging.getLogger(__name__)
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -25,9 +28,11 @@ BACKENDS = {
     "torch-exact": "stepforge.runtime.backends.torch:TorchExact",
     "fake": "stepforge.runtime.backends.fake:Fake",
 }
-AUTO = ("openvino", "onnxruntime")  # best first, on a CPU (benchmarks/bench_denoiser.py)
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+AUTO = ("torch", "openvino", "onnxruntime")  # best first; torch on a GPU only (benchmarks/bench_denoiser.py)
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")  # of the arithmetic; a bundle's weights have `bundle.WEIGHT_PRECISIONS`
 FP16 = ("torch", "torch-exact")  # backends that compute in fp16
+# Text encoders cost nothing beside the denoiser, and every step depends on them.
+ALWAYS_FP32: tuple[Role, ...] = ("text_encoder",)
 
 
 class Banks(dict[str, NDArray[Any]]):
@@ -64,7 +69,7 @@ class StepTable:
 class SideCall:
     """A ControlNet's part in a step: what it reads besides the denoiser's inputs, and the rows that get its residuals."""
 
-    component: str
+    component: ComponentId
     graph: Graph
     rows: NDArray[np.int32]
     inputs: Arrays  # hint and scale
@@ -120,7 +125,7 @@ class Backend(Protocol):
     precision: str  # "fp32", "bf16" or "fp16": what the networks compute in
     versions: dict[str, str]
 
-    def open(self, component: str, banks: Arrays | None = None) -> Graph:
+    def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
         """Load one component. Raises BackendError if the library refuses the graph.
 
         banks: inputs that stay, of the type of `bank_dtype`; every call reads them as they are then. As `Banks` they tell
@@ -128,13 +133,57 @@ class Backend(Protocol):
         """
         ...
 
-    def bank_dtype(self, component: str) -> type[np.float32] | type[np.uint16]:
+    def bank_dtype(self, component: ComponentId) -> type[np.float32] | type[np.uint16]:
         """The type of a component's LoRA banks; uint16 stands for bfloat16."""
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What "auto" came to."""
+
+    backend: Backend
+    passed_over: Mapping[str, str]  # better ones, and why each cannot run here
+
+    def __str__(self) -> str:
+        why = "; ".join(f"not {name}: {reason}" for name, reason in self.passed_over.items())
+        return f"{self.backend.name} {self.backend.precision}" + (f" ({why})" if why else "")
+
+
+def choose(bundle: Bundle, *, precision: str = "auto", threads: int | None = None) -> Choice:
+    """Open the best backend that runs here: torch on a CUDA GPU, else the fastest one for a CPU.
+
+    Raises BackendError, with the reason of each, if none does; see `open_backend`.
+    """
+    passed_over: dict[str, str] = {}
+    for name in AUTO:
+        try:
+            if name == "torch":
+                _check_gpu()
+            opened = open_backend(name, bundle, precision=precision, threads=threads)
+            return Choice(opened, passed_over)
+        except BackendError as error:
+            passed_over[name] = str(error)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+    raise BackendError(f"no backend can run here: {reasons}")
+
+
+def runnable() -> list[str]:
+    """Backends that "auto" may come to on this machine, best first."""
+    return [name for name in AUTO if name != "torch" or torch_on_gpu()[0]]
+
+
+def _check_gpu() -> None:
+    """Raises BackendError with the reason why torch would run on the CPU here."""
+    runs, why = torch_on_gpu()
+    if not runs:
+        raise BackendError(why)
+    if not importlib.import_module("torch").cuda.is_available():
+        raise BackendError(f"{why}, but this torch, or the driver, cannot use it")
+
+
 def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads: int | None = None) -> Backend:
-    """Open the backend of that name, or the best one that is installed for "auto".
+    """Open the backend of that name; "auto" is `choose`, and is logged with its reasons.
 
     Raises BackendError if the name or precision is unknown, or the library is missing or cannot do the precision.
     """
@@ -143,7 +192,9 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
     if threads is not None and threads < 1:
         raise BackendError(f"threads is {threads}; it must be at least 1")
     if name == "auto":
-        name = choose()[0]
+        choice = choose(bundle, precision=precision, threads=threads)
+        log.info("backend auto is %s", choice)
+        return choice.backend
     if name not in BACKENDS:
         raise BackendError(f"backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
     if precision == "fp16" and name not in FP16:
@@ -155,18 +206,15 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
         )
     except ModuleNotFoundError as error:
         raise BackendError(f"backend {name!r} needs the package {error.name}; pip install {error.name}") from error
+    except (ImportError, OSError) as error:  # a library that lacks one of the system's
+        raise BackendError(f"backend {name!r} cannot be loaded: {reason(error)}") from error
     return opened
 
 
-def choose() -> tuple[str, str]:
-    """What "auto" means on this machine, and why the better ones were passed over."""
-    missing: list[str] = []
-    for name in AUTO:
-        if importlib.util.find_spec(name) is not None:
-            why = f"{', '.join(missing)} not installed" if missing else "the fastest one for a CPU"
-            return name, why
-        missing.append(name)
-    raise BackendError(f"no backend is installed; pip install one of {', '.join(AUTO)}")
+def reason(error: BaseException, line: int = 0) -> str:
+    """One line of an error's text, 0 the first and -1 the last; never empty."""
+    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+    return lines[line] if lines else type(error).__name__
 
 
 def available_threads() -> int:
@@ -181,3 +229,10 @@ def available_threads() -> int:
     except (OSError, ValueError):  # no cgroup v2, or the quota is "max"
         pass
     return cores
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an engine library's error says that memory ran out. Each has a class or a wording of its own."""
+    text = str(error).lower()
+    signs = ("out of memory", "bad_alloc", "failed to allocate", "cannot allocate", "not enough memory")
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)

@@ -12,8 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays, Graph
-from stepforge.runtime.bundle import Bundle, Component, ModelCard, TextEncoder
-from stepforge.runtime.schedules import SchedulerCard, alphas_cumprod
+from stepforge.runtime.bundle import (
+    TEXT_ENCODERS,
+    UNET,
+    VAE_DECODER,
+    Bundle,
+    Component,
+    ComponentId,
+    ModelCard,
+    TextEncoder,
+)
+from stepforge.runtime.plan.schedules import SchedulerCard, alphas_cumprod
 
 SPREAD = 0.5
 DIM = 16  # of the pretended text embedding
@@ -34,9 +43,10 @@ def fake_bundle(size: int = 512) -> Bundle:
             scaling_factor=1.0,
             text_encoders=(TextEncoder("text_encoder", "fake_tokenizer.json", 77, 256, 257, 257),),
         ),
-        scheduler=SchedulerCard.from_config({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear",
-                                             "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}).to_dict(),
-        components={name: Component("", (), ()) for name in ("text_encoder", "denoiser/unet", "vae_decoder")},
+        scheduler=SchedulerCard(
+            sampler="ddim", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+        ).to_dict(),
+        components={key: Component("", (), ()) for key in (TEXT_ENCODERS[0], UNET, VAE_DECODER)},
         precision="fp32",
         versions={},
         source={"kind": "fake"},
@@ -55,13 +65,13 @@ class Fake:
         self._bundle = bundle
         self._alphas = alphas_cumprod(SchedulerCard.from_dict(bundle.scheduler))
 
-    def bank_dtype(self, component: str) -> type[np.float32]:
+    def bank_dtype(self, component: ComponentId) -> type[np.float32]:
         return np.float32
 
-    def open(self, component: str, banks: Arrays | None = None) -> Graph:
-        if component.startswith("text_encoder"):
+    def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
+        if component.role == "text_encoder":
             return encode_text
-        if component == "vae_decoder":
+        if component.role == "vae_decoder":
             return Decoder(self._bundle.card.vae_scale)
         return Denoiser(self._alphas)
 

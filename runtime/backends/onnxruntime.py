@@ -6,8 +6,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from stepforge.runtime.backends import Arrays
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.backends import Arrays, reason
+from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
 
@@ -24,10 +24,10 @@ class OnnxRuntime:
         self.versions = {"onnxruntime": onnxruntime.__version__}
         self._threads = threads
 
-    def bank_dtype(self, component: str) -> type[np.float32]:
+    def bank_dtype(self, component: ComponentId) -> type[np.float32]:
         return np.float32
 
-    def open(self, component: str, banks: Arrays | None = None) -> _Graph:
+    def open(self, component: ComponentId, banks: Arrays | None = None) -> _Graph:
         entry = self._bundle.components[component]
         graph = entry.derived.get(self.name, entry.graph)
         options = onnxruntime.SessionOptions()
@@ -40,7 +40,7 @@ class OnnxRuntime:
                 self._bundle.file(graph), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises a class of its own per status code, all direct from Exception
-            raise BackendError(f"onnxruntime cannot load {graph}: {str(error).splitlines()[0]}") from error
+            raise BackendError(f"onnxruntime cannot load {graph}: {reason(error)}") from error
         return _Graph(session, banks or {})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,16 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from stepforge.runtime.backends import Arrays
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.backends import ALWAYS_FP32, Arrays, reason
+from stepforge.runtime.backends.compile_cache import CompileCache
+from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
 PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
-# Text encoders cost nothing beside the denoiser, and every step depends on them: they stay in fp32.
-ALWAYS_FP32 = ("text_encoder",)
+# OpenVINO keeps what it made for each shape in an LRU cache for each kind of primitive, of 5000 entries by default: with
+# requests of many sizes its memory grows without end that anybody sees (benchmarks/soak_shapes.py). A network has fewer
+# primitives of one kind than half its layers, so that this many for each layer keep some four shapes ready.
+ENTRIES_PER_LAYER, LEAST_ENTRIES = 2, 128
 
 
 class OpenVino:
@@ -36,34 +38,39 @@ class OpenVino:
         self.precision = precision
         self.versions = {"openvino": openvino.get_version().split("-")[0]}
         self._threads = threads
-        self._cache = cache_dir(bundle)
+        layers = max(len(entry.modules) for entry in bundle.components.values())
+        self._entries = max(LEAST_ENTRIES, ENTRIES_PER_LAYER * layers)
+        self._cache = CompileCache(f"openvino-{self.versions['openvino']}")
 
-    def bank_dtype(self, component: str) -> type[np.float32] | type[np.uint16]:
+    def bank_dtype(self, component: ComponentId) -> type[np.float32] | type[np.uint16]:
         return np.uint16 if self._precision_of(component) == "bf16" else np.float32
 
-    def _precision_of(self, component: str) -> str:
-        return "fp32" if component.startswith(ALWAYS_FP32) else self.precision
+    def _precision_of(self, component: ComponentId) -> str:
+        return "fp32" if component.role in ALWAYS_FP32 else self.precision
 
-    def open(self, component: str, banks: Arrays | None = None) -> _Graph:
+    def open(self, component: ComponentId, banks: Arrays | None = None) -> _Graph:
         entry = self._bundle.components[component]
         precision = self._precision_of(component)
-        config = {
+        config: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": PRECISION_HINT[precision],
             "INFERENCE_NUM_THREADS": self._threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
+            "CPU_RUNTIME_CACHE_CAPACITY": self._entries,
         }
-        if self._cache is not None:
-            # One folder a precision: OpenVINO takes a network compiled for f32 out of the cache for bf16 (2026.4.1,
-            # LOADED_FROM_CACHE on the first bf16 compilation), whose results are then NaN, or the process ends.
-            config["CACHE_DIR"] = str(self._cache / precision)
+        path = self._bundle.file(entry.graph)
         try:
-            network = self._bundle.file(entry.graph)
-            if banks and precision == "bf16":
-                network = self._with_bf16_inputs(network, banks)
-            compiled = self._core.compile_model(network, "CPU", config)
-        except RuntimeError as error:
-            raise BackendError(f"openvino cannot load {entry.graph}: {str(error).splitlines()[-1]}") from error
+            # The key has the precision: OpenVINO takes a network compiled for f32 out of its cache for bf16 (2026.4.1,
+            # LOADED_FROM_CACHE on the first bf16 compilation), whose results are then NaN, or the process ends. It has the
+            # path and its time because OpenVINO's own has.
+            key = self._bundle.digest, str(component), path.resolve(), path.stat().st_mtime_ns, sorted(config.items())
+            with self._cache.folder(*key, sorted(banks or ())) as folder:
+                if folder is not None:
+                    config["CACHE_DIR"] = str(folder)
+                network = self._with_bf16_inputs(path, banks) if banks and precision == "bf16" else path
+                compiled = self._core.compile_model(network, "CPU", config)
+        except (RuntimeError, OSError) as error:
+            raise BackendError(f"openvino cannot load {entry.graph}: {reason(error, -1)}") from error
         return _Graph(compiled, [tensor.name for tensor in entry.outputs], banks or {})
 
     def _with_bf16_inputs(self, graph: Path, names: Iterable[str]) -> openvino.Model:
@@ -90,12 +97,3 @@ class _Graph:
         # share_outputs: views of the request's own tensors, valid until the next call (saves a copy of each output)
         results = self._request.infer(dict(inputs), share_inputs=True, share_outputs=True)
         return {name: results[name] for name in self._outputs}
-
-
-def cache_dir(bundle: Bundle) -> Path | None:
-    """Where compiled networks are kept: $STEPFORGE_CACHE, else the user's cache folder. "" turns the cache off."""
-    root = os.environ.get("STEPFORGE_CACHE")
-    if root == "":
-        return None
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "stepforge"
-    return base / f"openvino-{openvino.get_version().split('-')[0]}" / bundle.digest[:16]

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stepforge.runtime.bundle import Module
+from stepforge.runtime.arrays import Float32
+from stepforge.runtime.bundle import ComponentId, Module
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.file import Contents, read_file
-from stepforge.runtime.lora.layers import BIASES, Array, Layer, check
+from stepforge.runtime.lora.layers import BIASES, Layer, check
 from stepforge.runtime.lora.names import Names, Place
-from stepforge.runtime.lora.peft_config import PeftConfig, brief
+from stepforge.runtime.lora.peft import PeftConfig, brief
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Adapter:
     refused: Mapping[str, str] = field(default_factory=dict)  # name in the file -> why nothing is done with it
 
     @property
-    def components(self) -> list[str]:
+    def components(self) -> list[ComponentId]:
         return sorted({component for component, _ in self.layers})
 
     def warn_of_refused(self) -> None:
@@ -84,7 +85,7 @@ class Adapter:
             )  # fmt: skip
 
 
-def read_adapter(path: str | Path, modules: Mapping[str, Iterable[Module]]) -> Adapter:
+def read_adapter(path: str | Path, modules: Mapping[ComponentId, Iterable[Module]]) -> Adapter:
     """Read a LoRA file for a model.
 
     modules: component of the bundle -> its modules. Raises AdapterError if the file is no safetensors, holds NaN, names
@@ -110,7 +111,7 @@ def survey(path: str | Path) -> dict[str, Layer | str]:
     return found | refused
 
 
-def resolve(contents: Contents, modules: Mapping[str, Iterable[Module]], sha256: str = "") -> Adapter:
+def resolve(contents: Contents, modules: Mapping[ComponentId, Iterable[Module]], sha256: str = "") -> Adapter:
     """The tensors of a file as layers of a model. Raises AdapterError, see `read_adapter`."""
     table = {(component, module.path): module for component, entries in modules.items() for module in entries}
     names = Names(modules)
@@ -138,7 +139,7 @@ def resolve(contents: Contents, modules: Mapping[str, Iterable[Module]], sha256:
         if not fitting:
             misfits.append(f"{places[0][0]} {places[0][1]}: {reasons[places[0]]}")
         elif len(fitting) > 1:
-            refused[name] = f"it could mean {' or '.join(component for component, _ in fitting)}"
+            refused[name] = f"it could mean {' or '.join(str(component) for component, _ in fitting)}"
         elif fitting[0] in layers:
             raise AdapterError(
                 f"{contents.name}: {brief(called[fitting[0]])} and {brief(name)} are the same module of the model"
@@ -156,9 +157,9 @@ def resolve(contents: Contents, modules: Mapping[str, Iterable[Module]], sha256:
     return Adapter(contents.name, sha256, layers, called, refused)
 
 
-def _grouped(contents: Contents, refused: dict[str, str]) -> dict[str, dict[str, tuple[str, Array]]]:
+def _grouped(contents: Contents, refused: dict[str, str]) -> dict[str, dict[str, tuple[str, Float32]]]:
     """Module name in the file -> role -> kind and tensor; what has no known ending goes to `refused`."""
-    groups: dict[str, dict[str, tuple[str, Array]]] = defaultdict(dict)
+    groups: dict[str, dict[str, tuple[str, Float32]]] = defaultdict(dict)
     for key, tensor in contents.tensors.items():
         # PEFT's own name for it
         plain = key.replace(".default.", ".") if ".lora_" in key else key.removesuffix(".default")
@@ -180,7 +181,7 @@ def _grouped(contents: Contents, refused: dict[str, str]) -> dict[str, dict[str,
     return groups
 
 
-def _layer(name: str, roles: Mapping[str, tuple[str, Array]], configs: Mapping[str, PeftConfig]) -> Layer:
+def _layer(name: str, roles: Mapping[str, tuple[str, Float32]], configs: Mapping[str, PeftConfig]) -> Layer:
     """Raises ValueError if the tensors of a module do not make a layer."""
     kinds = {kind for kind, _ in roles.values()} - {""}
     tensors = {role: tensor for role, (_, tensor) in roles.items()}
@@ -220,7 +221,7 @@ def _layer(name: str, roles: Mapping[str, tuple[str, Array]], configs: Mapping[s
     return Layer(kind, rank, scale, tensors, magnitude, by)
 
 
-def _rank(kind: str, tensors: Mapping[str, Array]) -> int | None:
+def _rank(kind: str, tensors: Mapping[str, Float32]) -> int | None:
     """What alpha is divided by; None if nothing is. Raises ValueError for a tensor that has no axis to tell it by."""
     if kind == "lora":
         by = tensors["down"]

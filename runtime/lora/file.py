@@ -10,18 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.errors import AdapterError
-from stepforge.runtime.lora.layers import Array
-from stepforge.runtime.lora.peft_config import PeftConfig, brief
+from stepforge.runtime.files import is_lfs_pointer
+from stepforge.runtime.lora.peft import PeftConfig, brief
 
 CONFIG = "adapter_config.json"
 IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's and diffusers' names
 METADATA = "lora_adapter_metadata"  # diffusers' copy of PEFT's settings in the file's header
 LARGEST = 8 << 30  # bytes; the largest SDXL adapters have a quarter of it
 MOST_AXES = 8
-PLAIN = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
+# safetensors' types as NumPy's
+STORED = {
+    "BF16": bfloat16, "F64": "<f8", "F32": "<f4", "F16": "<f2",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +35,7 @@ class Contents:
     """Tensors under their own names, and PEFT's settings by the prefix of the names that they rule."""
 
     name: str
-    tensors: Mapping[str, Array]
+    tensors: Mapping[str, Float32]
     configs: Mapping[str, PeftConfig] = field(default_factory=dict)
     raw: tuple[bytes, ...] = ()  # what was read, for its hash
 
@@ -60,8 +66,10 @@ def _read(path: Path) -> Contents:
     if path.stat().st_size > LARGEST:
         raise AdapterError(f"{path} has {path.stat().st_size >> 20} MiB; adapters have at most {LARGEST >> 20}")
     data = path.read_bytes()
+    if is_lfs_pointer(data):
+        raise AdapterError(f"{path} is a Git LFS pointer, not the adapter; run `git lfs pull`")
     if path.suffix == ".onnx_adapter":
-        from stepforge.runtime.backends.onnx_adapter import read
+        from stepforge.runtime.lora.onnx_adapter import read
 
         return Contents(
             path.name, {name: _checked(path, name, array) for name, array in read(path).items()}, raw=(data,)
@@ -80,20 +88,20 @@ def _read(path: Path) -> Contents:
     return Contents(name, tensors, configs, tuple(raw))
 
 
-def _tensors(path: Path, data: bytes) -> dict[str, Array]:
+def _tensors(path: Path, data: bytes) -> dict[str, Float32]:
     from safetensors import SafetensorError, deserialize
 
     try:
         entries = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise AdapterError(f"{path} is not a valid safetensors file: {brief(error)}") from error
-    tensors: dict[str, Array] = {}
+    tensors: dict[str, Float32] = {}
     for name, entry in entries:
         tensors[name] = _checked(path, name, _array(path, name, entry))
     return tensors
 
 
-def _checked(path: Path, name: str, values: NDArray[Any]) -> Array:
+def _checked(path: Path, name: str, values: NDArray[Any]) -> Float32:
     """As float32, finite."""
     with np.errstate(over="ignore"):  # what does not fit float32 is infinite, and refused
         array = values.astype(np.float32, copy=False)
@@ -106,12 +114,9 @@ def _array(path: Path, name: str, entry: Mapping[str, Any]) -> NDArray[Any]:
     kind, shape = entry["dtype"], entry["shape"]
     if len(shape) > MOST_AXES or max(shape, default=0) > LARGEST:
         raise AdapterError(f"{path}: {brief(name)} has the shape {brief(shape)}")
-    if kind == "BF16":  # the upper half of a float32
-        halves = np.frombuffer(entry["data"], "<u2").astype(np.uint32)
-        return np.left_shift(halves, 16).view(np.float32).reshape(shape)
-    if kind not in PLAIN:
-        raise AdapterError(f"{path}: {brief(name)} is stored as {kind}; supported: BF16, {', '.join(PLAIN)}")
-    values: NDArray[Any] = np.frombuffer(entry["data"], PLAIN[kind])
+    if kind not in STORED:
+        raise AdapterError(f"{path}: {brief(name)} is stored as {kind}; supported: {', '.join(STORED)}")
+    values: NDArray[Any] = np.frombuffer(entry["data"], STORED[kind])
     return values.reshape(shape)
 
 

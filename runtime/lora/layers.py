@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
-Tensors = Mapping[str, Array]
+from stepforge.runtime.arrays import Float32
+
+Tensors = Mapping[str, Float32]
 Shape = tuple[int, ...]
 MAX_STRENGTH = 100.0  # far above what gives a picture
 
@@ -28,7 +28,7 @@ class Layer:
     rank: int | None
     scale: float  # alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA
     tensors: Tensors
-    magnitude: Array | None = None  # DoRA: the norm that each row (or column) of the new weight has
+    magnitude: Float32 | None = None  # DoRA: the norm that each row (or column) of the new weight has
     magnitude_by: str = "lycoris"  # whose formula applies at strengths other than 1
 
     @property
@@ -36,7 +36,7 @@ class Layer:
         return self.kind if self.magnitude is None else f"{self.kind}+dora"
 
 
-def low_rank(layer: Layer, shape: Shape) -> tuple[Array, Array] | None:
+def low_rank(layer: Layer, shape: Shape) -> tuple[Float32, Float32] | None:
     """(down [r, in·k·k], up [out, r]) with up·down = ΔW exactly, scale included; None if the layer is not of that form.
 
     A Tucker middle is a k×k convolution between two 1×1: its product with `down` is one k×k convolution.
@@ -47,21 +47,21 @@ def low_rank(layer: Layer, shape: Shape) -> tuple[Array, Array] | None:
     return _down(layer.tensors, shape), up
 
 
-def _down(tensors: Tensors, shape: Shape) -> Array:
+def _down(tensors: Tensors, shape: Shape) -> Float32:
     down = tensors["down"]
     if "mid" not in tensors:
         return down.reshape(len(down), -1)
     mid, flat = tensors["mid"], down.reshape(len(down), -1)
-    joined: Array = np.einsum("abt,bi->ait", mid.reshape(len(mid), len(flat), -1), flat)
+    joined: Float32 = np.einsum("abt,bi->ait", mid.reshape(len(mid), len(flat), -1), flat)
     return joined.reshape(len(mid), -1)
 
 
-def _lora(tensors: Tensors, shape: Shape) -> Array:
-    delta: Array = tensors["up"].reshape(shape[0], -1) @ _down(tensors, shape)
+def _lora(tensors: Tensors, shape: Shape) -> Float32:
+    delta: Float32 = tensors["up"].reshape(shape[0], -1) @ _down(tensors, shape)
     return delta.reshape(shape)
 
 
-def _loha(tensors: Tensors, shape: Shape) -> Array:
+def _loha(tensors: Tensors, shape: Shape) -> Float32:
     """(w1a w1b) ∘ (w2a w2b); with Tucker cores t, w1a and w2a are transposed."""
     halves = []
     for half in ("1", "2"):
@@ -70,11 +70,11 @@ def _loha(tensors: Tensors, shape: Shape) -> Array:
             halves.append(_tucker(tensors[f"t{half}"], a, b).reshape(len(a.T), -1))
         else:
             halves.append(a @ b)
-    delta: Array = halves[0] * halves[1]
+    delta: Float32 = halves[0] * halves[1]
     return delta.reshape(shape)
 
 
-def _lokr(tensors: Tensors, shape: Shape) -> Array:
+def _lokr(tensors: Tensors, shape: Shape) -> Float32:
     """kron(w1, w2), each whole or as the product of two factors; the taps of a convolution belong to w2's columns."""
     w1 = _matrix(tensors["w1"]) if "w1" in tensors else _matrix(tensors["w1_a"]) @ _matrix(tensors["w1_b"])
     if "w2" in tensors:
@@ -83,28 +83,28 @@ def _lokr(tensors: Tensors, shape: Shape) -> Array:
         w2 = _matrix(_tucker(tensors["t2"], _matrix(tensors["w2_a"]), _matrix(tensors["w2_b"])))
     else:
         w2 = _matrix(tensors["w2_a"]) @ _matrix(tensors["w2_b"])
-    product: Array = np.kron(w1, w2)
+    product: Float32 = np.kron(w1, w2)
     return product.reshape(shape)
 
 
-def _matrix(tensor: Array) -> Array:
+def _matrix(tensor: Float32) -> Float32:
     """Rows as they are, all else in columns: trainers write factors of a convolution with its taps, or flat."""
     return tensor.reshape(len(tensor), -1)
 
 
-def _tucker(core: Array, a: Array, b: Array) -> Array:
+def _tucker(core: Float32, a: Float32, b: Float32) -> Float32:
     """[r, r, k, k] core, a [r, p], b [r, q] -> [p, q, k·k]"""
-    product: Array = np.einsum("ijt,ip,jq->pqt", core.reshape(len(a), len(b), -1), a, b)
+    product: Float32 = np.einsum("ijt,ip,jq->pqt", core.reshape(len(a), len(b), -1), a, b)
     return product
 
 
-def _full(tensors: Tensors, shape: Shape) -> Array:
+def _full(tensors: Tensors, shape: Shape) -> Float32:
     return tensors["diff"].reshape(shape) if "diff" in tensors else np.zeros(shape, np.float32)
 
 
 # kind -> ΔW before the scale. Roles: lora down, up, [mid, up_bias, bias]; loha w1_a, w1_b, w2_a, w2_b, [t1, t2];
 # lokr w1 | w1_a, w1_b and w2 | w2_a, w2_b, [t2]; full [diff, diff_b] (norms too); ia3 weight, on_input; bias bias
-PRODUCTS: dict[str, Callable[[Tensors, Shape], Array]] = {
+PRODUCTS: dict[str, Callable[[Tensors, Shape], Float32]] = {
     "lora": _lora,
     "loha": _loha,
     "lokr": _lokr,
@@ -113,7 +113,7 @@ PRODUCTS: dict[str, Callable[[Tensors, Shape], Array]] = {
 BIASES = {"up_bias", "diff_b", "bias"}
 
 
-def delta(layer: Layer, weight: Array, bias: Array | None, strength: float) -> tuple[Array, Array | None]:
+def delta(layer: Layer, weight: Float32, bias: Float32 | None, strength: float) -> tuple[Float32, Float32 | None]:
     """The change of a module's weight and bias, float32, against its pristine ones.
 
     Raises ValueError if the layer changes a bias that the module does not have.
@@ -130,14 +130,14 @@ def delta(layer: Layer, weight: Array, bias: Array | None, strength: float) -> t
     return change, _bias_change(layer, bias, m)
 
 
-def _bias_change(layer: Layer, bias: Array | None, m: np.float32) -> Array | None:
+def _bias_change(layer: Layer, bias: Float32 | None, m: np.float32) -> Float32 | None:
     """None if the layer has nothing for the bias."""
     tensors = layer.tensors
     if not tensors.keys() & BIASES:
         return None
     if bias is None:
         raise ValueError("it changes a bias that the module does not have")
-    change: Array = np.zeros_like(bias)
+    change: Float32 = np.zeros_like(bias)
     if "up_bias" in tensors:
         change = change + m * np.float32(layer.scale) * tensors["up_bias"].reshape(bias.shape)
     if "diff_b" in tensors:
@@ -147,7 +147,7 @@ def _bias_change(layer: Layer, bias: Array | None, m: np.float32) -> Array | Non
     return change
 
 
-def _decompose(layer: Layer, weight: Array, product: Array, strength: float) -> Array:
+def _decompose(layer: Layer, weight: Float32, product: Float32, strength: float) -> Float32:
     """DoRA: magnitude · V/‖V‖ − W with V = W + ΔW.
 
     At strength m PEFT scales ΔW inside V. LyCORIS scales the change of the norms: V·(m·(magnitude/‖V‖ − 1) + 1) − W.
@@ -172,7 +172,7 @@ def _norm_axis(layer: Layer, weight: Shape) -> int:
     return 1 if layer.magnitude_by != "peft" and (by_input or math.prod(shape) != weight[0]) else 0
 
 
-def _along(values: Array, weight: Array, axis: int) -> Array:
+def _along(values: Float32, weight: Float32, axis: int) -> Float32:
     """A vector shaped so that it multiplies one axis of the weight."""
     return values.reshape(*(weight.shape[axis] if a == axis else 1 for a in range(weight.ndim)))
 
@@ -217,7 +217,7 @@ def check(layer: Layer, shape: Shape) -> None:
         raise ValueError(f"its magnitude {list(layer.magnitude.shape)} fits no axis of a weight {list(shape)}")
 
 
-def _sized(tensor: Array, wanted: Shape, role: str) -> None:
+def _sized(tensor: Float32, wanted: Shape, role: str) -> None:
     """Same leading size and same number of elements: trainers write a 1x1 kernel, or leave it out."""
     if tensor.size != math.prod(wanted) or not tensor.shape or tensor.shape[0] != wanted[0]:
         raise ValueError(f"its {role} is {list(tensor.shape)}, the module needs {list(wanted)}")

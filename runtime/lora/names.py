@@ -14,68 +14,62 @@ of the model is listed under each name that some trainer gives it, and a key eit
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from stepforge.runtime.bundle import Module
+from stepforge.runtime.bundle import TEXT_ENCODERS, ComponentId, Module
+from stepforge.runtime.lora.ldm_names import ldm_names
 
-DENOISER = "denoiser/unet"
 LONGEST = 512  # characters of a name; the longest of a model have about 100
-Place = tuple[str, str]  # component of the bundle, path of a module in it
-PREFIXES: dict[str, tuple[str, ...]] = {  # prefix of a key -> components that it can mean
-    "lora_unet_": (DENOISER,),
-    "lora_te1_": ("text_encoder",),
-    "lora_te2_": ("text_encoder_2",),
-    "lora_te_": ("text_encoder",),
-    "unet.": (DENOISER,),
-    "text_encoder.": ("text_encoder",),
-    "text_encoder_2.": ("text_encoder_2",),
-    "model.diffusion_model.": (DENOISER,),
-    "diffusion_model.": (DENOISER,),
-    "base_model.model.": (DENOISER, "text_encoder", "text_encoder_2"),
-    "lycoris_": (DENOISER, "text_encoder", "text_encoder_2"),
-    "": (DENOISER, "text_encoder", "text_encoder_2"),
+Place = tuple[ComponentId, str]  # network of the bundle, path of a module in it
+FIRST, SECOND = TEXT_ENCODERS
+PREFIXES: dict[
+    str, tuple[ComponentId | None, ...]
+] = {  # prefix of a key -> networks that it can mean; None: any denoiser
+    "lora_unet_": (None,),
+    "lora_te1_": (FIRST,),
+    "lora_te2_": (SECOND,),
+    "lora_te_": (FIRST,),
+    "unet.": (None,),
+    "text_encoder.": (FIRST,),
+    "text_encoder_2.": (SECOND,),
+    "model.diffusion_model.": (None,),
+    "diffusion_model.": (None,),
+    "base_model.model.": (None, FIRST, SECOND),
+    "lycoris_": (None, FIRST, SECOND),
+    "": (None, FIRST, SECOND),
 }
-RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
-OUTER = {
-    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-}  # fmt: skip
 OLD_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
-MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
 class Names:
-    """The modules of one model under all their names."""
+    """The modules of one model under all their names. Trainers call every denoiser "unet": with several experts, the one
+    whose shapes fit is meant."""
 
-    def __init__(self, modules: Mapping[str, Iterable[Module]]) -> None:
-        """modules: component of a bundle -> its modules."""
-        self._places: dict[str, dict[str, Place | None]] = {}
+    def __init__(self, modules: Mapping[ComponentId, Iterable[Module]]) -> None:
+        """modules: network of a bundle -> its modules."""
+        self._places: dict[ComponentId, dict[str, Place | None]] = {}
         for component, entries in modules.items():
             table = self._places.setdefault(component, {})
             paths = [module.path for module in entries]
-            sgm = dict(_sgm(paths)) if component == DENOISER else {}
+            original = ldm_names(paths) if component.role == "denoiser" else {}
             for path in paths:
-                for name in _names(path, sgm.get(path), component):
+                for name in _names(path, original.get(path), component):
                     for alias in (name, name.replace(".", "_")):
                         # two modules with one name: the name means neither
                         table[alias] = (
                             (component, path) if table.get(alias, (component, path)) == (component, path) else None
                         )
+        self._denoisers = tuple(component for component in self._places if component.role == "denoiser")
 
     def find(self, name: str) -> list[Place]:
-        """The modules that a key, cut before its ending, can mean; a name of several components gives several."""
+        """The modules that a key, cut before its ending, can mean; a name of several networks gives several."""
         if len(name) > LONGEST:
             return []
-        for prefix, components in PREFIXES.items():
+        for prefix, meant in PREFIXES.items():
             if not name.startswith(prefix):
                 continue
             rest = name.removeprefix(prefix)
+            components = [c for m in meant for c in (self._denoisers if m is None else (m,))]
             places = [
                 place
                 for component in components
@@ -87,11 +81,11 @@ class Names:
         return []
 
 
-def _names(path: str, sgm: str | None, component: str) -> Iterator[str]:
+def _names(path: str, original: str | None, component: ComponentId) -> Iterator[str]:
     yield path
-    if sgm is not None:
-        yield sgm
-    if component.startswith("text_encoder"):
+    if original is not None:
+        yield original
+    if component.role == "text_encoder":
         yield f"text_model.{path}"  # transformers dropped this prefix in 5.6; files keep it
 
 
@@ -104,32 +98,3 @@ def _spellings(rest: str) -> Iterator[str]:
     head, _, last = rest.rpartition(".")
     if last in OLD_PROJECTIONS:
         yield f"{head}.{OLD_PROJECTIONS[last]}"
-
-
-def _sgm(paths: list[str]) -> Iterator[tuple[str, str]]:
-    """diffusers path -> path in Stability's generative-models code. Block i of that flat list is counted from the layers."""
-    layers = 1 + max(
-        (int(m[4]) for path in paths if (m := BLOCK.match(path)) and m[1] + m[3] == "downresnets"), default=0
-    )
-    attended = {int(m[2]) for path in paths if (m := BLOCK.match(path)) and m[1] + m[3] == "upattentions"}
-    for path in paths:
-        if (m := MIDDLE.match(path)) is not None:
-            kind, index, rest = m[1], int(m[2]), m[3]
-            yield path, f"middle_block.{2 * index if kind == 'resnets' else 1}.{_inner(kind, rest)}"
-        elif (m := BLOCK.match(path)) is not None:
-            side, block, kind, index, rest = m[1], int(m[2]), m[3], int(m[4]), m[5]
-            if kind == "downsamplers":
-                yield path, f"input_blocks.{(block + 1) * (layers + 1)}.0.op"
-            elif kind == "upsamplers":
-                inner = 2 if block in attended else 1
-                yield path, f"output_blocks.{block * (layers + 1) + layers}.{inner}.conv"
-            else:
-                at = (1 + block * (layers + 1) + index) if side == "down" else block * (layers + 1) + index
-                inner = 0 if kind == "resnets" else 1
-                yield path, f"{'input' if side == 'down' else 'output'}_blocks.{at}.{inner}.{_inner(kind, rest)}"
-        elif path in OUTER:
-            yield path, OUTER[path]
-
-
-def _inner(kind: str, rest: str) -> str:
-    return RESNET.get(rest, rest) if kind == "resnets" else rest

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepforge.runtime.adapters import unbindable
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.lora.adapter import read_adapter, survey
+from stepforge.runtime.lora.binding import unbindable
 from stepforge.runtime.lora.layers import Layer
 
 
@@ -39,7 +39,7 @@ def report(path: Path, bundle: Bundle | None) -> list[Row]:
     rows = []
     for place, layer in sorted(adapter.layers.items()):
         fate = "merge" if place in merge_only else "run time"
-        rows.append(_row(adapter.names[place], *place, layer, fate, merge_only.get(place, "")))
+        rows.append(_row(adapter.names[place], str(place[0]), place[1], layer, fate, merge_only.get(place, "")))
     return rows + [_row(name, "", "", why, "", "") for name, why in sorted(adapter.refused.items())]
 
 

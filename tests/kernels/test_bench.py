@@ -263,7 +263,7 @@ def test_the_fit_finds_planted_constants(capsys):
     out = capsys.readouterr().out
     assert written["ours"] == found.ours
     assert f"{changes.total()} of {total}" in out
-    assert "0.800" in out  # the share in use
+    assert f"{cost.BANDWIDTH_SHARE:.3f}" in out  # the share in use
 
 
 def test_a_constant_without_evidence_stays():

@@ -11,8 +11,7 @@ On the CPU the kernels are their references, which prove the logic and are not f
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,15 +27,14 @@ from stepforge.runtime.backends.torch.passes import exact as passes
 from stepforge.runtime.backends.torch.passes.once import split_once
 from stepforge.runtime.backends.torch.passes.sums import write_once
 from stepforge.runtime.backends.torch.passes.widen import WideLayer, fuse_widen, widen_layers
-from stepforge.runtime.backends.torch.precision import lower
+from stepforge.runtime.backends.torch.precision import computed_in, lower, no_tf32
 from stepforge.runtime.backends.torch.program import Program, read, run_passes
 from stepforge.runtime.backends.torch.run import Runner
 from stepforge.runtime.backends.torch.wide import WideBanks, prepared
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
 Tensor = Any  # torch.Tensor
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXACT = (
     passes.fuse_attention,
     passes.fuse_linear,
@@ -45,16 +43,21 @@ EXACT = (
     passes.fuse_silu,
 )
 FAST = (passes.fuse_norm_silu, passes.fuse_geglu)
-# Once a request, and every step depends on them.
-ALWAYS_FP32 = ("text_encoder",)
-# SDXL's decoder exceeds the range of fp16.
-NOT_FP16 = ("vae_decoder",)
-RECORDED = ("denoiser/", "control/")  # called in every step; the others are called once a request
+RECORDED = (
+    "denoiser",
+    "control_hint",
+    "control_residuals",
+)  # called in every step; the others are called once a request
 SHARED_FROM = 1024  # elements: larger constants of one weights file are held once
 
 
 class Torch:
-    """`precision="auto"` is bf16 on CUDA, whose range no network exceeds, and fp32 on the CPU."""
+    """`precision="auto"` is bf16 on CUDA, whose range no network exceeds, and fp32 on the CPU.
+
+    Opening one turns tf32 off in cuDNN and cuBLAS for the whole process, and nothing turns it on again: fp32 means fp32,
+    for the text encoders of a 16-bit backend too. So backends of different precision in one process want the same settings,
+    and neither changes them while the other records or runs.
+    """
 
     name = "torch"
     fast = True
@@ -71,18 +74,19 @@ class Torch:
         self.versions = {"torch": torch.__version__}
         if not on_cuda:
             torch.set_num_threads(threads)
+        no_tf32()
         self._weights: dict[tuple[str, str, Any], Any] = {}
         self._banks: Shared = {}
         self._pool: Any = None  # of memory, for all recorded networks: the engine runs one of them at a time
 
-    def bank_dtype(self, component: str) -> type[np.float32] | type[np.uint16]:
+    def bank_dtype(self, component: ComponentId) -> type[np.float32] | type[np.uint16]:
         return np.uint16 if self._dtype_of(component) == torch.bfloat16 else np.float32
 
-    def open(self, component: str, banks: Arrays | None = None) -> Graph:
+    def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
         """A component with banks is opened twice over the same weights: calls without an adapter run it without banks."""
         full = self._open(component, banks or {}, with_lora=True)
         bare = self._open(component, banks, with_lora=False) if banks else full
-        networks = (bare, full)
+        networks: tuple[Network, ...] = (bare, full)
         if full.wide is not None and full.wide.exceeded:
             networks = (bare, full, self._open(component, banks or {}, with_lora=True, wide=False))
         if self._device.type == "cpu":
@@ -91,11 +95,11 @@ class Torch:
 
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        pool = self._pool if component.startswith(RECORDED) else None
+        pool = self._pool if component.role in RECORDED else None
         caller = functools.partial(Recorder, device=self._device, pool=pool)
         return TorchGraph(networks, self._device, exact=not self.fast, caller=caller)
 
-    def _open(self, component: str, banks: Arrays, *, with_lora: bool, wide: bool = True) -> Network:
+    def _open(self, component: ComponentId, banks: Arrays, *, with_lora: bool, wide: bool = True) -> Network:
         dtype = self._dtype_of(component)
         path = self._bundle.file(self._bundle.components[component].graph)
         program = read(path)
@@ -117,7 +121,7 @@ class Torch:
             run_passes(program, (write_once, fuse_residual, fuse_lowrank_geglu, fuse_widen))
         lower(program, dtype, self._device, banks)
         self._share(program, str(path.parent), dtype)
-        once = split_once(program) if self.fast and component.startswith("denoiser/") else None
+        once = split_once(program) if self.fast and component.role == "denoiser" else None
         runner = Runner(program)
         read_names = {name for node in program.nodes for name in node.inputs}
         placed = DeviceBanks(
@@ -133,15 +137,10 @@ class Torch:
                 self._weights[str(path.parent), layer.weight, dtype] = buffers.weight(layer)
                 program.constants.pop(layer.weight, None)
             runner = Runner(program)
-        exact_fp32 = self._device.type == "cuda" and dtype == torch.float32
-        return Network(
-            runner, placed, once=Runner(once) if once is not None else None, wide=buffers, exact_fp32=exact_fp32
-        )
+        return Network(runner, placed, once=Runner(once) if once is not None else None, wide=buffers)
 
-    def _dtype_of(self, component: str) -> Any:
-        if component.startswith(ALWAYS_FP32) or (self.precision == "fp16" and component.startswith(NOT_FP16)):
-            return torch.float32
-        return DTYPES[self.precision]
+    def _dtype_of(self, component: ComponentId) -> Any:
+        return computed_in(component.role, self._bundle.card.family, self.precision, exact=not self.fast)
 
     def _share(self, program: Program, folder: str, dtype: Any) -> None:
         """Variants of a network are graphs over one weights file: hold its weights once."""
@@ -169,16 +168,13 @@ def plain(array: NDArray[Any]) -> NDArray[Any]:
 
 
 class Network:
-    """A program with its banks. once: the part that needs the prompts alone. exact_fp32: cuDNN rounds fp32 to tf32 unless told
-    otherwise."""
+    """A program with its banks. once: the part that needs the prompts alone."""
 
-    def __init__(
-        self, runner: Runner, banks: DeviceBanks, *, once: Runner | None, wide: WideBanks | None, exact_fp32: bool
-    ) -> None:
+    def __init__(self, runner: Runner, banks: DeviceBanks, *, once: Runner | None, wide: WideBanks | None) -> None:
         self.wide = wide
         self.program = runner.program
         self.once_inputs = once.program.inputs if once is not None else ()
-        self._runner, self._banks, self._once, self._exact_fp32 = runner, banks, once, exact_fp32
+        self._runner, self._banks, self._once = runner, banks, once
 
     def refresh(self) -> None:
         self._banks.refresh()
@@ -195,12 +191,8 @@ class Network:
     def __call__(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._once is not None and self._once.program.outputs[0] not in given:
             given = {**given, **self.once(given)}
-        settings: AbstractContextManager[Any] = nullcontext()
-        if self._exact_fp32:
-            settings = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with settings:
-            columns = self.wide.tensors(given["adapter_columns"].shape[1]) if self.wide is not None else {}
-            return self._runner({**given, **self._banks.tensors, **columns})
+        columns = self.wide.tensors(given["adapter_columns"].shape[1]) if self.wide is not None else {}
+        return self._runner({**given, **self._banks.tensors, **columns})
 
 
 class OnCpu:
@@ -212,7 +204,11 @@ class OnCpu:
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         return {name: value.float().numpy() for name, value in self._run(inputs).items()}
 
-    def start(self, inputs: Arrays, steady: Sequence[str]) -> None:
+    @staticmethod
+    def bucket(rows: int) -> int:
+        return rows
+
+    def start(self, inputs: Arrays, steady: Sequence[str], pads: Mapping[str, tuple[int, int]]) -> None:
         self._run(inputs)
 
     def _run(self, inputs: Arrays) -> dict[str, Tensor]:

@@ -1,9 +1,13 @@
 """LoRA banks as tensors: the engine's own memory on the CPU, and copies, of which only changed slots are copied again: on
-CUDA all, on the CPU the stacks of layers that run as one."""
+CUDA all, on the CPU the stacks of layers that run as one.
+
+On CUDA a slot goes through one pinned block and in the stream's order: behind the calls that read what it held, before
+those that read it, and the host waits for neither. PyTorch keeps the block until its copies are done.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +52,7 @@ class DeviceBanks:
         banks = {view.name: view.parts[0].bank for view in views}
         self._versions = arrays.versions if isinstance(arrays, Banks) else None
         self._seen: Any = None
+        self._is_cuda = device.type == "cuda"
         self._pads = copied  # the kernels want ranks of their own; on the CPU they are references
         self._copied: dict[str, Parts] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -73,9 +78,13 @@ class DeviceBanks:
             changed = np.flatnonzero(now != self._seen).tolist() if self._seen is not None else changed
             self._seen = now
         for slot in changed:
-            for name, parts in self._copied.items():
-                one = slice(slot, slot + 1)
-                self.tensors[name][one].copy_(self._placed(parts, one))
+            one = slice(slot, slot + 1)
+            targets = [self.tensors[name][one] for name in self._copied]
+            rooms = pinned_like(targets) if self._is_cuda else targets
+            for parts, target, room in zip(self._copied.values(), targets, rooms, strict=True):
+                room.copy_(self._placed(parts, one))
+                if room is not target:
+                    target.copy_(room, non_blocking=True)
 
     def version(self, slots: Iterable[int]) -> tuple[int, ...] | None:
         """What changes when one of the slots is filled again; None if the banks do not say."""
@@ -87,6 +96,13 @@ class DeviceBanks:
         if self._pads:
             seen = [padded(values, view) for values, (_, view) in zip(seen, parts, strict=True)]
         return seen[0].contiguous() if len(seen) == 1 else torch.cat(seen, 1)
+
+
+def pinned_like(targets: Sequence[Tensor]) -> list[Tensor]:
+    """Host memory for tensors of one type, of one allocation: a copy from other memory would wait for the device."""
+    block = torch.empty(sum(target.numel() for target in targets), dtype=targets[0].dtype, pin_memory=True)
+    rooms = block.split([target.numel() for target in targets])
+    return [room.view(target.shape) for room, target in zip(rooms, targets, strict=True)]
 
 
 def padded(values: Tensor, view: View | None) -> Tensor:

@@ -1,19 +1,29 @@
-"""Functions of tensors on CUDA: one recorded CUDA graph for each set of input shapes, over buffers that stay where they are."""
+"""Functions of tensors on CUDA: one recorded CUDA graph for each set of input shapes, over buffers that stay where they are.
+
+Rows are padded up to a few buckets, so that a batch that requests join and leave needs few recordings. Rows of padding hold
+zeros, never what an earlier batch left there, and their results are not given to anybody.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays
 
 Tensor = Any  # torch.Tensor
 Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-MOST_SHAPES = 16  # recorded at a time; the one that was used least recently goes
+Pads = Mapping[
+    str, tuple[int, int]
+]  # input -> its first dimension in the recording, and what stands behind what is given
+BUCKETS = (1, 2, 4, 6, 8, 12, 16)  # rows of a recorded call; multiples of 8 beyond
+MOST_SHAPES = 2 * len(BUCKETS)  # recorded at a time, LRU: all buckets at two lengths of prompts
 WARM_UPS = 2  # compile kernels, and let cuDNN and cuBLAS make their workspaces, before anything is recorded
 AHEAD = 2  # calls that the host may be ahead of the device
 
@@ -38,36 +48,49 @@ class Recorder:
         self, function: Function, *, device: Any, pool: Any, changes: Sequence[Tensor] = (), once: Any = None
     ) -> None:
         self._function, self._device, self._pool, self._changes = function, device, pool, changes
-        self._once, self._once_inputs = once if once is not None and once[1] else (None, ())
+        self._once: Any = once[0] if once is not None and once[1] else None
+        self._once_inputs: Collection[str] = once[1] if self._once is not None else ()
         self._recordings: OrderedDict[Any, Recording] = OrderedDict()
         self._running: deque[Any] = deque()
 
+    @staticmethod
+    def bucket(rows: int) -> int:
+        """Rows of the recorded call that runs so many."""
+        return next((size for size in BUCKETS if size >= rows), -(-rows // 8) * 8)
+
     def __call__(self, inputs: Arrays) -> dict[str, Any]:
-        """From NumPy to NumPy, with the results in fp32."""
+        """From NumPy to NumPy, with the results in fp32. Inputs of one row are shared by all rows, or the only ones."""
         if self._pool is None:
             given = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
             return {name: value.float().cpu().numpy() for name, value in self._function(given).items()}
-        recording = self._replay(inputs, ())
+        rows = max(len(array) for array in inputs.values())
+        bucket = self.bucket(rows)
+        pads = {name: (bucket, 0) for name, array in inputs.items() if len(array) == rows}
+        recording = self._replay(inputs, (), pads)
         for name, pinned in recording.pinned.items():
-            pinned.copy_(recording.results[name], non_blocking=True)
+            pinned[:rows].copy_(recording.results[name][:rows], non_blocking=True)
         torch.cuda.current_stream(self._device).synchronize()
-        return {name: pinned.numpy() for name, pinned in recording.pinned.items()}
+        return {name: pinned[:rows].numpy() for name, pinned in recording.pinned.items()}
 
-    def start(self, inputs: Arrays, steady: Collection[str]) -> None:
+    def start(self, inputs: Arrays, steady: Collection[str], pads: Pads) -> None:
         """The call without its results, which may still be running afterwards. steady: inputs that are never written to, so
         that the same array again is not copied again."""
         if len(self._running) == AHEAD:
             self._running.popleft().synchronize()
-        self._replay(inputs, steady)
+        self._replay(inputs, steady, pads)
         self._running.append(torch.cuda.current_stream(self._device).record_event())
 
-    def _replay(self, inputs: Arrays, steady: Collection[str]) -> Recording:
-        key = tuple(sorted((name, array.shape, array.dtype.str) for name, array in inputs.items()))
+    def _replay(self, inputs: Arrays, steady: Collection[str], pads: Pads) -> Recording:
+        lengths = {name: pads[name][0] if name in pads else len(array) for name, array in inputs.items()}
+        shapes = {name: (lengths[name], *array.shape[1:]) for name, array in inputs.items()}
+        key = tuple(sorted((name, shapes[name], array.dtype.str) for name, array in inputs.items()))
         if key not in self._recordings:
             if len(self._recordings) == MOST_SHAPES:
                 torch.cuda.current_stream(self._device).synchronize()  # the one that goes may still be running
                 self._recordings.popitem(last=False)
-            self._recordings[key] = self._make(inputs)
+            self._recordings[key] = self._make(
+                {name: padded(array, *pads.get(name, (len(array), 0))) for name, array in inputs.items()}
+            )
         self._recordings.move_to_end(key)
         recording = self._recordings[key]
         stale = False
@@ -75,7 +98,9 @@ class Recorder:
             if name in steady and recording.held.get(name) is array:
                 continue
             # PyTorch keeps pinned memory until the copy is done
-            recording.buffers[name].copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
+            recording.buffers[name][: len(array)].copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
+            if len(array) < lengths[name]:
+                recording.buffers[name][len(array) :].fill_(pads[name][1])
             recording.held[name] = array
             stale |= name in self._once_inputs
         if stale:
@@ -105,3 +130,10 @@ class Recorder:
             results = {name: value.float() for name, value in self._function({**buffers, **kept}).items()}
         pinned = {n: torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for n, value in results.items()}
         return Recording(graph, buffers, results, pinned, once, kept)
+
+
+def padded(array: NDArray[Any], length: int, value: int) -> NDArray[Any]:
+    """With rows of `value` behind its own."""
+    if length == len(array):
+        return array
+    return np.concatenate([array, np.full((length - len(array), *array.shape[1:]), value, array.dtype)])

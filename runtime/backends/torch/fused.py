@@ -119,7 +119,7 @@ def wide_conv(x: Tensor, w: Tensor, up: Tensor, bias: Tensor = None, *, stride: 
     return pixels[..., :width].permute(0, 3, 1, 2)
 
 
-OPS = {
+OPS: dict[str, Any] = {
     "WideConv": wide_conv,
     "Strengths": strengths, "Widen": widen, "ScaledColumns": scaled_columns,
     "Pointwise": pointwise, "Accumulate": accumulate, "Norm": norm, "LayerNorm": layer_norm, "Sum": total, "Columns": columns,

@@ -9,7 +9,9 @@ from stepforge.runtime.backends.torch.program import Node, Program
 VIEWS = ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Columns", "Identity", "Shape", "Range")
 KINDS = {
     "Linear": "product", "Pointwise": "product", "Accumulate": "product", "MatMul": "product", "Gemm": "product",
-    "Conv": "convolution", "WideConv": "convolution", "Attention": "attention", "LayerNorm": "layer norm", "Geglu": "GEGLU", "Sum": "sum of images", "Strengths": "strengths",
+    "Conv": "convolution", "WideConv": "convolution", "Attention": "attention", "LayerNorm": "layer norm", "Geglu": "GEGLU",
+    "Sum": "sum of images",
+    "Strengths": "strengths",
     "ScaledColumns": "strengths",
     "Sin": "timestep", "Cos": "timestep", "Silu": "time embedding", "Add": "addition", "Mul": "multiplication",
     "Concat": "concatenation", "Resize": "upsampling", "Cast": "cast", "Gather": "gather",

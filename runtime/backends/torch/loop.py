@@ -2,7 +2,8 @@
 
     sample → ControlNets → denoiser → guidance → x_{k+1} = Σ keep·x + Σ gain·p + noise·z → the next step's sample
 
-On CUDA the whole line is one recorded graph for each packed shape: the images' places and their rows are data. From step to
+On CUDA the whole line is one recorded graph for each bucket of rows: the images' places and their rows are data. Rows of
+padding belong to one spare place, whose plan is done: they run through the network, and nothing is moved. From step to
 step only fresh noise crosses from the host, because it equals PyTorch's CPU generator, and the ControlNets' scales; prompts,
 hints and adapter slots when the batch changes.
 """
@@ -25,14 +26,14 @@ Tensor = Any  # torch.Tensor
 Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 Once = tuple[Function, Sequence[str]]  # what may be kept while these inputs do not change
 RINGS = (3, 5)  # the longest windows of all samplers; shorter ones leave coefficients at 0
-PLACES, STEPS = 8, 64  # to begin with; they double when they do not suffice
+PLACES, STEPS = 8, 64  # initial capacity, doubled on demand
 
 
 class Network(Protocol):
     """A denoiser without or with its banks, on tensors."""
 
     program: Program
-    once_inputs: Sequence[str]
+    once_inputs: tuple[str, ...]
     wide: Any
 
     def once(self, given: dict[str, Tensor]) -> dict[str, Tensor]: ...
@@ -45,7 +46,12 @@ class Network(Protocol):
 
 
 class Starter(Protocol):
-    def start(self, inputs: Arrays, steady: Sequence[str]) -> None: ...
+    """start pads inputs, by name, to a length and with a value."""
+
+    @staticmethod
+    def bucket(rows: int) -> int: ...
+
+    def start(self, inputs: Arrays, steady: Sequence[str], pads: Mapping[str, tuple[int, int]]) -> None: ...
 
 
 class TorchLoop:
@@ -73,15 +79,15 @@ class TorchLoop:
         places, steps, window = self._places, self._steps, sum(RINGS)
         size = self._shape[0] * self._shape[1] * self._shape[2]
         shapes: dict[str, tuple[int, ...]] = {
-            "t": (places, steps),
-            "adapter_strength": (places, steps),
-            "guidance": (places, steps, 2),
-            "table": (places, steps, window + 1),
-            "scale_in": (places, steps + 1),
-            "step": (places,),
-            "state": (places, window, size),
-            "z": (places, size),
-            "sample": (places, size),
+            "t": (places + 1, steps + 1),  # read for the spare place too, whose step is behind the last
+            "adapter_strength": (places + 1, steps + 1),
+            "guidance": (places + 1, steps, 2),
+            "table": (places + 1, steps, window + 1),
+            "scale_in": (places + 1, steps + 1),
+            "step": (places + 1,),
+            "state": (places + 1, window, size),
+            "z": (places + 1, size),
+            "sample": (places + 1, size),
         }
         if self._tensors and self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # recordings that go may still be running
@@ -92,6 +98,8 @@ class TorchLoop:
         }
         for name, tensor in old.items():
             self._tensors[name][tuple(slice(length) for length in tensor.shape)] = tensor
+        self._tensors["step"][places] = steps
+        self._tensors["sample"][places] = 0.0
         self._starters: dict[tuple[Any, ...], Starter] = {}
 
     @torch.inference_mode()
@@ -127,11 +135,18 @@ class TorchLoop:
             z = z.pin_memory() if self._device.type == "cuda" else z
             self._tensors["z"][place].copy_(z, non_blocking=True)
         given = {**inputs, "places": places, "sources": sources, "owners": owners}
+        starter, spare = self._starter(which, sides), self._places
+        rows = starter.bucket(len(owners))
+        pads = {name: (rows, 0) for name, array in inputs.items() if len(array) == len(owners)}
+        pads |= {"places": (rows, spare), "sources": (rows, 0), "owners": (rows, spare)}
         for at, side in enumerate(sides):
-            given |= {f"{at}.{name}": array for name, array in side.inputs.items()}
+            own = {f"{at}.{name}": array for name, array in side.inputs.items()}
+            pads |= {name: (starter.bucket(len(side.rows)), 0) for name in own}
             if len(side.rows) < len(owners):
-                given[f"{at}.rows"] = side.rows
-        self._starter(which, sides).start(given, tuple(given))
+                own[f"{at}.rows"] = side.rows
+                pads[f"{at}.rows"] = starter.bucket(len(side.rows)), rows
+            given |= own
+        starter.start(given, tuple(given), pads)
 
     def _starter(self, which: int, sides: Sequence[SideCall]) -> Starter:
         key = which, *(side.component for side in sides)
@@ -155,7 +170,7 @@ class TorchLoop:
         def step(told: dict[str, Tensor]) -> dict[str, Tensor]:
             given = dict(told)
             places, sources, owners = (given.pop(name) for name in ("places", "sources", "owners"))
-            at = owners * steps + tensors["step"].index_select(0, owners)
+            at = owners * (steps + 1) + tensors["step"].index_select(0, owners).clamp_(0, steps)
             given["sample"] = tensors["sample"].index_select(0, owners).view(-1, *self._shape)
             given["timestep"] = tensors["t"].view(-1).index_select(0, at)
             if "adapter" in given:
@@ -173,7 +188,8 @@ class TorchLoop:
 
 
 def _residuals(nets: Sequence[Network], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums of the ControlNets' residuals, in fp32 as on the host: [R, C, h, w], or [R, C, 1, 1] of those that pool."""
+    """Sums of the ControlNets' residuals, in fp32 as on the host: [R, C, h, w], or [R, C, 1, 1] of those that pool. A row
+    of padding among a ControlNet's rows is R: it reads the last row, and what it gives is cut off."""
     totals: dict[str, Tensor] = {}
     for at, net in enumerate(nets):
         rows = given.get(f"{at}.rows")
@@ -182,12 +198,14 @@ def _residuals(nets: Sequence[Network], given: Mapping[str, Tensor]) -> dict[str
             if name in ("hint", "scale"):
                 read[name] = given[f"{at}.{name}"]
             else:
-                read[name] = given[name] if rows is None else given[name].index_select(0, rows)
+                own = given[name]
+                read[name] = own if rows is None else own.index_select(0, rows.clamp(max=len(own) - 1))
         for name, value in net(read).items():
             if name not in given:  # the denoiser does not take it
                 continue
             own = value.float()
             if rows is not None:
-                own = own.new_zeros(len(given["sample"]), *own.shape[1:]).index_copy_(0, rows.long(), own)
+                count = len(given["sample"])
+                own = own.new_zeros(count + 1, *own.shape[1:]).index_copy_(0, rows.long(), own)[:count]
             totals[name] = totals[name] + own if name in totals else own
     return totals

@@ -1,4 +1,4 @@
-"""A program in another precision, on a device: the last step before it runs."""
+"""What each network computes in, and a program in that precision on a device: the last step before it runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,29 @@ import torch
 
 from stepforge.runtime.backends.torch.program import Node, Program
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ALWAYS_FP32 = ("text_encoder",)  # once a request, and every step depends on them
+WIDE_VAE = ("sdxl",)  # families whose decoder exceeds the range of fp16 (diffusers decodes them in fp32: force_upcast)
 WAVES = ("Sin", "Cos")
 # operand that the operators of layers with LoRA take in fp32
 STRENGTH = {"Strengths": 1, "LowrankLinear": 6, "LowrankGeglu": 6, "LowrankConv": 6, "PeftLinear": 6, "PeftConv": 6}
 ONNX_FP16 = 10
+
+
+def computed_in(role: str, family: str, precision: str, *, exact: bool) -> Any:
+    """The type of a network in a backend of that precision. A decoder that fp16 cannot hold runs in bf16, which has the
+    range of fp32 at the speed of fp16; in the exact tier in fp32, as in diffusers."""
+    if role in ALWAYS_FP32:
+        return torch.float32
+    if precision == "fp16" and role == "vae_decoder" and family in WIDE_VAE:
+        return torch.float32 if exact else torch.bfloat16
+    return DTYPES[precision]
+
+
+def no_tf32() -> None:
+    """The switches that both of PyTorch's interfaces know, so that reading either of them afterwards is no error."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def lower(program: Program, dtype: Any, device: Any, banks: Collection[str] = ()) -> None:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from stepforge.export.bank import modules_of
-from stepforge.export.checkpoint import Source, load
-from stepforge.export.merge import merge, named_modules
-from stepforge.runtime.bundle import Module
+from stepforge.export.lora.merge import merge
+from stepforge.export.models.load import load
+from stepforge.export.models.networks import modules_of, named_modules
+from stepforge.export.models.source import Source
+from stepforge.runtime.bundle import UNET, ComponentId, Module
 from stepforge.runtime.lora.adapter import Adapter, read_adapter
 
 State = Mapping[str, torch.Tensor]
@@ -29,29 +30,29 @@ class Model:
     source: Source
 
     @cached_property
-    def pristine(self) -> dict[str, nn.Module]:
+    def pristine(self) -> dict[ComponentId, nn.Module]:
         """Its networks in float32. Not to be changed: take a `copy`."""
         loaders = (self.source.unet, *self.source.text_encoders)
         return {name: loader(torch.float32) for name, loader in zip(self.source.empty, loaders, strict=True)}
 
     @cached_property
-    def modules(self) -> dict[str, tuple[Module, ...]]:
+    def modules(self) -> dict[ComponentId, tuple[Module, ...]]:
         return {name: modules_of(network) for name, network in self.pristine.items()}
 
     @property
-    def names(self) -> dict[str, str]:
+    def names(self) -> dict[str, ComponentId]:
         """diffusers' name of a component -> a bundle's."""
-        return {name.removeprefix("denoiser/"): name for name in self.source.empty}
+        return {component.name: component for component in self.source.empty}
 
     def pipeline(self) -> type:
         import diffusers
 
         return getattr(diffusers, f"StableDiffusion{'XL' if self.source.family == 'sdxl' else ''}Pipeline")
 
-    def copy(self, component: str = "denoiser/unet") -> nn.Module:
+    def copy(self, component: ComponentId = UNET) -> nn.Module:
         return copy.deepcopy(self.pristine[component])
 
-    def only(self, paths: Iterable[str], component: str = "denoiser/unet") -> nn.Module:
+    def only(self, paths: Iterable[str], component: ComponentId = UNET) -> nn.Module:
         """A network of nothing but some layers, by their paths: quicker to copy than all of it."""
         network = nn.Module()
         for path in paths:
@@ -67,7 +68,7 @@ class Model:
     def read(self, file: Path) -> Adapter:
         return read_adapter(file, self.modules)
 
-    def check(self, file: Path, wanted: Mapping[float, Mapping[str, State]]) -> Adapter:
+    def check(self, file: Path, wanted: Mapping[float, Mapping[ComponentId, State]]) -> Adapter:
         """Merging at each strength gives the wanted parameters (component -> name -> tensor) within 1e-6 of their norm.
 
         Parameters that are not among them stay as they were, and something changes.

@@ -10,6 +10,8 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from stepforge.runtime.bundle import TEXT_ENCODERS
+
 UNET = dict(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 TEXT = dict(r=2, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1"])
 OLD = (  # layouts before PEFT: attention processors, then .lora.down
@@ -99,5 +101,5 @@ def test_text_projection(xl, tmp_path: Path) -> None:
         {"text_encoder_2.text_projection.lora.down.weight": down, "text_encoder_2.text_projection.lora.up.weight": up},
         file,
     )
-    before = dict(xl.pristine["text_encoder_2"].named_parameters())["text_projection.weight"]
-    xl.check(file, {0.5: {"text_encoder_2": {"text_projection.weight": (before + 0.5 * up @ down).detach()}}})
+    before = dict(xl.pristine[TEXT_ENCODERS[1]].named_parameters())["text_projection.weight"]
+    xl.check(file, {0.5: {TEXT_ENCODERS[1]: {"text_projection.weight": (before + 0.5 * up @ down).detach()}}})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -21,8 +23,12 @@ from diffusers.utils.state_dict_utils import (
 )
 from safetensors.torch import save_file
 
-from stepforge.export.bank import modules_of
-from stepforge.runtime.lora.names import DENOISER, Names
+from stepforge.export.models.networks import modules_of
+from stepforge.runtime.bundle import UNET, ComponentId
+from stepforge.runtime.errors import AdapterError
+from stepforge.runtime.lora.adapter import resolve
+from stepforge.runtime.lora.file import Contents
+from stepforge.runtime.lora.names import Names
 
 SDXL = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -53,9 +59,9 @@ def test_names_of_sdxl() -> None:
     """Every module of the real SDXL UNet, by sgm's name, is what diffusers makes of that name."""
     with init_empty_weights():
         unet = UNet2DConditionModel(sample_size=128, **SDXL)
-    names = Names({DENOISER: modules_of(unet)})
+    names = Names({UNET: modules_of(unet)})
     for key, path in SAMPLES.items():
-        assert names.find(f"lora_unet_{key}") == [(DENOISER, path)]
+        assert names.find(f"lora_unet_{key}") == [(UNET, path)]
     found = set()
     for key in sgm_names(unet):
         ((_, path),) = names.find(f"lora_unet_{key}")
@@ -123,13 +129,33 @@ def test_names_of_text_encoders(model: str, prefixes: list[str], request: pytest
             assert theirs.partition(".lora")[0] == path
 
 
+def test_the_denoiser_of_an_expert_is_found_by_its_shapes(xl) -> None:
+    """A bundle with a base and a refiner: trainers call both "unet", in diffusers' and in Stability's names."""
+    base = xl.modules[UNET]
+    wider = tuple(replace(m, shape=(2 * m.shape[0], *m.shape[1:])) for m in base)
+    refiner = ComponentId("denoiser", "refiner")
+    alone, both = Names({refiner: base}), Names({UNET: base, refiner: wider})
+    for key in sgm_names(xl.pristine[UNET]):
+        ((component, path),) = alone.find(f"lora_unet_{key}")
+        assert component == refiner
+        assert both.find(f"lora_unet_{key}") == [(UNET, path), (refiner, path)]
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    (rows, columns) = next(m.shape for m in wider if m.path == path)
+    for stem in (f"unet.{path}", f"lora_unet_{path.replace('.', '_')}"):
+        pair = {"lora_down.weight": np.ones((2, columns)), "lora_up.weight": np.ones((rows, 2))}
+        contents = Contents("x", {f"{stem}.{end}": a.astype(np.float32) for end, a in pair.items()}, {}, ())
+        assert set(resolve(contents, {UNET: base, refiner: wider}).layers) == {(refiner, path)}
+        with pytest.raises(AdapterError, match=r"it could mean denoiser/unet or denoiser/refiner"):
+            resolve(contents, {UNET: wider, refiner: wider})
+
+
 def kohya(model, *, only: set[str] = frozenset(), mid: bool = True, alphas=(..., 0, 1, 3.0, 0.25)) -> dict:
     """A pair for each layer of all networks, alphas in turn (... is none); names as sd-scripts writes them."""
     state, alphas = {}, cycle(alphas)
     sgm = {}
     if model.source.family == "sdxl":
         names = Names(model.modules)
-        sgm = {names.find(f"lora_unet_{key}")[0][1]: key for key in sgm_names(model.pristine[DENOISER])}
+        sgm = {names.find(f"lora_unet_{key}")[0][1]: key for key in sgm_names(model.pristine[UNET])}
     encoders = ["te1", "te2"] if model.source.family == "sdxl" else ["te"]
     for modules, prefix in zip(model.modules.values(), ["unet", *encoders], strict=True):
         for module in modules:

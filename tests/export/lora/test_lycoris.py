@@ -19,7 +19,8 @@ from lycoris.modules.norms import NormModule
 from safetensors.torch import save_file
 from torch import nn
 
-from stepforge.export.merge import merge
+from stepforge.export.lora.merge import merge
+from stepforge.runtime.bundle import TEXT_ENCODERS, UNET
 
 LAYERS = {
     "linear": "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj",  # 64 -> 512
@@ -52,7 +53,7 @@ def check(sd1, tmp_path: Path) -> Iterator[Callable[..., set[str]]]:
         kind: type[nn.Module], layer: str, *, strengths: tuple[float, ...] = (1.0, -0.7), **options: Any
     ) -> set[str]:
         path = LAYERS[layer]
-        base = sd1.pristine["denoiser/unet"].get_submodule(path)
+        base = sd1.pristine[UNET].get_submodule(path)
         x = inputs(base)
         before = copy.deepcopy(base).double()(x)
         file = tmp_path / "a.safetensors"
@@ -170,7 +171,7 @@ def test_norms(check, layer: str) -> None:
 
 def test_wrapper(sd1, tmp_path: Path) -> None:
     """A whole network by LyCORIS's own wrapper, which has its own prefix: outputs of the text encoder."""
-    encoder = sd1.copy("text_encoder").eval()
+    encoder = sd1.copy(TEXT_ENCODERS[0]).eval()
     network = create_lycoris(encoder, multiplier=1.0, linear_dim=4, linear_alpha=2, algo="lokr", factor=4)
     network.apply_to()
     with torch.no_grad():
@@ -183,6 +184,6 @@ def test_wrapper(sd1, tmp_path: Path) -> None:
     layers = {path: layer for (_, path), layer in adapter.layers.items()}
     tokens = torch.randint(0, 500, (2, 77))
     with torch.no_grad():
-        ours = merge(sd1.copy("text_encoder"), [(layers, 1.0)]).eval()(tokens)[0]
+        ours = merge(sd1.copy(TEXT_ENCODERS[0]), [(layers, 1.0)]).eval()(tokens)[0]
         theirs = encoder(tokens)[0]
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()  # three layers of float32 rounding

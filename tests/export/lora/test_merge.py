@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stepforge.export.checkpoint import weight_files
-from stepforge.export.merge import merge, read_all, with_adapters
+from stepforge.export.lora.merge import merge, read_all, with_adapters
+from stepforge.export.models.weights import weight_files
+from stepforge.runtime.bundle import UNET
 from stepforge.runtime.errors import AdapterError
-from stepforge.runtime.lora.names import DENOISER
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"  # 32 -> 32
 KEY, TEXT = f"lora_unet_{Q.replace('.', '_')}", "lora_te_text_model_encoder_layers_0_mlp_fc1"  # 32 -> 64
@@ -107,7 +107,7 @@ def test_negative_strength_undoes(name: str, merged, before, sd1, files) -> None
     if name == "ia3":  # a factor, which merging twice would square
         return
     adapter = sd1.read(files[name])
-    layers = {path: layer for (component, path), layer in adapter.layers.items() if component == DENOISER}
+    layers = {path: layer for (component, path), layer in adapter.layers.items() if component == UNET}
     network = merge(merge(sd1.copy(), [(layers, 1.0)]), [(layers, -1.0)])
     after = {f"u.{name}": parameter for name, parameter in network.named_parameters()}
     # rounding of a sum that is some 20 times as large as the weights

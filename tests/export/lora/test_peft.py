@@ -10,6 +10,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
+from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, ComponentId
+
 # PEFT warns of the one-dimensional biases that it writes itself, and of biases that stay when adapters are disabled
 pytestmark = [pytest.mark.filterwarnings("ignore:Adapter 'default'"), pytest.mark.filterwarnings("ignore:Careful")]
 
@@ -65,31 +67,31 @@ def check(model, component, options, strengths, folder, randomise) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_unet(case: str, sd1, randomise, tmp_path: Path) -> None:
     strengths = STRENGTHS if case in ("attention", "dora", "dora convolutions", "lora_bias") else (1.0, -0.7)
-    check(sd1, "denoiser/unet", CASES[case], strengths, tmp_path, randomise)
+    check(sd1, UNET, CASES[case], strengths, tmp_path, randomise)
 
 
-@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize("component", TEXT_ENCODERS, ids=str)
 @pytest.mark.parametrize("case", TEXT)
-def test_text_encoders(case: str, component: str, xl, randomise, tmp_path: Path) -> None:
+def test_text_encoders(case: str, component: ComponentId, xl, randomise, tmp_path: Path) -> None:
     check(xl, component, TEXT[case], (1.0, -0.7), tmp_path, randomise)
 
 
 def test_text_projection(xl, randomise, tmp_path: Path) -> None:
-    check(xl, "text_encoder_2", dict(r=2, target_modules=["text_projection", "k_proj"]), (1.6,), tmp_path, randomise)
+    check(xl, TEXT_ENCODERS[1], dict(r=2, target_modules=["text_projection", "k_proj"]), (1.6,), tmp_path, randomise)
 
 
 @pytest.mark.parametrize("name", ["sd2", "xl"])
 def test_linear_projections(name: str, randomise, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     options = dict(r=2, lora_alpha=5, target_modules=["proj_in", "to_k", "conv_shortcut"])
-    check(request.getfixturevalue(name), "denoiser/unet", options, (0.5,), tmp_path, randomise)
+    check(request.getfixturevalue(name), UNET, options, (0.5,), tmp_path, randomise)
 
 
 def test_file_in_the_folder(sd1, randomise, tmp_path: Path) -> None:
     """The file itself is read with the settings beside it."""
-    wrapped = randomise(get_peft_model(sd1.copy("text_encoder"), LoraConfig(r=2, target_modules=["q_proj"])))
+    wrapped = randomise(get_peft_model(sd1.copy(TEXT_ENCODERS[0]), LoraConfig(r=2, target_modules=["q_proj"])))
     wrapped.save_pretrained(tmp_path)
     wanted = dict(wrapped.merge_and_unload().named_parameters())
-    sd1.check(tmp_path / "adapter_model.safetensors", {1.0: {"text_encoder": wanted}})
+    sd1.check(tmp_path / "adapter_model.safetensors", {1.0: {TEXT_ENCODERS[0]: wanted}})
 
 
 def test_modules_to_save(sd1, randomise, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from stepforge.export.merge import merge
+from stepforge.export.lora.merge import merge
+from stepforge.runtime.bundle import TEXT_ENCODERS, UNET
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.adapter import Adapter, read_adapter
 
@@ -172,7 +173,7 @@ def test_other_shapes(state: dict[str, np.ndarray], text: str, refuse, file: Pat
 def test_adapter_of_another_model(sd1, sd2, xl, refuse, file: Path) -> None:
     """SD 2's and SDXL's transformers are wider; SDXL has blocks that SD 1 does not have."""
     for model in (sd2, xl):
-        module = next(m for m in model.modules["text_encoder"] if m.path.endswith("layers.0.mlp.fc1"))
+        module = next(m for m in model.modules[TEXT_ENCODERS[0]] if m.path.endswith("layers.0.mlp.fc1"))
         key = "lora_te_text_model_encoder_layers_0_mlp_fc1"
         save_file(
             {f"{key}.lora_down.weight": floats(2, 2 * module.shape[1]), f"{key}.lora_up.weight": floats(64, 2)}, file
@@ -297,7 +298,7 @@ def test_pattern_that_never_ends(pattern: str, refuse, file: Path) -> None:
 def test_worst_patterns_that_are_allowed(sd1, file: Path) -> None:
     """They are bounded together, so that every module of a model is looked up in a moment."""
     state = {}
-    for module in sd1.modules["denoiser/unet"]:
+    for module in sd1.modules[UNET]:
         if module.kind == "linear":
             name = f"base_model.model.{module.path}"
             state |= {
@@ -377,7 +378,7 @@ def test_mutated_files(data: bytes, strength: float, sd1, file: Path) -> None:
     file.write_bytes(data)
     try:
         adapter: Adapter = read_adapter(file, sd1.modules)
-        layers = {path: layer for (component, path), layer in adapter.layers.items() if component == "denoiser/unet"}
+        layers = {path: layer for (component, path), layer in adapter.layers.items() if component == UNET}
         merge(sd1.only(layers), [(layers, strength)])
     except AdapterError:
         pass

@@ -31,6 +31,7 @@ OWNERS = (
     "Sum",
 )  # their results are memory of their own
 TO_IMAGE = (0, 3, 1, 2)
+RAW = ("Conv", "WideConv", "LowrankConv")
 
 
 def write_once(program: Program) -> bool:
@@ -225,13 +226,9 @@ def sums_of_norms(program: Program) -> bool:
             elif (
                 left_made is not None and right_made is not None and vector is None
                 and not any(side.op in PRODUCTS and uses[side.outputs[0]] == 1 for side in (left_made, right_made))
-                and any(side.op in ("Conv", "WideConv", "LowrankConv") and uses[side.outputs[0]] == 1 for side in (left_made, right_made))
+                and any(side.op in RAW and uses[side.outputs[0]] == 1 for side in (left_made, right_made))
             ):  # fmt: skip
-                raw, residual = (
-                    (left, right)
-                    if uses[left] == 1 and left_made.op in ("Conv", "WideConv", "LowrankConv")
-                    else (right, left)
-                )
+                raw, residual = (left, right) if uses[left] == 1 and left_made.op in RAW else (right, left)
                 outputs = node.outputs if alone else (*node.outputs, added.outputs[0])
                 place = index if alone else max(at[added.outputs[0]], at.get(other, 0))
                 others = [reader for reader in readers[added.outputs[0]] if reader is not node]

@@ -79,8 +79,8 @@ def widen_layers(program: Program) -> list[WideLayer]:
             widths = [widths[0] // slices] * slices
         depth = program.constants[weight].shape[1]
         layer = WideLayer(
-            weight, f"wide {weight}", f"columns of {weight}", f"A of {slices} × {depth}", tuple(each.inputs[3] for each in group),
-            tuple(each.inputs[4] for each in group), tuple(widths),
+            weight, f"wide {weight}", f"columns of {weight}", f"A of {slices} × {depth}",
+            tuple(each.inputs[3] for each in group), tuple(each.inputs[4] for each in group), tuple(widths),
         )  # fmt: skip
         layers.append(layer)
         strengths(slices)

@@ -1,0 +1,261 @@
+"""Bytes and FLOPs of a denoiser's program, operator by operator, and the milliseconds that they take by a roofline.
+
+The program is the one that CUDA runs, passes and all, on PyTorch's meta device: shapes without values, so a network of 860
+million weights takes no memory. Its graph may lack its weights: a file of holes stands for them. Launches are counted by
+`stepforge.runtime.backends.torch.launches`; rates are those of `stepforge.kernels.dispatch.cost`, each with its file.
+"""
+
+from __future__ import annotations
+
+import lzma
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from stepforge.kernels.dispatch.cost import Gpu, roofline
+from stepforge.runtime.backends.torch import backend, launches
+from stepforge.runtime.backends.torch.program import Node, Program, read
+from stepforge.runtime.bundle import UNET
+
+SHAPES = Path(__file__).with_name("shapes")  # graphs without weights, by shapes.py
+VIEWS = "views"  # should cost nothing; on a GPU the measurement tells whether one copies
+WHAT = "roofline with an H100's shares of the peaks, see stepforge/kernels/dispatch/cost.py"
+LATENT = {768: 64, 2048: 128}  # width of the prompt -> side of the latents at the model's own size: SD1.5, SDXL
+TOKENS = 77
+PRODUCTS = ("Linear", "Pointwise", "Accumulate", "Gemm")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One operator: its launches, floating-point operations, and elements read and written."""
+
+    kind: str
+    launches: int
+    flops: float
+    elements: float
+
+    def seconds(self, gpu: Gpu) -> float:
+        return roofline(gpu, self.flops, self.elements) + self.launches * gpu.launch
+
+
+class OneGraph:
+    """What a backend asks of a bundle, for a denoiser's graph alone."""
+
+    def __init__(self, graph: Path) -> None:
+        self.graph = graph
+        self.card = SimpleNamespace(family="")
+        self.components = {UNET: SimpleNamespace(graph="")}
+
+    def file(self, relative: str) -> Path:
+        return self.graph
+
+
+@contextmanager
+def with_holes(graph: Path) -> Iterator[Path]:
+    """A graph whose weights are there: its own, or a copy beside a file of holes. Also of graphs in xz."""
+    raw = lzma.decompress(graph.read_bytes()) if graph.suffix == ".xz" else graph.read_bytes()
+    places = [
+        {entry.key: entry.value for entry in tensor.external_data}
+        for tensor in onnx.load_from_string(raw).graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    ]
+    if graph.suffix != ".xz" and all(graph.with_name(place["location"]).exists() for place in places):
+        yield graph
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "model.onnx"
+        copy.write_bytes(raw)
+        for name in {place["location"] for place in places}:
+            ends = [int(p.get("offset", 0)) + int(p["length"]) for p in places if p["location"] == name]
+            with copy.with_name(name).open("wb") as file:
+                file.truncate(max(ends))
+        yield copy
+
+
+def shapes_only(path: Path) -> Program:
+    """A program whose weights are shapes."""
+    program = read(path)
+    for name, value in program.constants.items():
+        if isinstance(value, torch.Tensor) and value.numel() >= backend.SHARED_FROM:
+            program.constants[name] = value.to("meta")
+    return program
+
+
+def cuda_network(graph: Path, precision: str = "fp16") -> Any:
+    """The denoiser as the torch backend prepares it for CUDA without adapters, on the meta device."""
+    own = backend.Torch.__new__(backend.Torch)
+    own._bundle, own._device, own.precision = OneGraph(graph), torch.device("meta"), precision
+    own._weights, own._banks, own._pool = {}, {}, None
+    banks = {name: np.zeros((1, 1, 1), np.float32) for name in read(graph).inputs if ".lora_" in name}
+    backend.read, real = shapes_only, backend.read
+    try:
+        return own._open(UNET, banks, with_lora=False)
+    finally:
+        backend.read = real
+
+
+def given(program: Program, rows: int, side: int = 0, device: Any = "meta") -> dict[str, Any]:
+    """Inputs of a call: latents [rows, C, side, side]; side 0: the model's own."""
+    width = program.shapes["encoder_hidden_states"][2]
+    side = side or LATENT.get(width, 32)
+    sizes = {"timestep": (rows,), "encoder_hidden_states": (rows, TOKENS, width)}
+    for name in program.inputs:
+        shape = program.shapes.get(name, ())
+        if name == "sample":
+            sizes[name] = (rows, shape[1], side, side)
+        elif name.startswith("residual_"):
+            sizes[name] = (1, shape[1], 1, 1)
+        elif name in ("text_embeds", "time_ids"):
+            sizes[name] = (rows, shape[1])
+    return {name: torch.zeros(size, device=device) for name, size in sizes.items()}
+
+
+def works(network: Any, inputs: Mapping[str, Any]) -> list[Work]:
+    """The operators of a call that launch something."""
+    runner, program = network._runner, network.program
+    hosts = launches.on_host(program)
+    shapes: dict[str, tuple[int, ...]] = {}
+    found: list[Work] = []
+    for name, value in {**program.constants, **inputs}.items():
+        if isinstance(value, torch.Tensor):
+            shapes[name] = tuple(value.shape)
+    steps = list(runner._steps)
+    try:
+        for index, (node, compute, done) in enumerate(steps):
+            runner._steps[index] = (node, _noting(node, compute, shapes), done)
+        network(dict(inputs))
+    finally:
+        runner._steps[:] = steps
+    for node in program.nodes:
+        if node.op in launches.VIEWS or set(node.outputs) <= hosts:
+            continue
+        found.append(work(program, node, shapes))
+    return found
+
+
+def _noting(node: Node, compute: Any, shapes: dict[str, tuple[int, ...]]) -> Any:
+    def run(*operands: Any) -> Any:
+        result = compute(*operands)
+        results = (result,) if len(node.outputs) == 1 else result
+        for name, value in zip(node.outputs, results, strict=True):
+            if isinstance(value, torch.Tensor):
+                shapes[name] = tuple(value.shape)
+        return result
+
+    return run
+
+
+def work(program: Program, node: Node, shapes: Mapping[str, tuple[int, ...]]) -> Work:
+    read = [shapes[name] for name in dict.fromkeys(node.inputs) if name in shapes]
+    out = [shapes[name] for name in node.outputs if name in shapes]
+    elements = float(sum(np.prod(shape) for shape in (*read, *out)))
+    flops = 0.0
+    if node.op in PRODUCTS:
+        flops = 2.0 * np.prod(out[0]) * shapes[node.inputs[1]][1]
+    elif node.op == "Conv":
+        flops = 2.0 * np.prod(out[0]) * np.prod(shapes[node.inputs[1]][1:])
+    elif node.op == "MatMul":
+        flops = 2.0 * np.prod(out[0]) * shapes[node.inputs[0]][-1]
+    elif node.op == "Attention":
+        flops = 4.0 * np.prod(shapes[node.inputs[0]]) * shapes[node.inputs[1]][-2]
+    alone = Program([node], program.inputs, program.outputs, program.constants)
+    pixels = {name: int(np.prod(shape[2:])) for name, shape in shapes.items() if len(shape) == 4}
+    counted = launches.count(alone, pixels)
+    kind = next(iter(counted), node.op)
+    return Work(kind, sum(counted.values()), flops, elements)
+
+
+def by_kind(found: list[Work]) -> dict[str, list[Work]]:
+    kinds: dict[str, list[Work]] = {}
+    for one in found:
+        kinds.setdefault(one.kind, []).append(one)
+    return dict(sorted(kinds.items(), key=lambda item: -sum(w.flops for w in item[1])))
+
+
+def table(found: list[Work], gpus: Mapping[str, Gpu], measured: Mapping[str, float] | None = None) -> list[str]:
+    """Lines: each kind's launches, GFLOP, MB and predicted milliseconds; measured: milliseconds by kind beside them."""
+    head = f"{'kind':22} {'launches':>8} {'GFLOP':>8} {'MB':>8} " + " ".join(f"{name:>8}" for name in gpus)
+    lines = [head + (f" {'measured':>9}" if measured is not None else "") + "   ms"]
+    views: list[tuple[str, list[Work]]] = [(VIEWS, [])] if measured is not None else []
+    for kind, own in [*by_kind(found).items(), *views, ("all", found)]:
+        flops, elements = sum(w.flops for w in own), sum(w.elements for w in own)
+        cells = [f"{1e3 * sum(w.seconds(gpu) for w in own):8.2f}" for gpu in gpus.values()]
+        line = f"{kind:22} {sum(w.launches for w in own):8} {flops / 1e9:8.1f} {2e-6 * elements:8.1f} " + " ".join(
+            cells
+        )
+        if measured is not None:
+            time = sum(measured.values()) if kind == "all" else measured.get(kind, 0.0)
+            line += f" {time:9.2f}"
+        lines.append(line)
+    return lines
+
+
+def drawn(network: Any, device: str) -> Any:
+    """The network of shapes with random weights on a device: products of 1/√depth, vectors about 0, in place."""
+    constants = network.program.constants
+    given = {name: value for name, value in constants.items() if isinstance(value, torch.Tensor)}
+    constants |= numbers(given, device)
+    if device == "cuda":
+        backend.channels_last(network.program)
+    return network
+
+
+def numbers(shapes: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Random numbers for what has none, as strided; of matrices 1/√depth in size."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def filled(value: Any) -> Any:
+        if value.device.type != "meta":
+            return value.to(device)
+        scale = value[0].numel() ** -0.5 if value.ndim > 1 else 1.0
+        found = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return found.normal_(generator=generator).mul_(scale)
+
+    return {name: filled(value) for name, value in shapes.items()}
+
+
+def measure(network: Any, inputs: Mapping[str, Any], *, times: int = 3) -> dict[str, float]:
+    """Milliseconds of the device by kind, or of the CPU where the network is there: each operator under a name of its own."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    runner, program = network._runner, network.program
+    on_cuda = next(iter(inputs.values())).device.type == "cuda"
+    steps = list(runner._steps)
+
+    hosts = launches.on_host(program)
+
+    def named(node: Node, compute: Any) -> Any:
+        counted = launches.count(Program([node], program.inputs, program.outputs, program.constants))
+        launches_one = node.op not in launches.VIEWS and not set(node.outputs) <= hosts
+        kind = f"kind {next(iter(counted), node.op) if launches_one else VIEWS}"
+
+        def run(*operands: Any) -> Any:
+            with record_function(kind):
+                return compute(*operands)
+
+        return run
+
+    network(dict(inputs))
+    try:
+        runner._steps[:] = [(node, named(node, compute), done) for node, compute, done in steps]
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
+        with profile(activities=activities) as seen:
+            for _ in range(times):
+                network(dict(inputs))
+            if on_cuda:
+                torch.cuda.synchronize()
+    finally:
+        runner._steps[:] = steps
+    events = [event for event in seen.key_averages() if event.key.startswith("kind ")]
+    return {
+        event.key.removeprefix("kind "): (event.device_time_total if on_cuda else event.cpu_time_total) / times / 1e3
+        for event in events
+    }

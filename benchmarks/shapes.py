@@ -1,0 +1,85 @@
+"""A denoiser's graph without its weights: `python benchmarks/shapes.py sdxl benchmarks/shapes/sdxl.onnx.xz`, some minutes.
+
+The UNet of that shape is traced with weights that take no memory (one zero, expanded); of the graph everything is kept but
+the values of its weights, which `network_model` replaces by shapes. What is traced is what `stepforge export` traces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import lzma
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from stepforge.export.graph import trace
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sdxl": {
+        "sample_size": 128,
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+
+def weightless(options: dict[str, Any]) -> Any:
+    """A UNet whose weights are one number each."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**options)
+    one = torch.zeros(1)
+    for module in unet.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(one.expand(value.shape), requires_grad=False))
+        for name, value in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, one.expand(value.shape))
+    return unet
+
+
+def drop_weights(model: ir.Model) -> None:
+    """Large initializers become places in a file that is not there."""
+    at = 0
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes >= trace.INLINE:
+            value.const_value = ir.ExternalTensor(
+                trace.DATA, at, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+            )
+            at += tensor.nbytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    traced = trace.denoiser(weightless(SHAPES[args.shape]))
+    model = trace.trace(traced)
+    trace.name_weights(model)
+    trace.clean(model)
+    trace.name_axes(model, traced)
+    trace.forget_shapes(model)
+    drop_weights(model)
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / trace.GRAPH
+        ir.save(model, graph)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_bytes(lzma.compress(graph.read_bytes(), preset=9 | lzma.PRESET_EXTREME))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Networks to graphs, and rewrites of graphs."""

@@ -1,0 +1,289 @@
+"""Networks to ONNX graphs: fixed signatures, dynamic rows and sizes, one standard graph and one fused for ONNX Runtime.
+
+    denoiser      sample [rows, C, height, width], timestep [rows], encoder_hidden_states [rows, tokens, dim]
+                  (SDXL: text_embeds [rows, p], time_ids [rows, 6]) -> prediction [rows, C, height, width]
+    text encoder  input_ids [rows, L] int64 -> hidden_states [rows, L, dim] (SDXL's second: pooled [rows, p])
+    VAE decoder   latents [rows, C, height, width], as the sampler leaves them -> pixels [rows, 3, s·height, s·width]
+    ControlNet    see control.py
+
+All inputs and outputs are float32 but input_ids; a network in fp16 casts at its border.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from stepforge.export.graph.passes import clean, forget_shapes, name_weights
+from stepforge.runtime import bundle
+from stepforge.runtime.bundle import Component
+
+# Opset 20 writes attention as MatMul, Softmax, MatMul. OpenVINO and TensorRT fuse that, and `derive` does for ONNX
+# Runtime. Opset 23 has an Attention operator, but no engine was faster with it (benchmarks/bench_export.py --opsets),
+# ONNX Runtime splits its GroupNormalization into nine operators, and TensorRT before 10.14 cannot read it.
+OPSET = 20
+GRAPH = "model.onnx"
+DATA = "model.onnx.data"
+DERIVED = "model.onnxruntime.onnx"
+INLINE = 1024  # bytes; smaller weights stand in the graph file, where engines can fold them
+
+Axes = Mapping[str, tuple[int | str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A module ready for export: example inputs, and the shapes of its inputs and outputs as the manifest names them."""
+
+    module: nn.Module
+    example: Mapping[str, Tensor]
+    inputs: Axes
+    outputs: Axes
+    multiple: int = 1  # height and width must be multiples of this
+    derive: bool = False  # write a graph for ONNX Runtime as well
+    probes: tuple[str, ...] = ()  # further outputs: inner values that rewrites of the graph need to find again
+
+
+class Denoiser(nn.Module):
+    """A UNet, and the inner values that `probes` names.
+
+    skip_i   the value that the i-th skip connection carries, in the order in which the down path makes them
+    mid      what the middle block makes
+    text_i   output of the i-th cross-attention, before it is added to what it attended from
+    """
+
+    def __init__(self, unet: Any, *, probe: bool = False) -> None:
+        super().__init__()
+        self.unet = unet
+        self._text: list[Tensor] = []
+        self._skips: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+        self.probes: tuple[str, ...] = ()
+        if probe:
+            blocks = len(unet.up_blocks)
+            for block in unet.up_blocks:
+                block.register_forward_pre_hook(self._see_block, with_kwargs=True)
+            attentions = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
+            for module in attentions:
+                module.register_forward_hook(lambda module, args, output: self._text.append(output))
+            skips = blocks * (unet.config.layers_per_block + 1)
+            self.probes = (
+                *(f"skip_{index}" for index in range(skips)),
+                "mid",
+                *(f"text_{index}" for index in range(len(attentions))),
+            )
+
+    def _see_block(self, block: Any, args: Any, values: dict[str, Any]) -> None:
+        self._skips.append((values["hidden_states"], values["res_hidden_states_tuple"]))
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        dtype = self.unet.dtype
+        self._text.clear()
+        self._skips.clear()
+        extra = None
+        if text_embeds is not None:
+            extra = {"text_embeds": text_embeds.to(dtype), "time_ids": time_ids}  # up to 1024: embedded in fp32
+        context = encoder_hidden_states.to(dtype)
+        out = self.unet(sample.to(dtype), timestep, context, added_cond_kwargs=extra, return_dict=False)[0].float()
+        if not self.probes:
+            return out
+        skips = [value for _, values in reversed(self._skips) for value in values]  # deepest block first
+        probes = (*skips, self._skips[0][0], *self._text)
+        self._text, self._skips = [], []
+        return out, *probes
+
+
+class ClipEncoder(nn.Module):
+    """Hidden states of the last layer through the final norm (SD 1 and 2), or of the last but one as they are (SDXL)."""
+
+    def __init__(self, model: Any, length: int, *, penultimate: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.penultimate = penultimate
+        # transformers builds its mask with shape-dependent Python; ours is a constant of the graph
+        mask = torch.full((length, length), torch.finfo(model.dtype).min, dtype=model.dtype).triu(1)
+        self.mask: Tensor
+        self.register_buffer("mask", mask[None, None], persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        core = getattr(self.model, "text_model", self.model)
+        hidden = core.embeddings(input_ids=input_ids)
+        layers = core.encoder.layers
+        for layer in layers[:-1]:
+            hidden = layer(hidden, self.mask)
+        before_last = hidden
+        if self.penultimate and not hasattr(self.model, "text_projection"):
+            return before_last.float()
+        last = core.final_layer_norm(layers[-1](hidden, self.mask))
+        if not self.penultimate:
+            return last.float()
+        if core.eos_token_id == 2:  # the end token is the one with the highest id; see CLIPTextModel.forward
+            end = input_ids.int().argmax(dim=-1)
+        else:
+            end = (input_ids == core.eos_token_id).int().argmax(dim=-1)
+        at_end = last[torch.arange(last.shape[0]), end]
+        return before_last.float(), self.model.text_projection(at_end).float()
+
+
+class VaeDecoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+        self.scale = 1.0 / vae.config.scaling_factor
+        self.dtype = vae.dtype
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = (latents * self.scale).to(self.dtype)
+        return self.decoder(x if self.post_quant_conv is None else self.post_quant_conv(x)).float()
+
+
+def denoiser(unet: Any, *, probe: bool = False) -> Traced:
+    """probe: with the inner values that ControlNets and reuse variants need as further outputs, see `Denoiser`."""
+    example, inputs, multiple = network_inputs(unet.config)
+    module = Denoiser(unet, probe=probe)
+    outputs = {"prediction": ("rows", unet.config.out_channels, "height", "width")}
+    return Traced(module, example, inputs, outputs, multiple, derive=True, probes=module.probes)
+
+
+def network_inputs(config: Any) -> tuple[dict[str, Tensor], dict[str, tuple[int | str, ...]], int]:
+    """Inputs of a UNet and its ControlNets: examples, shapes, and the multiple that height and width have."""
+    channels, dim = config.in_channels, config.cross_attention_dim
+    multiple = 2 ** (len(config.block_out_channels) - 1)
+    # Two rows, and height unequal to width: torch.export takes a 1, and two equal sizes, for constants.
+    example = {
+        "sample": torch.zeros(2, channels, 4 * multiple, 6 * multiple),
+        "timestep": torch.zeros(2),
+        "encoder_hidden_states": torch.zeros(2, 77, dim),
+    }
+    inputs: dict[str, tuple[int | str, ...]] = {
+        "sample": ("rows", channels, "height", "width"),
+        "timestep": ("rows",),
+        "encoder_hidden_states": ("rows", "tokens", dim),
+    }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        example |= {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
+        inputs |= {"text_embeds": ("rows", pooled), "time_ids": ("rows", 6)}
+    return example, inputs, multiple
+
+
+def text_encoder(model: Any, length: int, *, penultimate: bool) -> Traced:
+    """length: tokens of one chunk. penultimate: SDXL's choice of layer."""
+    outputs: dict[str, tuple[int | str, ...]] = {"hidden_states": ("rows", length, model.config.hidden_size)}
+    if penultimate and hasattr(model, "text_projection"):
+        outputs["pooled"] = ("rows", model.config.projection_dim)
+    example = {"input_ids": torch.zeros(2, length, dtype=torch.int64)}
+    return Traced(
+        ClipEncoder(model, length, penultimate=penultimate), example, {"input_ids": ("rows", length)}, outputs
+    )
+
+
+def vae_decoder(vae: Any) -> Traced:
+    config = vae.config
+    channels, scale = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
+    return Traced(
+        VaeDecoder(vae),
+        {"latents": torch.zeros(2, channels, 8, 12)},
+        {"latents": ("rows", channels, "height", "width")},
+        {"pixels": ("rows", config.out_channels, f"{scale}*height", f"{scale}*width")},
+    )
+
+
+def trace(traced: Traced, opset: int = OPSET) -> ir.Model:
+    """The module as one ONNX graph without traces of the machine that made it."""
+    # Rows below 64: diffusers copies activations from there on, which torch.export takes for another graph, and finds out by
+    # exporting twice. The ONNX graph is the same.
+    sizes = {"rows": Dim("rows", max=63), "tokens": Dim("tokens")}
+    for name in ("height", "width"):
+        # multiples stated as such: else torch.export finds that the UNet's skip connections do not fit every size
+        sizes[name] = traced.multiple * Dim(f"{name}_", min=2) if traced.multiple > 1 else Dim(name, min=2)
+    shapes = {
+        name: {axis: sizes[size] for axis, size in enumerate(shape) if isinstance(size, str)}
+        for name, shape in traced.inputs.items()
+    }
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # silence torch.onnx: torchvision is optional
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                traced.module.eval(),
+                kwargs=dict(traced.example),
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(traced.inputs),
+                output_names=[*traced.outputs, *traced.probes],
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+    finally:
+        logger.setLevel(level)
+    assert program is not None
+    return program.model
+
+
+def save(traced: Traced, folder: Path, opset: int = OPSET) -> Component:
+    """Export into `folder`: model.onnx, its weights in model.onnx.data, and the graph for ONNX Runtime over the same.
+
+    The graph names of the component are relative to `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = trace(traced, opset)
+    name_weights(model)
+    clean(model)
+    name_axes(model, traced)
+    ir.save(model, folder / GRAPH, external_data=DATA, size_threshold_bytes=INLINE)
+    del model
+    if traced.derive:
+        derive(folder / GRAPH, folder / DERIVED)
+    model = ir.load(folder / GRAPH)  # its weights stay in their file
+    forget_shapes(model)
+    ir.save(model, folder / GRAPH)
+    return Component(
+        graph=GRAPH,
+        inputs=tuple(bundle.Tensor(n, "int64" if n == "input_ids" else "float32", s) for n, s in traced.inputs.items()),
+        outputs=tuple(bundle.Tensor(n, "float32", s) for n, s in traced.outputs.items()),
+        derived={"onnxruntime": DERIVED} if traced.derive else {},
+    )
+
+
+def derive(graph: Path, out: Path) -> None:
+    """ONNX Runtime's copy of a graph: MultiHeadAttention and SkipLayerNormalization, over the same weights file.
+
+    Without it the CPU provider writes every attention score to memory. The shapes inside the graph guide the fusions.
+    Only for denoisers: in the VAE and the text encoder the optimizer packs or copies weights, and they run once.
+    """
+    from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+    model, _ = optimize_for_ort(ir.load(graph))
+    clean(model)
+    forget_shapes(model)
+    ir.save(model, out)
+
+
+def name_axes(model: ir.Model, traced: Traced) -> None:
+    """Dynamic axes under the manifest's names, instead of torch's expressions such as `8*height_`."""
+    plain = model.graph.outputs[: len(traced.outputs)]
+    for values, shapes in ((model.graph.inputs, traced.inputs), (plain, traced.outputs)):
+        for value, shape in zip(values, shapes.values(), strict=True):
+            value.shape = ir.Shape(shape)
+    for value in model.graph.outputs[len(traced.outputs) :]:
+        assert value.shape is not None
+        axes = [size if isinstance(size, int) else f"{value.name}_{axis}" for axis, size in enumerate(value.shape)]
+        value.shape = ir.Shape(["rows", *axes[1:]])

@@ -1,0 +1,1 @@
+"""LoRA into weights, and LoRA files into others."""

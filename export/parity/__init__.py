@@ -1,0 +1,1 @@
+"""The proof: a bundle against diffusers."""

@@ -1,0 +1,240 @@
+"""Proof that a bundle equals its source: the same prompts and noise through diffusers' pipeline and through the engine.
+
+    component    each network on the same inputs, relative L2 error of its outputs (components.py, control.py)
+    step         latents after the first step
+    trajectory   latents after every step, the worst one
+    image        PSNR of the 8-bit image; finite, and not one flat colour unless the reference is
+
+Errors are ‖ours − reference‖ / ‖reference‖. Limits are per precision and stated in LIMITS with their reasons. `spread` is
+the reference against itself with one thread, which sums in another order: no engine can be held to less than that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepforge.export.lora.merge import read_all, with_adapters
+from stepforge.export.models.controlnet import ControlSource
+from stepforge.export.models.load import load
+from stepforge.export.models.source import Source
+from stepforge.export.parity.components import component_errors
+from stepforge.export.parity.control import control_errors, exported_controls
+from stepforge.export.parity.measures import psnr, relative_error
+from stepforge.export.parity.reference import Reference, References, Settings, run_references
+from stepforge.runtime.arrays import Float32
+from stepforge.runtime.backends import Arrays, Backend, Graph, open_backend, runnable
+from stepforge.runtime.bundle import Bundle, ComponentId, read, update
+from stepforge.runtime.engine import Engine
+from stepforge.runtime.errors import BackendError, CheckpointError
+from stepforge.runtime.request import Control, Progress, Request
+
+PROMPTS = ("a photograph of a cat sitting on a wooden table", "an oil painting of a red house by the sea")
+LIBRARIES = ("diffusers", "torch", "transformers", "openvino", "onnxruntime")  # whose versions a verdict names
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest errors, and the smallest PSNR in dB, that count as parity."""
+
+    component: float
+    step: float
+    trajectory: float
+    psnr: float
+    reason: str
+
+
+LIMITS = {
+    "fp32": Limits(
+        1e-4, 1e-4, 1e-4, 60.0, "same arithmetic, other summation order: 1e-6 a network, amplified over the steps"
+    ),
+    "fp16": Limits(
+        1e-2, 1e-2, 5e-2, 30.0, "weights and activations rounded to 11 bits: 5e-4 an operation, over some 1,000 of them"
+    ),
+    "bf16": Limits(
+        5e-2, 5e-2, 1e-1, 30.0, "activations rounded to 8 bits: 4e-3 an operation; the image is the same to the eye"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison. `value` is an error, or for images a PSNR in dB, which must not fall below its limit."""
+
+    backend: str
+    precision: str
+    level: str
+    name: str
+    value: float
+    limit: float
+    passed: bool
+
+
+def verify(
+    bundle_path: str | Path,
+    model_path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    prediction_type: str | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
+    controls: Mapping[str, str | Path] | None = None,
+    backends: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    prompts: Sequence[str] = PROMPTS,
+    steps: int = 20,
+    guidance: float = 7.5,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda stage: None,
+    store: bool = True,
+) -> dict[str, Any]:
+    """Run every check and return the verdict, which is also stored in the bundle.
+
+    loras: what the bundle has merged; the reference gets them merged too. controls: the bundle's ControlNets, each of which
+    draws the first prompt with a drawn hint, see control.py. backends, precisions: all that this machine can
+    run unless given. Raises BundleError, CheckpointError, AdapterError, BackendError.
+    """
+    bundle = read(bundle_path)
+    source = exported_source(bundle, load(model_path, tokenizer=tokenizer, prediction_type=prediction_type), loras)
+    nets = exported_controls(bundle, source, controls or {})
+    runs = list(_configurations(bundle, backends, precisions))
+    settings = Settings(tuple(prompts), steps, guidance, seed)
+    references = run_references(source, nets, bundle, settings, progress)
+    checks: list[Check] = []
+    for backend, precision in runs:
+        progress(f"{backend} {precision}")
+        checks += _compare(bundle, open_backend(backend, bundle, precision=precision), nets, references, settings)
+    verdict = _verdict(checks, references, settings)
+    if store:
+        update(bundle, lambda now: replace(now, verdict=verdict))
+    return verdict
+
+
+def exported_source(bundle: Bundle, source: Source, loras: Sequence[tuple[Path, float]]) -> Source:
+    """The source with merged adapters. Raises CheckpointError unless the bundle was exported from just these."""
+    source = with_adapters(source, read_all(source, loras))
+    if bundle.source.get("sha256") != source.provenance.get("sha256"):
+        raise CheckpointError(f"{bundle.path} was exported from other weights than those of {source.name}")
+    if (merged := bundle.source.get("adapters", [])) != source.provenance.get("adapters", []):
+        needed = " ".join(f"--lora {one['file']}:{one['strength']:g}" for one in merged) or "no --lora"
+        raise CheckpointError(f"{bundle.path} was exported with other adapters; verify it with {needed}")
+    return source
+
+
+def _configurations(bundle: Bundle, backends: Sequence[str], precisions: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Backends and precisions to check: all that were asked for, or all that this machine can run."""
+    found = False
+    for backend in backends or runnable():
+        for precision in precisions or ("fp32", "bf16"):
+            try:
+                open_backend(backend, bundle, precision=precision)
+            except BackendError:
+                if backends and precisions:
+                    raise
+                continue
+            found = True
+            yield backend, precision
+    if not found:
+        raise BackendError("none of the asked backends and precisions can run here; see `stepforge doctor`")
+
+
+def _compare(
+    bundle: Bundle, backend: Backend, nets: Sequence[ControlSource], references: References, settings: Settings
+) -> Iterator[Check]:
+    """One backend and precision against the references."""
+    opened = _OpenOnce(backend)
+    limits = LIMITS[bundle.precision if backend.precision == "fp32" else backend.precision]
+    with Engine(bundle, opened) as engine:
+        errors = list(component_errors(bundle, references, opened, engine, settings))
+        for net in nets:
+            errors += control_errors(bundle, net, references, opened, engine, settings)
+        for name, error in errors:
+            yield _limited(backend, "component", name, error, limits.component)
+        for request, reference, name in _requests(references, settings):
+            yield from _trajectory(engine, request, reference, name, limits)
+
+
+def _requests(references: References, settings: Settings) -> Iterator[tuple[Request, Reference, str]]:
+    """Requests of the engine, each with diffusers' run of the same and the name of the check."""
+    options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance, "seed": settings.seed}
+    options["prompt_syntax"] = "plain"
+    for prompt, reference in references.plain.items():
+        yield Request(prompt=prompt, **options), reference, prompt
+    for net, reference in references.controlled.items():
+        control = Control(name=net, image=references.hint)
+        yield (Request(prompt=settings.prompts[0], controls=(control,), **options), reference, f"with ControlNet {net}")
+
+
+class _OpenOnce:
+    """A backend that keeps what it opened, so that the engine and the component checks share one copy."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.name, self.precision, self.versions = inner.name, inner.precision, inner.versions
+        self._inner = inner
+        self._graphs: dict[ComponentId, Graph] = {}
+
+    def bank_dtype(self, component: ComponentId) -> Any:
+        return self._inner.bank_dtype(component)
+
+    def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
+        if component not in self._graphs:
+            self._graphs[component] = self._inner.open(component, banks)
+        return self._graphs[component]
+
+
+def _trajectory(engine: Engine, request: Request, reference: Reference, name: str, limits: Limits) -> Iterator[Check]:
+    """A request's latents and image against the reference's."""
+    ours: list[Float32] = []
+
+    def note(progress: Progress) -> None:
+        ours.append(progress.latents())
+
+    image = np.asarray(engine.generate(request, on_step=note).images[0])
+    if len(ours) != len(reference.latents):
+        raise CheckpointError(f"the reference ran {len(reference.latents)} evaluations, the plan {len(ours)}")
+    errors = [relative_error(a, b) for a, b in zip(ours, reference.latents, strict=True)]
+    yield _limited(engine.backend, "step", name, errors[0], limits.step)
+    yield _limited(engine.backend, "trajectory", name, max(errors), limits.trajectory)
+    quality = psnr(image, reference.image)
+    flat = np.ptp(image) == 0 and np.ptp(reference.image) > 0
+    passed = quality >= limits.psnr and not flat
+    yield Check(engine.backend.name, engine.backend.precision, "image", name, quality, limits.psnr, passed)
+
+
+def _limited(backend: Backend, level: str, name: str, error: float, limit: float) -> Check:
+    return Check(backend.name, backend.precision, level, name, error, limit, error <= limit)
+
+
+def _verdict(checks: Sequence[Check], references: References, settings: Settings) -> dict[str, Any]:
+    first, again = references.plain[settings.prompts[0]], references.again
+    spread = max(relative_error(a, b) for a, b in zip(again.latents, first.latents, strict=True))
+    return {
+        "passed": all(check.passed for check in checks),
+        "summary": _summary(checks),
+        **asdict(settings),
+        "prompts": list(settings.prompts),
+        "spread": {"trajectory": spread, "psnr": psnr(again.image, first.image)},
+        "limits": {name: asdict(limits) for name, limits in LIMITS.items()},
+        "checks": [{**asdict(check), "value": _plain(check.value)} for check in checks],
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _summary(checks: Sequence[Check]) -> str:
+    """Outcome and worst image of each backend and precision."""
+    parts = []
+    for run in sorted({(check.backend, check.precision) for check in checks}):
+        own = [check for check in checks if (check.backend, check.precision) == run]
+        worst = min(check.value for check in own if check.level == "image")
+        parts.append(f"{' '.join(run)} {'passed' if all(c.passed for c in own) else 'FAILED'}, {worst:.1f} dB")
+    return "; ".join(parts)
+
+
+def _plain(value: float) -> float | str:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else "inf"

@@ -1,0 +1,69 @@
+"""Whether this machine has a GPU that the torch backend runs on, without importing torch and without touching CUDA.
+
+NVML, the library behind nvidia-smi, tells: it makes no CUDA context, so a process that asks may still fork.
+CUDA_VISIBLE_DEVICES hides GPUs here as it does from CUDA.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+OLDEST = (8, 0)  # of the kernels: bf16 tensor cores
+NVML = "libnvidia-ml.so.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    name: str
+    capability: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{self.name}, sm_{self.capability[0]}{self.capability[1]}"
+
+
+def first_gpu() -> Gpu | None:
+    """The first NVIDIA GPU that CUDA may use; None if there is none, or no driver."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = (visible or "0").split(",")[0].strip()
+    if visible == "" or first == "-1":
+        return None
+    try:
+        nvml = ctypes.CDLL(NVML)
+    except OSError:
+        return None
+    if nvml.nvmlInit_v2():
+        return None
+    try:
+        handle, name = ctypes.c_void_p(), ctypes.create_string_buffer(96)
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        index = ctypes.c_uint(int(first) if first.isdigit() else 0)  # a UUID: GPUs of one machine are of one kind
+        failed = (
+            nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
+            or nvml.nvmlDeviceGetName(handle, name, ctypes.c_uint(len(name)))
+            or nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
+        )
+        return None if failed else Gpu(name.value.decode(), (major.value, minor.value))
+    finally:
+        nvml.nvmlShutdown()
+
+
+def torch_on_gpu() -> tuple[bool, str]:
+    """Whether the torch backend runs on a GPU here, and on which or why not."""
+    gpu = first_gpu()
+    if gpu is None:
+        return False, "no NVIDIA GPU"
+    if gpu.capability < OLDEST:
+        return False, f"{gpu} is older than sm_{OLDEST[0]}{OLDEST[1]}"
+    for package in ("torch", "triton", "onnx"):
+        if importlib.util.find_spec(package) is None:
+            return False, f"{gpu}, but {package} is not installed"
+    try:
+        if "+cpu" in version("torch"):
+            return False, f"{gpu}, but this torch is built for the CPU"
+    except PackageNotFoundError:
+        pass  # without metadata: let it try
+    return True, str(gpu)

@@ -1,0 +1,50 @@
+"""The bundle: a model compiled to graphs, in a directory. `format` says what lies where, `read` checks, `store` writes."""
+
+from stepforge.runtime.bundle.format import (
+    MANIFEST,
+    NAME,
+    TEXT_ENCODERS,
+    UNET,
+    VAE_DECODER,
+    WEIGHT_PRECISIONS,
+    Bank,
+    Bundle,
+    Component,
+    ComponentId,
+    ControlCard,
+    ModelCard,
+    Module,
+    Role,
+    Size,
+    Tensor,
+    TextEncoder,
+)
+from stepforge.runtime.bundle.preset import Preset
+from stepforge.runtime.bundle.read import read, sha256
+from stepforge.runtime.bundle.store import locked, update, write_manifest
+
+__all__ = [
+    "MANIFEST",
+    "NAME",
+    "TEXT_ENCODERS",
+    "UNET",
+    "VAE_DECODER",
+    "WEIGHT_PRECISIONS",
+    "Bank",
+    "Bundle",
+    "Component",
+    "ComponentId",
+    "ControlCard",
+    "ModelCard",
+    "Module",
+    "Preset",
+    "Role",
+    "Size",
+    "Tensor",
+    "TextEncoder",
+    "locked",
+    "read",
+    "sha256",
+    "update",
+    "write_manifest",
+]

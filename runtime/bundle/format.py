@@ -1,0 +1,271 @@
+"""The bundle: a directory of graphs, tokenizers and one manifest. This file is the one statement of the format.
+
+    bundle.json                 the manifest below
+    tokenizer*/tokenizer.json   read by the `tokenizers` library
+    text_encoder*/model.onnx    ids [n, L] -> hidden states (SDXL: and pooled)
+    denoiser/<name>/model.onnx  sample, timestep, encoder_hidden_states, ... -> prediction
+    control/<name>/hint/model.onnx       image in 0..1 -> hint
+    control/<name>/residuals/model.onnx  what the denoiser reads, hint, scale -> residual_i
+    vae_decoder/model.onnx      latents -> pixels in [-1, 1]
+
+Weights lie beside each graph as ONNX external data, once; a component may have further graphs over the same weights,
+derived for one engine (`Component.derived`). A component with a LoRA bank takes further inputs, see `Bank`. A bundle with
+ControlNets has a denoiser that takes `residual_i` too; what is 0 may be given as [1, C, 1, 1].
+A component has a role, a name and a variant (`ComponentId`), which the manifest states; folders are for people. A variant
+reuses what an earlier step computed: outputs of the network are its inputs (export/graph/rewire.py). It lies in the
+network's folder, shares its weights and reads its banks.
+Nothing in a bundle is code, and every file is hashed before it is parsed.
+All graph inputs and outputs are float32 or int64, whatever the precision inside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from stepforge.runtime.bundle.preset import Preset
+from stepforge.runtime.errors import RequestError
+
+FORMAT = 4
+MANIFEST = "bundle.json"
+FAMILIES = ("sd1", "sd2", "sdxl")
+WEIGHT_PRECISIONS = ("fp32", "fp16")  # of a bundle's weights
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+Role = Literal["text_encoder", "denoiser", "control_hint", "control_residuals", "vae_decoder"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ComponentId:
+    """Which network of a bundle.
+
+    name: of the text encoder and the VAE as in diffusers, of the expert for a denoiser, of the ControlNet for its two parts.
+    variant: what it reuses of earlier steps ("deepcache", "tgate"); empty for the whole network.
+    """
+
+    role: Role
+    name: str
+    variant: str = ""
+
+    @property
+    def whole(self) -> ComponentId:
+        """The network that this is a variant of, or itself."""
+        return replace(self, variant="") if self.variant else self
+
+    @property
+    def folder(self) -> str:
+        """Where an export puts its graphs, relative to the bundle. Readers go by `Component.graph`."""
+        match self.role:
+            case "text_encoder":
+                return self.name
+            case "denoiser":
+                return f"denoiser/{self.name}"
+            case "control_hint":
+                return f"control/{self.name}/hint"
+            case "control_residuals":
+                return f"control/{self.name}/residuals"
+            case "vae_decoder":
+                return "vae_decoder"
+
+    @property
+    def label(self) -> str:
+        """As statistics and plans print it: "unet", "unet.deepcache", "control/edge", "control/edge/hint"."""
+        match self.role:
+            case "denoiser":
+                base = self.name
+            case "control_residuals":
+                base = f"control/{self.name}"
+            case _:
+                base = self.folder
+        return f"{base}.{self.variant}" if self.variant else base
+
+    def __str__(self) -> str:
+        return f"{self.folder}.{self.variant}" if self.variant else self.folder
+
+
+UNET = ComponentId("denoiser", "unet")
+VAE_DECODER = ComponentId("vae_decoder", "vae")
+TEXT_ENCODERS = (ComponentId("text_encoder", "text_encoder"), ComponentId("text_encoder", "text_encoder_2"))
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One input or output of a graph. A string in `shape` names a dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A layer of a network that a LoRA may change."""
+
+    path: str  # as in diffusers; in text encoders without "text_model."
+    kind: str  # "linear", "conv" or "norm"
+    shape: tuple[int, ...]  # of its weight: [out, in], [out, in, k, k] or [channels]
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """LoRA banks as inputs of a graph, so that adapters are swapped by copying and rows of a batch can differ.
+
+        y = W·x + strength·((x·A[slot])·B[slot])
+
+    Each input `<path>.lora_A` is [slots, in, rank], each `<path>.lora_B` [slots, rank, out]; a convolution's are
+    [slots, rank·k·k, in], rows ordered by rank, then tap, and [slots, out, rank]. Layers that read the same value share one
+    A, with their ranks side by side. `adapter` [rows] int64 is the slot of each row, `adapter_strength` [rows, 1, 1] its
+    strength. Slot 0 holds zeros: no adapter.
+    """
+
+    slots: int  # with slot 0
+    rank: int
+    shared: Mapping[str, tuple[str, ...]]  # module whose name the shared A has -> modules in the order of their ranks
+
+    @property
+    def targets(self) -> Mapping[str, tuple[str, int]]:
+        """Path of a module -> name of its A, and its place among the ranks there."""
+        return {path: (name, place) for name, paths in self.shared.items() for place, path in enumerate(paths)}
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One network: its graph, its signature, and graphs derived from it for one engine over the same weights."""
+
+    graph: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    derived: Mapping[str, str] = field(default_factory=dict)  # backend name -> graph
+    modules: tuple[Module, ...] = ()
+    bank: Bank | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """One text encoder and the tokenizer that feeds it."""
+
+    name: str  # of the component
+    tokenizer: str  # path of tokenizer.json
+    max_length: int  # tokens of one chunk, with begin and end
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    @property
+    def component(self) -> ComponentId:
+        return ComponentId("text_encoder", self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Width and height of an image in pixels."""
+
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What the engine must know of the model."""
+
+    name: str
+    family: str
+    width: int  # pixels, the size the model was trained for
+    height: int
+    latent_channels: int
+    vae_scale: int  # pixels per latent
+    size_multiple: int  # width and height must be multiples of this many pixels
+    scaling_factor: float  # latents = scaling_factor · vae latents
+    text_encoders: tuple[TextEncoder, ...]
+    zero_empty_negative: bool = False  # SDXL's force_zeros_for_empty_prompt
+
+    def size(self, width: int | None, height: int | None) -> Size:
+        """The asked image size, the model's own where None. Raises RequestError if the networks cannot run it."""
+        size = Size(width or self.width, height or self.height)
+        for name, value in (("width", size.width), ("height", size.height)):
+            if value % self.size_multiple:
+                low = max(self.size_multiple, value // self.size_multiple * self.size_multiple)
+                raise RequestError(
+                    f"{name} is {value}; {self.name} needs a multiple of {self.size_multiple}, "
+                    f"such as {low} or {low + self.size_multiple}"
+                )
+        return size
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """Shape of one latent, [C, h, w]."""
+        return self.latent_channels, size.height // self.vae_scale, size.width // self.vae_scale
+
+
+@dataclass(frozen=True, slots=True)
+class ControlCard:
+    """What the engine must know of a ControlNet."""
+
+    global_pool: bool = False  # its residuals are means over height and width; guess mode does not scale them
+
+
+@dataclass(frozen=True)  # no slots: the digest is kept
+class Bundle:
+    """A manifest and where it lies."""
+
+    path: Path
+    card: ModelCard
+    scheduler: Mapping[str, Any]  # schedules.SchedulerCard.to_dict()
+    components: Mapping[ComponentId, Component]
+    precision: str
+    versions: Mapping[str, str]
+    source: Mapping[str, Any]  # where the model came from: kind, file name, sha256 of its weights
+    files: Mapping[str, tuple[int, str]]  # relative path -> (bytes, sha256)
+    controls: Mapping[str, ControlCard] = field(default_factory=dict)
+    verdict: Mapping[str, Any] | None = None  # what `stepforge verify` found; not part of the digest
+    presets: Mapping[str, Preset] = field(default_factory=dict)  # not part of the digest
+
+    def file(self, relative: str) -> Path:
+        return self.path / relative
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over everything but verdict and presets: equal digests give equal images on one machine."""
+        body = to_dict(self)
+        body.pop("verdict")
+        body.pop("presets")
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def denoisers(self) -> tuple[ComponentId, ...]:
+        """The whole denoisers, without variants: one, or one for each expert."""
+        return tuple(key for key in self.components if key.role == "denoiser" and not key.variant)
+
+    @property
+    def text_encoders(self) -> tuple[ComponentId, ...]:
+        """In the order in which their hidden states stand side by side."""
+        return tuple(encoder.component for encoder in self.card.text_encoders)
+
+    def variants(self, key: ComponentId) -> tuple[str, ...]:
+        """The variants of a network, without the network itself."""
+        return tuple(other.variant for other in self.components if other.variant and other.whole == key.whole)
+
+
+def to_dict(bundle: Bundle) -> dict[str, Any]:
+    """The manifest as JSON has it."""
+    return {
+        "format": FORMAT,
+        "model": asdict(bundle.card),
+        "scheduler": dict(bundle.scheduler),
+        "components": [{**asdict(key), **asdict(component)} for key, component in bundle.components.items()],
+        "precision": bundle.precision,
+        "versions": dict(bundle.versions),
+        "source": dict(bundle.source),
+        "files": {name: list(entry) for name, entry in sorted(bundle.files.items())},
+        "controls": {name: asdict(card) for name, card in bundle.controls.items()},
+        "verdict": bundle.verdict,
+        "presets": {name: preset.to_dict() for name, preset in bundle.presets.items()},
+    }

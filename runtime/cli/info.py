@@ -1,0 +1,63 @@
+"""`stepforge info`: what a bundle holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from stepforge.runtime.bundle import Bundle, ComponentId
+from stepforge.runtime.cli import options
+from stepforge.runtime.files import printable
+
+
+def info(bundle: options.BundlePath, as_json: options.Json = False) -> None:
+    """Describe a bundle: model, networks, sizes, parity verdict."""
+    from stepforge.runtime.load import open_bundle
+
+    opened = open_bundle(bundle, check=False)
+    if as_json:
+        print(json.dumps(facts(opened), indent=1))
+        return
+    card = opened.card
+    name, family = printable(card.name), f"{card.family}, {card.width}x{card.height}"
+    print(f"{name}: {family}, {opened.precision}, digest {opened.digest[:16]}")
+    for key in opened.components:
+        print(f"  {printable(key):20} {_described(opened, key)}")
+    print(f"  scheduler: {_listed({key: value for key, value in opened.scheduler.items() if value is not None})}")
+    print(f"  exported with: {_listed(opened.versions)}")
+    for name, preset in opened.presets.items():
+        stated = {key: value for key, value in preset.to_dict().items() if key != "found"}
+        print(f"  preset {printable(name)}: {_listed(stated)}")
+    verdict = opened.verdict
+    print("  parity: " + (printable(verdict["summary"], 500) if verdict else "never verified; run `stepforge verify`"))
+
+
+def facts(bundle: Bundle) -> dict[str, Any]:
+    """The manifest in short, for JSON."""
+    return {
+        "digest": bundle.digest,
+        "precision": bundle.precision,
+        "model": asdict(bundle.card),
+        "scheduler": dict(bundle.scheduler),
+        "source": dict(bundle.source),
+        "versions": dict(bundle.versions),
+        "components": {str(key): component.graph for key, component in bundle.components.items()},
+        "bytes": sum(size for size, _ in bundle.files.values()),
+        "verdict": bundle.verdict,
+        "presets": {name: preset.to_dict() for name, preset in bundle.presets.items()},
+    }
+
+
+def _described(bundle: Bundle, key: ComponentId) -> str:
+    component, bank = bundle.components[key], bundle.components[key].bank
+    files = [] if key.variant else [n for file, (n, _) in bundle.files.items() if file.startswith(f"{key.folder}/")]
+    size = sum(files)
+    derived = f" (+ {', '.join(component.derived)})" if component.derived else ""
+    adapters = f", {bank.slots - 1} LoRA slots of rank {bank.rank} in {len(bank.targets)} layers" if bank else ""
+    return f"{size / 1e6:9.1f} MB{derived}{adapters}"
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return printable(", ".join(f"{key} {value}" for key, value in values.items()), 500)

@@ -1,0 +1,122 @@
+"""What the texts on the command line mean: requests, adapters, ControlNets, numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepforge.runtime.errors import RequestError
+from stepforge.runtime.files import is_lfs_pointer, printable
+from stepforge.runtime.lora.layers import MAX_STRENGTH
+
+if TYPE_CHECKING:
+    from stepforge.runtime.request import Request
+
+
+def read_requests(
+    prompts: list[str] | None, prompt_file: Path | None, request_file: Path | None, options: dict[str, Any]
+) -> list[Request]:
+    """One request for each prompt or each line of a request file."""
+    from stepforge.runtime.request import Request, canonical
+
+    if [bool(prompts), prompt_file is not None, request_file is not None].count(True) != 1:
+        raise RequestError("give either PROMPT arguments, --prompts FILE or --requests FILE")
+    if request_file is None:
+        texts = list(prompts or ()) if prompt_file is None else [line for _, line in read_lines(prompt_file)]
+        return [Request(prompt=text, **options) for text in texts]
+    requests = []
+    for number, line in read_lines(request_file):
+        try:
+            values = json.loads(line)
+            if not isinstance(values, dict):
+                raise ValueError("an object with the fields of a request is needed")
+            requests.append(Request.of({**options, **canonical(_found_beside(request_file, values))}))
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{printable(request_file)}, line {number}: {error}") from error
+    return requests
+
+
+def _found_beside(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """A line's values with the images of its ControlNets looked for beside the file."""
+    controls = values.get("controls", ())
+    controls = [controls] if isinstance(controls, dict) else controls
+    if not isinstance(controls, list) or not all(isinstance(control, dict) for control in controls):
+        return values
+    resolved = [{**c, "image": file.parent / c["image"]} if isinstance(c.get("image"), str) else c for c in controls]
+    return {**values, "controls": resolved} if resolved else values
+
+
+def read_lines(file: Path) -> list[tuple[int, str]]:
+    """The lines of a file that are not empty, with their numbers."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"cannot read {printable(file)}: it is not UTF-8 text") from error
+    except OSError as error:
+        raise RequestError(f"cannot read {printable(file)}: {error.strerror}") from error
+    if is_lfs_pointer(file):
+        raise RequestError(f"{printable(file)} is a Git LFS pointer, not the file; run `git lfs pull`")
+    if not (found := [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]):
+        raise RequestError(f"{printable(file)} has no prompts")
+    return found
+
+
+def parse_adapters(texts: Sequence[str]) -> dict[str, tuple[Path, float]]:
+    """[NAME=]FILE[:STRENGTH] -> file and strength by name; the file's own name if none is given. Raises RequestError."""
+    adapters: dict[str, tuple[Path, float]] = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        file, strength = file_and_strength(rest if equals else text)
+        name = name if equals else file.stem
+        if name in adapters:
+            raise RequestError(f"the adapter {printable(name)} is given twice; name one of the two, as in NAME=FILE")
+        adapters[name] = (file, strength)
+    return adapters
+
+
+def parse_numbers(name: str, text: str | None, kind: type) -> Any:
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(f"--{name} {printable(text)} is not a list of numbers such as 999,850,700") from None
+
+
+def parse_controls(texts: Sequence[str], preprocessor: str, window: str, guess_mode: bool) -> list[dict[str, Any]]:
+    """NAME=IMAGE[:SCALE] -> fields of Control, which checks them. window: START..END in fractions of the steps."""
+    start, dots, end = window.partition("..")
+    try:
+        times = {"start": float(start), "end": float(end)} if dots else None
+    except ValueError:
+        times = None
+    if times is None:
+        raise RequestError(
+            f"--control-window {printable(window)} is not understood; give two fractions of the steps such as 0..0.6"
+        )
+    controls = []
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        if not equals or not rest:
+            raise RequestError(f"--control {printable(text)} is not understood; give NAME=IMAGE or NAME=IMAGE:SCALE")
+        image, scale = file_and_strength(rest)
+        given = {"name": name, "image": image, "scale": scale, "preprocessor": preprocessor, "guess_mode": guess_mode}
+        controls.append({**given, **times})
+    return controls
+
+
+def file_and_strength(text: str) -> tuple[Path, float]:
+    """FILE or FILE:STRENGTH, as on the command line; a colon before what is no number belongs to the file's name."""
+    path, colon, number = text.rpartition(":")
+    try:
+        strength = float(number) if colon else 1.0
+    except ValueError:
+        return Path(text), 1.0
+    if not abs(strength) <= MAX_STRENGTH:
+        raise RequestError(
+            f"the strength of {printable(path)} is {printable(number)}; "
+            f"it lies between -{MAX_STRENGTH:g} and {MAX_STRENGTH:g}"
+        )
+    return Path(path if colon else text), strength

@@ -1,0 +1,107 @@
+"""Options that several commands share: what they are called, and what their help says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stepforge.runtime.cli.inputs import parse_numbers
+from stepforge.runtime.errors import RequestError
+
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory, or `fake` for a test model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+# What decides a plan
+Steps = Annotated[int, typer.Option("--steps", "-n", metavar="N", help="Denoising steps.")]
+Sampler = Annotated[
+    str | None, typer.Option(metavar="NAME", help="ddim, euler, dpmpp_2m, unipc, ... [default: model's]")
+]
+Schedule = Annotated[
+    str | None, typer.Option(metavar="NAME", help="normal, karras, exponential or beta. [default: model's]")
+]
+Spacing = Annotated[str | None, typer.Option(metavar="NAME", help="linspace, leading or trailing. [default: model's]")]
+Timesteps = Annotated[str | None, typer.Option(metavar="LIST", help="Custom timesteps, falling: 999,850,700,...")]
+Sigmas = Annotated[str | None, typer.Option(metavar="LIST", help="Custom sigmas, falling: 14.6,7.2,...")]
+Eta = Annotated[float | None, typer.Option(metavar="X", help="Stochasticity of ddim and tcd, 0 to 1.")]
+GuidanceText = Annotated[
+    str | None,
+    typer.Option(
+        "--guidance",
+        "-g",
+        metavar="TEXT",
+        help="Weight w, one a step (7,7,1,1), or a schedule: interval(7.5, sigma=0.28..5.42). [default: 7.5]",
+    ),
+]
+GuiderText = Annotated[
+    str | None,
+    typer.Option(
+        "--guider",
+        metavar="TEXT",
+        help="cfg, rescale(0.7), dynamic, zero_star, apg, adaptive; joined by +. [default: cfg]",
+    ),
+]
+ReuseText = Annotated[
+    str | None,
+    typer.Option("--reuse", metavar="TEXT", help="Approximate: deepcache(3), tgate(0.5); joined by +. [default: none]"),
+]
+PresetName = Annotated[
+    str | None,
+    typer.Option("--plan", metavar="PRESET", help="A preset of the bundle in place of -g, --guider, --reuse."),
+]
+
+# ControlNets
+ControlTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--control",
+        metavar="NAME=IMAGE[:SCALE]",
+        help="Use this ControlNet of the bundle; repeatable, they add up.",
+    ),
+]
+Preprocessor = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT",
+        help="Draws hints from the images: canny, canny(100,200), silhouette; +crop or +fill keeps proportions.",
+    ),
+]
+
+# The engine
+Backend = Annotated[str, typer.Option(metavar="NAME", help="auto, openvino, onnxruntime, torch, torch-exact or fake.")]
+Precision = Annotated[str, typer.Option(metavar="NAME", help="auto, fp32, bf16, or fp16 (torch on CUDA).")]
+Threads = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Processor threads. [default: all that may be used]")
+]
+
+
+def plan_fields(
+    *,
+    steps: int,
+    sampler: str | None,
+    schedule: str | None,
+    spacing: str | None,
+    timesteps: str | None,
+    sigmas: str | None,
+    eta: float | None,
+    guidance: str | None,
+    guider: str | None,
+    reuse: str | None,
+    preset: str | None,
+) -> dict[str, Any]:
+    """Fields of Request that decide its plan. Raises RequestError."""
+    own = {"guidance": guidance, "guider": guider, "reuse": reuse}
+    given = {name: value for name, value in own.items() if value is not None}
+    if preset is not None and given:
+        raise RequestError(f"--plan decides {', '.join(own)}; leave --{next(iter(given))} out")
+    return {
+        "steps": steps,
+        "sampler": sampler,
+        "schedule": schedule,
+        "spacing": spacing,
+        "timesteps": parse_numbers("timesteps", timesteps, int),
+        "sigmas": parse_numbers("sigmas", sigmas, float),
+        "eta": eta,
+        **(given if preset is None else {"preset": preset}),
+    }

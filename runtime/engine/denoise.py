@@ -1,0 +1,156 @@
+"""One tick's network calls: rows of many requests to predictions.
+
+Every row carries its own latent, timestep, prompt, LoRA slot, ControlNets and, in a variant that reuses, its image's own kept
+activations. ControlNets run first, for the rows that name them; their residuals are inputs of the denoiser.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepforge.runtime.arrays import Float32
+from stepforge.runtime.backends import Arrays, Backend, Graph, LoopingGraph
+from stepforge.runtime.bundle import Bundle, Component, ComponentId, Size
+from stepforge.runtime.engine.adapters import Adapters, row_inputs
+from stepforge.runtime.engine.controls import Controls, ControlUse, no_residuals
+from stepforge.runtime.engine.device_loop import DevicePool, can_run_on_device
+from stepforge.runtime.engine.state import Batch, Job, Row, Trajectory
+from stepforge.runtime.engine.text import Condition
+
+KEPT = re.compile(r"deep|text_\d+")  # inputs of variants; text_embeds is SDXL's pooled prompt
+MOST_POOLS = 8  # networks times latent shapes whose images a device holds; idle ones go first
+
+
+class Denoisers:
+    """The denoisers of a bundle with their ControlNets. A variant is opened when it is first used."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, adapters: Adapters) -> None:
+        self._bundle, self._backend, self._adapters = bundle, backend, adapters
+        self.controls = Controls(bundle, backend)
+        self._graphs: dict[ComponentId, Graph] = {}
+        for network in bundle.denoisers:
+            self._open(network)
+        self._packed: tuple[tuple[tuple[int, Size], ...], dict[str, Float32], list[Condition]] | None = None
+        self._sample: Float32 = np.empty(0, np.float32)
+        self._pools: OrderedDict[tuple[ComponentId, tuple[int, int, int]], DevicePool] = OrderedDict()
+        self._zeros = {key: no_residuals(entry) for key, entry in bundle.components.items()}
+
+    def __call__(self, batch: Batch) -> Float32:
+        """The raw predictions, [rows, C, h, w]; valid until the next call."""
+        rows = batch.rows
+        network = batch.network
+        entry = self._bundle.components[network]
+        inputs = self._inputs(rows)
+        if self._adapters.banks(network) is not None:
+            strengths = [row.trajectory.adapter_strength for row in rows]
+            inputs |= row_inputs([row.trajectory.job.bank_slot for row in rows], strengths)
+        zeros = self._zeros[network]
+        uses = self.controls.uses(batch) if zeros else []
+        calls = self.controls.calls(uses, network.variant)
+        inputs |= {**zeros, **self.controls.residuals(calls, inputs, list(zeros))}
+        inputs |= _reused(batch, entry)
+        known = {tensor.name for tensor in entry.inputs}
+        graph = self._open(network)
+        outputs = graph({key: value for key, value in inputs.items() if key in known} if known else inputs)
+        _count(uses, rows, network.variant)  # after the call: one that fails is repeated
+        _keep(batch, outputs)
+        return outputs["prediction"]
+
+    def rings(self, job: Job) -> tuple[int, int] | None:
+        """Latents and predictions of the loop that the job's steps can run in; None if they run here."""
+        graph = self._open(ComponentId("denoiser", job.plan.steps[0].denoiser))
+        return graph.rings if isinstance(graph, LoopingGraph) and can_run_on_device(job, graph.rings) else None
+
+    def step(self, batch: Batch) -> None:
+        """One whole step of the batch's images in their loop."""
+        zeros = self._zeros[batch.network]
+        uses = self.controls.uses(batch) if zeros else []
+        inputs = {**self._context(batch.rows), **zeros}
+        self._pool(batch.trajectories[0]).step(batch, inputs, self.controls.calls(uses))
+        _count(uses, batch.rows, "")
+
+    def read(self, trajectory: Trajectory) -> None:
+        """Bring the state of an image from its loop."""
+        self._pool(trajectory).read(trajectory)
+
+    def _pool(self, trajectory: Trajectory) -> DevicePool:
+        network = ComponentId("denoiser", trajectory.job.plan.steps[0].denoiser)  # those of one loop run one network
+        key = network, trajectory.shape
+        if key not in self._pools:
+            graph = self._open(network)
+            assert isinstance(graph, LoopingGraph)
+            idle = [other for other, pool in self._pools.items() if pool.is_idle]
+            for other in idle[: max(0, len(self._pools) + 1 - MOST_POOLS)]:
+                del self._pools[other]
+            self._pools[key] = DevicePool(
+                graph.loop(trajectory.shape), has_bank=self._adapters.banks(network) is not None
+            )
+        self._pools.move_to_end(key)
+        return self._pools[key]
+
+    def _open(self, network: ComponentId) -> Graph:
+        if network not in self._graphs:
+            banks = self._adapters.banks(network)
+            if banks is not None:
+                banks = banks.only({tensor.name for tensor in self._bundle.components[network].inputs})
+            self._graphs[network] = self._backend.open(network, banks)
+        return self._graphs[network]
+
+    def _inputs(self, rows: Sequence[Row]) -> dict[str, NDArray[Any]]:
+        shape = (len(rows), *rows[0].trajectory.shape)
+        if self._sample.shape != shape:  # kept between ticks: a fresh array of some MB costs its page faults each time
+            self._sample = np.empty(shape, np.float32)
+        timestep = np.empty(len(rows), np.float32)
+        for r, row in enumerate(rows):
+            step = row.trajectory.step
+            np.multiply(row.trajectory.x, np.float32(step.scale_in), out=self._sample[r].reshape(-1))
+            timestep[r] = step.t
+        return {"sample": self._sample, "timestep": timestep, **self._context(rows)}
+
+    def _context(self, rows: Sequence[Row]) -> dict[str, Float32]:
+        """Prompt inputs of the rows; kept while the same rows come back, as they do on most steps."""
+        key = tuple((id(row.condition), row.trajectory.job.size) for row in rows)
+        if self._packed is not None and self._packed[0] == key:
+            return self._packed[1]
+        conditions = [row.condition for row in rows]
+        inputs = {"encoder_hidden_states": np.stack([condition.context for condition in conditions])}
+        if conditions[0].pooled is not None:
+            inputs["text_embeds"] = np.stack([c.pooled for c in conditions if c.pooled is not None])
+            sizes = [(row.trajectory.job.size.height, row.trajectory.job.size.width) for row in rows]
+            inputs["time_ids"] = np.array([[h, w, 0, 0, h, w] for h, w in sizes], np.float32)
+        self._packed = (key, inputs, conditions)  # holds the conditions, so that ids stay theirs
+        return inputs
+
+
+def _count(uses: Sequence[ControlUse], rows: Sequence[Row], variant: str) -> None:
+    for use in uses:
+        label = ComponentId("control_residuals", use.name, variant if variant == "deepcache" else "").label
+        rows[use.row].trajectory.job.count(label, 1)
+
+
+def _reused(batch: Batch, entry: Component) -> dict[str, Float32]:
+    """Kept activations of the rows' images as inputs of a variant."""
+    inputs = {}
+    for name in (t.name for t in entry.inputs if KEPT.fullmatch(t.name)):
+        blocks = [
+            trajectory.recall(name, [row.is_cond for row in batch.rows[span]])
+            for trajectory, span in zip(batch.trajectories, batch.spans, strict=True)
+        ]
+        inputs[name] = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    return inputs
+
+
+def _keep(batch: Batch, outputs: Arrays) -> None:
+    """Let each image keep what its later steps will reuse of this one."""
+    for trajectory, span in zip(batch.trajectories, batch.spans, strict=True):
+        roles = [row.is_cond for row in batch.rows[span]]
+        for what in trajectory.job.recordings[trajectory.k]:
+            for name, value in outputs.items():
+                if name == what or (what == "text" and name.startswith("text_")):
+                    trajectory.remember(name, roles, value[span])

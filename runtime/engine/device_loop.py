@@ -1,0 +1,94 @@
+"""Images whose whole steps run in the backend: which requests qualify, where each image lies, what a step is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepforge.runtime.arrays import Float32
+from stepforge.runtime.backends import Arrays, Loop, SideCall, StepTable
+from stepforge.runtime.engine.state import Batch, Job, Trajectory
+from stepforge.runtime.plan.guiders import Guider
+
+
+def can_run_on_device(job: Job, rings: tuple[int, int]) -> bool:
+    """Whether a job's plan is a table and nothing else: linear guidance of one network, without reuse."""
+    steps = job.plan.steps
+    return (
+        job.guider == Guider()
+        and len({step.denoiser for step in steps}) == 1
+        and not any(step.reuse for step in steps)
+        and max(len(step.keep) for step in steps) <= rings[0]
+        and max(len(step.gain) for step in steps) <= rings[1]
+    )
+
+
+def step_table(trajectory: Trajectory) -> StepTable:
+    steps = trajectory.job.plan.steps
+    adapters = trajectory.job.adapters
+    strength = 0.0 if adapters is None else adapters.strength
+
+    def column(values: Sequence[Any]) -> Float32:
+        return np.array(values, np.float32)
+
+    return StepTable(
+        t=column([step.t for step in steps]),
+        scale_in=column([*(step.scale_in for step in steps), 1.0]),
+        guidance=column([(step.guidance, 1.0 - step.guidance) for step in steps]),
+        table=trajectory.table,
+        adapter_strength=column([strength * step.adapters for step in steps]),
+    )
+
+
+class DevicePool:
+    """The images of one loop, by place; those of ended requests make room. has_bank: the network takes LoRA slots."""
+
+    def __init__(self, loop: Loop, *, has_bank: bool) -> None:
+        self.loop, self._has_bank = loop, has_bank
+        self._images: list[Trajectory] = []
+        self._last: tuple[tuple[Trajectory, bool], ...] = ()
+        self._told: tuple[Any, ...] = ()
+
+    @property
+    def is_idle(self) -> bool:
+        """No image of the pool has steps left."""
+        return all(image.has_ended for image in self._images)
+
+    def step(self, batch: Batch, inputs: Arrays, sides: Sequence[SideCall]) -> None:
+        """One step of the batch's images."""
+        key = tuple((row.trajectory, row.is_cond) for row in batch.rows)
+        if key != self._last:
+            self._told, self._last = self._tell(batch), key
+        places, sources, owners, adapter = self._told
+        noise = {self._place(image): z for image in batch.trajectories if (z := image.draw()) is not None}
+        self.loop.step(places, sources, owners, {**inputs, **adapter}, noise, sides)
+
+    def read(self, image: Trajectory) -> None:
+        """Bring an image's state to the host."""
+        image.state[:-1] = self.loop.get(self._place(image))
+
+    def _tell(self, batch: Batch) -> tuple[Any, ...]:
+        for image in batch.trajectories:
+            if image not in self._images:
+                self._put(image)
+        sources = np.zeros((len(batch.trajectories), 2), np.int32)
+        for i, span in enumerate(batch.spans):
+            for r in range(span.start, span.stop):
+                sources[i, 0 if batch.rows[r].is_cond else 1] = r
+        places = np.array([self._place(image) for image in batch.trajectories], np.int32)
+        counts = [span.stop - span.start for span in batch.spans]
+        adapter: Mapping[str, NDArray[np.int64]] = {}
+        if self._has_bank:
+            adapter = {"adapter": np.array([row.trajectory.job.bank_slot for row in batch.rows], np.int64)}
+        return places, sources, np.repeat(places, counts), adapter
+
+    def _place(self, image: Trajectory) -> int:
+        return self._images.index(image)
+
+    def _put(self, image: Trajectory) -> None:
+        place = next((place for place, other in enumerate(self._images) if other.has_ended), len(self._images))
+        self.loop.put(place, image.state[:-1], step_table(image))
+        self._images[place : place + 1] = [image]

@@ -1,0 +1,134 @@
+"""Who runs next: which requests wait, which images are on their way, and which of them share a network call.
+
+Touches no arrays and no networks. `submit` and `close` are for any thread, everything else for the engine's own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from stepforge.runtime.engine.state import Batch, Job, Trajectory
+from stepforge.runtime.errors import QueueFull, RequestError
+
+CLOSED = "this engine is closed"
+
+
+class Scheduler:
+    """Continuous batching: images join and leave between steps, the oldest first.
+
+    max_rows: denoiser rows in one call. max_pixels: pixels of all its rows, unless one image alone has more; both bound
+    the images on their way as well. queue_limit: requests that wait.
+    """
+
+    def __init__(self, *, max_rows: int, max_pixels: int, queue_limit: int) -> None:
+        self.max_rows, self.max_pixels, self.queue_limit = max_rows, max_pixels, queue_limit
+        self._waiting: deque[Job] = deque()
+        self._running: list[Trajectory] = []
+        self._most_pixels: dict[tuple[str, str], int] = {}  # network and variant -> what fitted in memory
+        self._changed = threading.Condition()
+        self.is_closed = False
+
+    def submit(self, job: Job, *, wait: bool) -> None:
+        """Queue a job. Raises QueueFull, or waits for room; RequestError once the scheduler is closed."""
+        with self._changed:
+            while not self.is_closed and len(self._waiting) >= self.queue_limit:
+                self._drop_ended()
+                if len(self._waiting) < self.queue_limit:
+                    break
+                if not wait:
+                    raise QueueFull(f"{self.queue_limit} requests wait already; raise queue_limit, or try again later")
+                self._changed.wait(0.5)  # a request that its caller cancels makes room without a word
+            if self.is_closed:
+                raise RequestError(CLOSED)
+            self._waiting.append(job)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """No more work: `has_work` gives False from now on."""
+        with self._changed:
+            self.is_closed = True
+            self._changed.notify_all()
+
+    def has_work(self) -> bool:
+        """Wait until there is some; False once the scheduler is closed."""
+        with self._changed:
+            while not (self._waiting or self._running or self.is_closed):
+                self._changed.wait()
+            return not self.is_closed
+
+    def admissible(self) -> Job | None:
+        """The oldest waiting job, if rows and pixels are free for one more of its images."""
+        with self._changed:
+            while self._waiting and self._waiting[0].is_over:
+                self._waiting.popleft()
+                self._changed.notify_all()
+            if not self._waiting or len(self._running) >= self.max_rows:
+                return None
+            job = self._waiting[0]
+            pixels = job.size.width * job.size.height
+            used = sum(trajectory.pixels for trajectory in self._running)
+            return job if not self._running or used + pixels <= self.max_pixels else None
+
+    def start(self, trajectory: Trajectory) -> None:
+        """One image of the oldest waiting job is on its way; the job leaves the queue with its last one."""
+        job = trajectory.job
+        self._running.append(trajectory)
+        job.started += 1
+        if job.started == job.request.images:
+            self.drop(job)
+
+    def drop(self, job: Job) -> None:
+        """Take a job out of the queue."""
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+            self._changed.notify_all()
+
+    def running(self) -> Iterator[Trajectory]:
+        return iter(self._running)
+
+    def pack(self) -> Batch | None:
+        """The oldest image and all of its kind that fit in one call with it; None if nothing runs."""
+        self._running = [trajectory for trajectory in self._running if not trajectory.job.is_over]
+        if not self._running:
+            return None
+        first = self._running[0]
+        kind = first.kind
+        most = min(self.max_pixels, self._most_pixels.get((kind.denoiser, kind.reuse), self.max_pixels))
+        chosen: list[Trajectory] = []
+        rows = 0
+        for trajectory in self._running:
+            need = len(trajectory.rows())
+            fits = rows + need <= self.max_rows and (rows + need) * first.pixels <= most
+            if trajectory.kind == kind and (fits or not chosen):
+                chosen.append(trajectory)
+                rows += need
+        return Batch.of(chosen)
+
+    def learn_out_of_memory(self, batch: Batch) -> None:
+        """A call was too large: no later one of this network has more than half of its pixels."""
+        self._most_pixels[batch.kind.denoiser, batch.kind.reuse] = batch.pixels // 2
+
+    def retire(self) -> list[Trajectory]:
+        """Take out the images that have made their last step."""
+        done = [trajectory for trajectory in self._running if trajectory.is_done]
+        self._running = [trajectory for trajectory in self._running if not trajectory.is_done]
+        return done
+
+    def abandon(self, tell: Callable[[Job], None]) -> None:
+        """Empty queue and batch; `tell` settles each job."""
+        with self._changed:
+            jobs = dict.fromkeys((*self._waiting, *(trajectory.job for trajectory in self._running)))
+            self._waiting.clear()
+            self._running.clear()
+            self._changed.notify_all()
+        for job in jobs:
+            tell(job)
+
+    def _drop_ended(self) -> None:
+        """Cancelled jobs leave the queue wherever they stand."""
+        if any(job.is_over for job in self._waiting):
+            self._waiting = deque(job for job in self._waiting if not job.is_over)
+            self._changed.notify_all()

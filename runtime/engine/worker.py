@@ -1,0 +1,193 @@
+"""The engine's thread: owns the networks and runs what the scheduler says.
+
+    admit → (prompt, hint once) → pack → control → denoise → guide + update → retire → decode
+
+A failure stays with its request: whatever one image, callback or result runs into ends that request, and a network call
+that fails is repeated in halves until the culprit is alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from functools import partial
+
+from stepforge.runtime.arrays import Float32
+from stepforge.runtime.backends import Backend, is_out_of_memory
+from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.engine.adapters import Adapters
+from stepforge.runtime.engine.decode import Decoder
+from stepforge.runtime.engine.denoise import Denoisers
+from stepforge.runtime.engine.scheduler import Scheduler
+from stepforge.runtime.engine.stages import Stage
+from stepforge.runtime.engine.state import Batch, Job, Trajectory, failure, stage
+from stepforge.runtime.engine.text import Conditioner
+from stepforge.runtime.errors import Cancelled, GenerationError, RequestError
+from stepforge.runtime.request import Progress, Request
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """Everything that runs on the engine's thread."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, scheduler: Scheduler, adapters: Adapters) -> None:
+        self._bundle, self._scheduler, self._adapters = bundle, scheduler, adapters
+        self.conditioner = Conditioner(bundle, backend, adapters)
+        self.denoisers = Denoisers(bundle, backend, adapters)
+        self.decoding: Stage[Trajectory] = Stage("stepforge-decode", Decoder(bundle, backend))
+
+    def check(self, request: Request) -> None:
+        """Refuse, on the caller's thread, unreadable prompts and images, and ControlNets that the bundle lacks."""
+        for text in (request.prompt, request.negative):
+            self.conditioner.tokenize(text, request.prompt_syntax)
+        self.denoisers.controls.check(request.controls)
+
+    def run(self) -> None:
+        """Until the scheduler is closed. However it ends, every job is settled and no new one is taken."""
+        ending: BaseException = Cancelled("the engine was closed")
+        try:
+            while self._scheduler.has_work():
+                self.step()
+        except BaseException as error:
+            log.exception("the engine failed")
+            ending = error
+        finally:
+            self._scheduler.close()
+            self._scheduler.abandon(lambda job: job.fail("engine", ending))
+            self.decoding.close()
+
+    def step(self) -> None:
+        """One tick: at most one network call, repeated in parts if it fails."""
+        self._admit()
+        batch = self._scheduler.pack()
+        if batch is not None:
+            self._denoise(batch)
+        self._retire()
+
+    def _admit(self) -> None:
+        """Start images while rows are free. A job whose adapters find no free bank slot waits, and so do those behind it."""
+        while (job := self._scheduler.admissible()) is not None:
+            started = time.perf_counter()
+            try:
+                if not job.is_prepared and not self._prepare(job):
+                    return
+                shape = self._bundle.card.latent_shape(job.size)
+                self._scheduler.start(Trajectory(job, job.started, shape, self.denoisers.rings(job)))
+            except BaseException as error:
+                job.fail("start", error)
+                self._scheduler.drop(job)
+            job.seconds["prompt"] += time.perf_counter() - started
+
+    def _prepare(self, job: Job) -> bool:
+        """What a job needs once: a bank slot, its prompts, its hints. False if no bank slot is free."""
+        with stage("prompt"):
+            if job.adapters is not None:
+                used = {trajectory.job.bank_slot for trajectory in self._scheduler.running()}
+                slot = self._adapters.acquire(job.adapters, used)
+                if slot is None:
+                    return False
+                job.bank_slot = slot
+            self.conditioner.prepare(job)
+        with stage("hint encoder"):
+            self.denoisers.controls.prepare(job)
+        job.future.start()
+        job.is_prepared = True
+        return True
+
+    def _denoise(self, batch: Batch) -> None:
+        """One call of the networks, then guidance and update of every trajectory.
+
+        A backend's loop guides and updates by itself, and may still be at it when the call returns.
+        """
+        started = time.perf_counter()
+        prediction: Float32 | None = None
+        try:
+            if batch.kind.on_device:
+                self.denoisers.step(batch)
+            else:
+                prediction = self.denoisers(batch)
+        except BaseException as error:
+            self._divide(batch, error)
+            return
+        share = (time.perf_counter() - started) / len(batch.rows)
+        for trajectory, span in zip(batch.trajectories, batch.spans, strict=True):
+            job, rows = trajectory.job, span.stop - span.start
+            job.count(batch.network.label, rows)
+            job.seconds["denoise"] += share * rows
+            job.calls += 1
+        for trajectory, span in zip(batch.trajectories, batch.spans, strict=True):
+            try:
+                if prediction is None:
+                    trajectory.k += 1
+                else:
+                    self._update(trajectory, batch, span, prediction[span])
+                self._look(trajectory)
+            except BaseException as error:
+                trajectory.job.fail("update", error)
+
+    def _divide(self, batch: Batch, error: BaseException) -> None:
+        """A failed call again, in halves; alone, the failure is the request's."""
+        if is_out_of_memory(error):
+            self._scheduler.learn_out_of_memory(batch)
+        if len(batch.trajectories) == 1:
+            batch.trajectories[0].job.fail("denoiser", error)
+            return
+        for half in batch.halves():
+            self._denoise(half)
+
+    def _update(self, trajectory: Trajectory, batch: Batch, span: slice, prediction: Float32) -> None:
+        """Guidance, then x_{k+1}."""
+        flat = prediction.reshape(len(prediction), -1)
+        given = {row.is_cond: values for row, values in zip(batch.rows[span], flat, strict=True)}
+        job = trajectory.job
+        job.guider(
+            trajectory.guide, trajectory.step, trajectory.weight, trajectory.x, given.get(True), given.get(False),
+            trajectory.p,
+        )  # fmt: skip
+        trajectory.advance()
+
+    def _look(self, trajectory: Trajectory) -> None:
+        """Check the new latent where it is on the host, and tell the caller of the step."""
+        job = trajectory.job
+        if trajectory.on_device and trajectory.is_done:
+            self.denoisers.read(trajectory)
+        if (not trajectory.on_device or trajectory.is_done) and not math.isfinite(float(trajectory.x.sum())):
+            raise GenerationError(f"image {trajectory.index}: the latents are not finite after step {trajectory.k}")
+        if job.on_step is None or job.is_over:
+            return
+        k, steps = trajectory.k, len(trajectory.table)
+        progress = Progress(
+            trajectory.index, k, steps, partial(self._latents, trajectory, k), partial(self._estimate, trajectory, k)
+        )
+        try:
+            job.on_step(progress)
+        except Exception as error:  # the caller's own code: its error is the request's
+            # StopIteration cannot be raised into an asyncio future
+            job.future.settle(failure("callback", error) if isinstance(error, StopIteration) else error)
+        except BaseException as error:
+            job.future.settle(failure("callback", error))
+
+    def _latents(self, trajectory: Trajectory, k: int) -> Float32:
+        self._bring(trajectory, k)
+        return trajectory.latents()
+
+    def _estimate(self, trajectory: Trajectory, k: int) -> Float32:
+        self._bring(trajectory, k)
+        return trajectory.denoised()
+
+    def _bring(self, trajectory: Trajectory, k: int) -> None:
+        """The state of step k on the host. Raises RequestError once the trajectory has moved on."""
+        if trajectory.k != k:
+            raise RequestError("progress is read inside the callback; copy what is needed later")
+        if trajectory.on_device:
+            self.denoisers.read(trajectory)
+
+    def _retire(self) -> None:
+        """Hand finished latents to the decoder."""
+        for trajectory in self._scheduler.retire():
+            try:
+                self.decoding.submit(trajectory)
+            except BaseException as error:  # no thread to be had
+                trajectory.job.fail("decoder", error)

@@ -1,0 +1,66 @@
+"""Files in and out: their names in messages, Git LFS pointers, and writing in one atomic step."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """One line that a terminal can bear: no control characters, and no middle where it is longer than `limit`."""
+    letters = " ".join(str(text).split())
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in letters)
+    if len(plain) <= limit:
+        return plain
+    tail = limit // 3
+    return f"{plain[: limit - tail - 5]} ... {plain[-tail:]}"
+
+
+def is_lfs_pointer(source: str | Path | bytes) -> bool:
+    """Whether a file, or its bytes, is what Git checks out where Git LFS has not fetched the content."""
+    try:
+        if isinstance(source, bytes):
+            return source.startswith(LFS_POINTER)
+        with Path(source).open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except (OSError, ValueError):  # ValueError: a name with a NUL
+        return False
+
+
+@contextmanager
+def written(path: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """A file that gets its name when the block ends: whoever looks sees no file, the old one, or the whole new one.
+
+    What leaves the block by an exception, KeyboardInterrupt and SystemExit included, leaves no file behind.
+    Raises FileExistsError if the name is taken and overwrite is False, and other OSErrors.
+    """
+    partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            partial.replace(path)
+        else:
+            _publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Give the file its name unless another process took it meanwhile."""
+    try:
+        path.hardlink_to(partial)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: a check before the rename is all there is
+        if path.exists():
+            raise FileExistsError(f"{path} exists") from None
+        partial.replace(path)

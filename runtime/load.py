@@ -1,0 +1,42 @@
+"""From a bundle's path to a running engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stepforge.runtime.backends import open_backend
+from stepforge.runtime.bundle import Bundle, read
+from stepforge.runtime.engine import MAX_PIXELS, MAX_ROWS, QUEUE_LIMIT, Engine
+
+
+def load(
+    bundle: str | Path,
+    *,
+    backend: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    max_rows: int = MAX_ROWS,
+    max_pixels: int = MAX_PIXELS,
+    queue_limit: int = QUEUE_LIMIT,
+) -> Engine:
+    """Check a bundle, open its networks and start the engine.
+
+    backend: "auto" or a name from backends.BACKENDS; precision: "auto", "fp32", "bf16" or "fp16"; threads: processor
+    threads, all that the process may use by default; max_rows, max_pixels, queue_limit: see `Engine`.
+    The bundle "fake" is a test model without files, for the fake backend.
+    Raises BundleError or BackendError.
+    """
+    opened = open_bundle(bundle)
+    if str(bundle) == "fake":
+        backend = "fake"
+    found = open_backend(backend, opened, precision=precision, threads=threads)
+    return Engine(opened, found, max_rows=max_rows, max_pixels=max_pixels, queue_limit=queue_limit)
+
+
+def open_bundle(path: str | Path, *, check: bool = True) -> Bundle:
+    """Read a bundle's manifest and, unless told otherwise, check every file's hash. Raises BundleError."""
+    if str(path) == "fake":
+        from stepforge.runtime.backends.fake import fake_bundle
+
+        return fake_bundle()
+    return read(path, check=check)

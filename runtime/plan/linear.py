@@ -1,0 +1,115 @@
+"""What samplers are written in: latents as linear combinations, and the noise levels that they move between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Key = tuple[str, int]  # ("x", k): latent k, ("p", k): raw prediction k, ("z", k): noise drawn after evaluation k
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """Σ terms[key]·key. Formulas of samplers are written with +, − and scalars; rows are read off the result."""
+
+    terms: Mapping[Key, float]
+
+    def __add__(self, other: Linear) -> Linear:
+        total = dict(self.terms)
+        for key, value in other.terms.items():
+            total[key] = total.get(key, 0.0) + value
+        return Linear(total)
+
+    def __mul__(self, factor: float) -> Linear:
+        return Linear({key: value * factor for key, value in self.terms.items()})
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other: Linear) -> Linear:
+        return self + other * -1.0
+
+    def __truediv__(self, divisor: float) -> Linear:
+        return Linear({key: value / divisor for key, value in self.terms.items()})
+
+    def __getitem__(self, key: Key) -> float:
+        return self.terms.get(key, 0.0)
+
+    def put(self, key: Key, value: Linear) -> Linear:
+        """This with `value` in place of `key`."""
+        rest = Linear({name: factor for name, factor in self.terms.items() if name != key})
+        return rest + value * self[key]
+
+
+def x(k: int) -> Linear:
+    return Linear({("x", k): 1.0})
+
+
+def p(k: int) -> Linear:
+    return Linear({("p", k): 1.0})
+
+
+def z(k: int) -> Linear:
+    return Linear({("z", k): 1.0})
+
+
+def rewind(row: Linear, k: int) -> Linear:
+    """x_{k-1} in terms of x_k, when x_k = row and row holds x_{k-1}: keeps windows short."""
+    factor = row["x", k - 1]
+    return (x(k) - row.put(("x", k - 1), Linear({}))) / factor
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A latent alpha·x0 + sigma·noise. The network sees scale_in times it, and is told t."""
+
+    t: float
+    alpha: float
+    sigma: float
+    scale_in: float = 1.0
+
+    @property
+    def ratio(self) -> float:
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+    @property
+    def log_snr(self) -> float:
+        """lambda = log(alpha / sigma), the time of DPM-Solver."""
+        return math.log(self.alpha) - math.log(self.sigma)
+
+
+@dataclass(frozen=True, slots=True)
+class NoisePath:
+    """All that a sampler reads. Evaluation k sees x_k at at[k]; its move is from moves[k][0] to moves[k][-1].
+
+    The two differ for samplers of two evaluations per step, and where diffusers counts back from t by a fixed stride.
+    """
+
+    prediction: str
+    at: tuple[Level, ...]
+    moves: tuple[tuple[Level, ...], ...]
+    eta: float = 0.0
+
+    def x0(self, k: int) -> Linear:
+        """Estimate of the clean latent from x_k and p_k."""
+        alpha, sigma = self.at[k].alpha, self.at[k].sigma
+        if self.prediction == "epsilon":
+            return (x(k) - sigma * p(k)) / alpha
+        if self.prediction == "sample":
+            return p(k)
+        if self.prediction == "flow":  # p = noise − x0, alpha = 1 − sigma
+            return x(k) - sigma * p(k)
+        norm = math.hypot(alpha, sigma)  # v is defined on latents of norm 1
+        return x(k) * (alpha / norm**2) - p(k) * (sigma / norm)
+
+    def eps(self, k: int) -> Linear:
+        """Estimate of the noise in x_k; where alpha is 1 it is also dx/dsigma."""
+        alpha, sigma = self.at[k].alpha, self.at[k].sigma
+        if self.prediction == "epsilon":
+            return p(k)
+        if self.prediction == "sample":
+            return (x(k) - alpha * p(k)) / sigma
+        if self.prediction == "flow":
+            return x(k) + alpha * p(k)
+        norm = math.hypot(alpha, sigma)
+        return x(k) * (sigma / norm**2) + p(k) * (alpha / norm)

@@ -1,0 +1,156 @@
+"""From a sampler's name and options to its steps: noise levels, then a row of coefficients for each evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from stepforge.runtime.arrays import Float64
+from stepforge.runtime.checks import choice, shown, whole
+from stepforge.runtime.errors import RequestError
+from stepforge.runtime.plan.levels import SamplerOptions
+from stepforge.runtime.plan.linear import Linear, NoisePath
+from stepforge.runtime.plan.samplers import SAMPLERS, Sampler
+from stepforge.runtime.plan.schedules import SPACINGS, SchedulerCard, check_falling, check_timesteps
+from stepforge.runtime.plan.step import Step
+
+
+def sample_steps(
+    card: SchedulerCard,
+    *,
+    sampler: str | None = None,
+    steps: int | None = None,
+    schedule: str | None = None,
+    spacing: str | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    eta: float | None = None,
+) -> tuple[tuple[Step, ...], float]:
+    """Steps of a sampler, and the factor of the noise that it starts from. Raises RequestError.
+
+    sampler, schedule, spacing: None for the model's own, and where it has none that fits, the sampler's. timesteps,
+    sigmas: in place of steps. Sigmas for euler include the one that the last step ends at, usually 0; sigmas for
+    flow_euler end at 0 unsaid, and are shifted as the model asks.
+    """
+    name = choice("sampler", sampler or card.sampler, tuple(SAMPLERS))
+    kind = SAMPLERS[name]
+    _check_model(card, name)
+    own_times = own_sigmas = None
+    if timesteps is not None:
+        own_times = check_timesteps(timesteps, 0, card.num_train_timesteps - (name != "flow_euler"))
+    if sigmas is not None:
+        own_sigmas = check_falling("sigmas", sigmas)
+    options = SamplerOptions(
+        sampler=name,
+        steps=_count(card, name, steps, own_times, own_sigmas),
+        schedule=_schedule(card, name, schedule, own=timesteps is not None or sigmas is not None),
+        spacing=_spacing(card, name, spacing),
+        timesteps=own_times,
+        sigmas=own_sigmas,
+        eta=_eta(name, eta),
+        alpha_to_one=kind.alpha_to_one if card.set_alpha_to_one is None else card.set_alpha_to_one,
+    )
+    path = kind.levels(card, options)
+    if card.prediction_type == "epsilon" and path.at[0].alpha == 0:
+        raise RequestError(
+            f"sampler {name!r} cannot start where there is no signal on a model that predicts epsilon;"
+            " choose euler, or a spacing that starts later"
+        )
+    found = tuple(step_of(path, k, kind.move(path, k), k // kind.evaluations) for k in range(len(path.at)))
+    if path.at[0].scale_in == 1.0:
+        return found, 1.0
+    first = max(level.sigma for level in path.at)
+    return found, math.hypot(first, 1.0) if options.spacing == "leading" else first
+
+
+def step_of(path: NoisePath, k: int, latent: Linear, index: int) -> Step:
+    """x_{k+1} as a step of the plan, of the sampler's step `index`; its windows end at the oldest coefficient that is not 0."""
+    level, clean = path.at[k], path.x0(k)
+    return Step(
+        t=level.t,
+        sigma=level.ratio,
+        scale_in=level.scale_in,
+        keep=window(latent, "x", k),
+        gain=window(latent, "p", k),
+        noise=latent["z", k],
+        denoised=(clean["x", k], clean["p", k]),
+        index=index,
+    )
+
+
+def window(latent: Linear, symbol: str, k: int) -> tuple[float, ...]:
+    oldest = min((j for (name, j), value in latent.terms.items() if name == symbol and value != 0.0), default=k)
+    return tuple(float(latent[symbol, j]) for j in range(k, oldest - 1, -1))
+
+
+def _those(fit: Callable[[Sampler], bool]) -> str:
+    """End of a refusal: which samplers would do."""
+    return f"choose one of {', '.join(name for name, sampler in SAMPLERS.items() if fit(sampler))}"
+
+
+def _check_model(card: SchedulerCard, name: str) -> None:
+    kind = SAMPLERS[name]
+    if card.prediction_type not in kind.predictions:
+        fit = _those(lambda other: card.prediction_type in other.predictions)
+        raise RequestError(f"sampler {name!r} cannot run a model that predicts {card.prediction_type}; {fit}")
+    if card.rescale_betas_zero_snr and not kind.zero_snr:
+        fit = _those(lambda other: other.zero_snr and card.prediction_type in other.predictions)
+        raise RequestError(f"sampler {name!r} cannot run a model of zero terminal SNR; {fit}")
+
+
+def _count(card: SchedulerCard, name: str, steps: int | None, timesteps: Float64 | None, sigmas: Float64 | None) -> int:
+    """Steps of the sampler."""
+    own = {"timesteps": timesteps, "sigmas": sigmas}
+    given = [what for what, values in own.items() if values is not None]
+    for what in given:
+        if what not in SAMPLERS[name].custom:
+            fit = _those(lambda other: what in other.custom)  # noqa: B023, called at once
+            raise RequestError(f"sampler {name!r} takes no {what} of a request; {fit}")
+    if len(given) + (steps is not None) != 1:
+        raise RequestError("give exactly one of steps, timesteps and sigmas")
+    if timesteps is not None:
+        if not SAMPLERS[name].fractions and (timesteps % 1 != 0).any():
+            raise RequestError(f"timesteps of sampler {name!r} must be whole numbers, got {shown(timesteps.tolist())}")
+        if name == "flow_euler" and timesteps[-1] == 0:
+            raise RequestError("timesteps of sampler 'flow_euler' must be above 0; it ends there unsaid")
+        return len(timesteps)
+    if sigmas is not None:
+        flow = name == "flow_euler"
+        needed = sigmas if flow else sigmas[:-1]
+        if not needed.size or needed[-1] <= 0 or sigmas[-1] < 0 or (flow and sigmas[0] > 1):
+            rule = "lie above 0 and up to 1" if flow else "be two or more, above 0 but for the last"
+            raise RequestError(f"sigmas of sampler {name!r} must {rule}; got {shown(sigmas.tolist())}")
+        return len(needed)
+    return whole("steps", steps, 1, card.num_train_timesteps)
+
+
+def _schedule(card: SchedulerCard, name: str, schedule: str | None, *, own: bool) -> str:
+    """Schedule of sigmas; own: the request brings its timesteps or sigmas."""
+    if schedule:
+        choice(f"schedule of sampler {name!r}", schedule, SAMPLERS[name].schedules)
+        if own and schedule != "normal":
+            raise RequestError(
+                f"schedule {schedule!r} makes its own sigmas; it takes no timesteps or sigmas of a request"
+            )
+        return schedule
+    return card.schedule if not own and card.schedule in SAMPLERS[name].schedules else "normal"
+
+
+def _spacing(card: SchedulerCard, name: str, spacing: str | None) -> str:
+    default = SAMPLERS[name].spacing
+    if spacing:
+        choice("spacing", spacing, SPACINGS)
+        if default is None:
+            raise RequestError(f"sampler {name!r} has timesteps of its own and takes no spacing")
+    return spacing or card.timestep_spacing or default or ""
+
+
+def _eta(name: str, eta: float | None) -> float:
+    default = SAMPLERS[name].eta
+    if eta is None:
+        return default or 0.0
+    if default is None:
+        raise RequestError(f"sampler {name!r} has no eta; {_those(lambda other: other.eta is not None)}")
+    if not 0.0 <= eta <= 1.0:
+        raise RequestError(f"eta is {eta}; it must lie in 0..1")
+    return float(eta)

@@ -1,0 +1,218 @@
+"""Noise schedules: a model's betas, the timesteps taken through them, and the sigmas of those timesteps.
+
+sigma is always the noise-to-signal ratio √((1 − ᾱ)/ᾱ), ᾱ = Π(1 − beta), except for flow models, where a latent is
+(1 − sigma)·x0 + sigma·noise. Everything is float64: diffusers keeps these tables in float32, so its numbers differ
+from ours by about 1e-7.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from stepforge.runtime.arrays import Float64
+from stepforge.runtime.checks import shown
+from stepforge.runtime.errors import BundleError, RequestError
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+SPACINGS = ("linspace", "leading", "trailing")
+SCHEDULES = ("normal", "karras", "exponential", "beta")
+SAMPLER_NAMES = (  # keys of samplers.SAMPLERS, which is built on this file
+    "ddim",
+    "ddpm",
+    "deis",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m",
+    "euler",
+    "euler_a",
+    "flow_euler",
+    "heun",
+    "kdpm2",
+    "lcm",
+    "lms",
+    "pndm",
+    "tcd",
+    "unipc",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerCard:
+    """What a bundle stores of a model's scheduler; hashable.
+
+    `timestep_spacing` and `set_alpha_to_one` are None where the model's config is silent: each sampler then takes the
+    default of its diffusers class, as `Scheduler.from_config(pipe.scheduler.config)` does.
+    """
+
+    sampler: str  # used where a request names none
+    schedule: str = "normal"  # sigma schedule used where a request names none
+    prediction_type: str = "epsilon"
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    rescale_betas_zero_snr: bool = False
+    timestep_spacing: str | None = None
+    steps_offset: int = 0
+    set_alpha_to_one: bool | None = None
+    shift: float = 1.0  # of flow models
+
+    def __post_init__(self) -> None:
+        choose("sampler", self.sampler, SAMPLER_NAMES)
+        choose("schedule", self.schedule, SCHEDULES)
+        choose("prediction_type", self.prediction_type, PREDICTIONS)
+        choose("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        choose("timestep_spacing", self.timestep_spacing, (None, *SPACINGS))
+        choose("rescale_betas_zero_snr", self.rescale_betas_zero_snr, (False, True))
+        choose("set_alpha_to_one", self.set_alpha_to_one, (None, False, True))
+        for name in ("num_train_timesteps", "steps_offset"):
+            if not isinstance(getattr(self, name), int):
+                raise BundleError(f"{name} is {shown(getattr(self, name))}; it must be a whole number")
+        if self.num_train_timesteps < 1:
+            raise BundleError(f"num_train_timesteps is {self.num_train_timesteps}; at least 1 is needed")
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise BundleError(
+                f"trained_betas has {len(self.trained_betas)} values for {self.num_train_timesteps} timesteps"
+            )
+        betas = self.trained_betas or (self.beta_start, self.beta_end)
+        if not all(0.0 < beta < 1.0 for beta in betas):
+            raise BundleError(f"betas must lie between 0 and 1, here from {min(betas)} to {max(betas)}")
+        if not 0.0 < self.shift < math.inf:
+            raise BundleError(f"shift is {self.shift}; it must be positive")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"trained_betas": None if self.trained_betas is None else list(self.trained_betas)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SchedulerCard:
+        """Reads what `to_dict` wrote; nothing may be missing or unknown."""
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            wrong = ", ".join(sorted(values.keys() ^ names))
+            raise BundleError(f"scheduler card has missing or unknown fields: {wrong}")
+        betas = values["trained_betas"]
+        try:
+            return cls(**{**values, "trained_betas": None if betas is None else tuple(betas)})
+        except TypeError as error:
+            raise BundleError(f"scheduler card has a value of the wrong kind: {error}") from None
+
+
+def choose(what: str, value: object, choices: tuple[Any, ...]) -> None:
+    """Refuses a value of a card that is not among the choices."""
+    if value not in choices:
+        raise BundleError(f"{what} is {shown(value)}; choose one of {', '.join(dict.fromkeys(map(str, choices)))}")
+
+
+def betas(card: SchedulerCard) -> Float64:
+    """Noise added at each training timestep. Cosine: Nichol and Dhariwal, arXiv:2102.09672, eq. 17, capped at 0.999."""
+    count = card.num_train_timesteps
+    if card.trained_betas is not None:
+        return np.array(card.trained_betas)
+    if card.beta_schedule == "linear":
+        return np.linspace(card.beta_start, card.beta_end, count)
+    if card.beta_schedule == "scaled_linear":
+        return np.linspace(card.beta_start**0.5, card.beta_end**0.5, count) ** 2
+    bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.asarray(np.minimum(1.0 - bar[1:] / bar[:-1], 0.999))
+
+
+def alphas_cumprod(card: SchedulerCard) -> Float64:
+    """ᾱ_t = Π_{s ≤ t} (1 − beta_s); with zero terminal SNR, √ᾱ shifted and scaled to end at 0.
+
+    Lin et al., arXiv:2305.08891, algorithm 1.
+    """
+    bar = np.cumprod(1.0 - betas(card))
+    if card.rescale_betas_zero_snr:
+        root = np.sqrt(bar)
+        bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return np.asarray(bar, dtype=np.float64)
+
+
+def ratio(alphas_bar: Float64) -> Float64:
+    """sigma = √((1 − ᾱ)/ᾱ)."""
+    return np.sqrt((1.0 - alphas_bar) / alphas_bar)
+
+
+def spaced(spacing: str, steps: int, count: int, *, offset: int = 0, ahead: bool = False) -> Float64:
+    """`steps` timesteps of 0..count−1, falling; Lin et al., arXiv:2305.08891, table 2.
+
+    ahead: the grid has one more point, the end of the last step, which is left out (DPM-Solver, UniPC, DEIS);
+    "trailing" has that form already.
+    """
+    points = steps + 1 if ahead else steps
+    if spacing == "linspace":
+        return np.linspace(0.0, count - 1.0, points)[::-1][:steps]
+    if spacing == "leading":
+        return (np.arange(points) * (count // points))[::-1][:steps].astype(np.float64) + offset
+    # `arange` over a float step can give one point too many
+    return np.round(np.arange(count, 0, -count / steps))[:steps] - 1.0
+
+
+def karras(high: float, low: float, steps: int) -> Float64:
+    """Equal steps in sigma^(1/7); Karras et al., arXiv:2206.00364, eq. 5."""
+    ramp = np.linspace(0.0, 1.0, steps)
+    return np.asarray((high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7)
+
+
+def exponential(high: float, low: float, steps: int) -> Float64:
+    """Equal steps in log sigma."""
+    return np.exp(np.linspace(math.log(high), math.log(low), steps))
+
+
+def beta(high: float, low: float, steps: int) -> Float64:
+    """Quantiles of Beta(0.6, 0.6) between low and high; Lee et al., arXiv:2407.12173."""
+    return low + beta_quantile(1.0 - np.linspace(0.0, 1.0, steps), 0.6) * (high - low)
+
+
+RESPACE = {"karras": karras, "exponential": exponential, "beta": beta}
+
+
+def beta_quantile(q: Float64, a: float) -> Float64:
+    """x with I_x(a, a) = q, by bisection; at 1/2 and beyond by symmetry.
+
+    I_x(a, a) = x^a / (a·B(a, a)) · Σ_n x^n · a/(a + n) · Π_{i ≤ n} (i − a)/i, which halves with each n for x ≤ 1/2.
+    """
+    half = np.minimum(q, 1.0 - q)
+    norm = math.gamma(a) ** 2 / math.gamma(2 * a)
+    n = np.arange(60)
+    weight = np.cumprod(np.concatenate([[1.0], (n[1:] - a) / n[1:]])) / (a + n)
+    low, high = np.zeros_like(half), np.full_like(half, 0.5)
+    for _ in range(60):
+        x = (low + high) / 2
+        below = x**a * ((x[:, None] ** n) @ weight) / norm < half
+        low, high = np.where(below, x, low), np.where(below, high, x)
+    return np.where(q <= 0.5, low, 1.0 - low)
+
+
+def times_of(sigmas: Float64, table: Float64) -> Float64:
+    """Where sigmas lie in the rising table of all sigmas, in timesteps; linear in log sigma, held at the ends."""
+    logs = np.log(np.maximum(sigmas, 1e-10))
+    return np.interp(logs, np.log(table), np.arange(len(table), dtype=np.float64))
+
+
+def check_timesteps(values: Any, low: int, high: int) -> Float64:
+    """Timesteps as an array: falling, within low..high."""
+    times = check_falling("timesteps", values)
+    if times[0] > high or times[-1] < low:
+        raise RequestError(f"timesteps must lie in {low}..{high}; these run from {times[0]:g} to {times[-1]:g}")
+    return times
+
+
+def check_falling(what: str, values: Any) -> Float64:
+    """A list of numbers as an array: finite, strictly falling, at least one."""
+    try:
+        array = np.array([float(value) for value in values], dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise RequestError(f"{what} must be a list of numbers, got {shown(values)}") from None
+    if not array.size or not np.isfinite(array).all() or (np.diff(array) >= 0).any():
+        raise RequestError(f"{what} must be finite and strictly falling, got {shown(array.tolist())}")
+    return array

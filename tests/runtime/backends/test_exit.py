@@ -1,0 +1,51 @@
+"""Backends let go of their library in any order, and the process ends with 0."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+SCRIPT = """
+import gc, sys, threading
+import numpy as np
+from stepforge.runtime.backends import Banks, open_backend
+from stepforge.runtime.bundle import UNET, VAE_DECODER, read
+
+bundle = read(sys.argv[1])
+backend = open_backend(sys.argv[2], bundle, precision="fp32", threads=1)
+dtype = backend.bank_dtype(UNET)
+banks = Banks({t.name: np.zeros(t.shape, dtype) for t in bundle.components[UNET].inputs if ".lora_" in t.name},
+              np.zeros(4, np.int64))
+assert banks
+denoiser, decoder = backend.open(UNET, banks), backend.open(VAE_DECODER)
+call = {
+    "sample": np.ones((1, 4, 8, 8), np.float32), "timestep": np.ones(1, np.float32),
+    "encoder_hidden_states": np.ones((1, 77, 32), np.float32),
+    "adapter": np.zeros(1, np.int64), "adapter_strength": np.zeros((1, 1, 1), np.float32),
+}
+results = [denoiser(call)["prediction"], decoder({"latents": call["sample"]})["pixels"]]
+"""
+ENDINGS = {
+    "nothing is dropped": "",
+    "the backend first": "del backend, bundle; gc.collect(); del banks; gc.collect(); del denoiser, decoder",
+    "the graphs first": "del denoiser, decoder; gc.collect(); del banks, backend",
+    "results live longest": "kept = [float(r.sum()) for r in results]; del denoiser, decoder, backend, banks; gc.collect()\n"
+    "assert all(np.isfinite(r).all() for r in results)",
+    "in a circle": "circle = [backend, denoiser, decoder]; circle.append(circle); del backend, denoiser, decoder, circle",
+    "from another thread": "owners = [denoiser, decoder, backend]; del denoiser, decoder, backend\n"
+    "thread = threading.Thread(target=owners.clear); thread.start(); thread.join()",
+    "an error": "sys.exit(0) if len(results) == 2 else None",
+    "opened twice": "again = backend.open(UNET, banks); again(call); del denoiser; again(call); del backend",
+}
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize(
+    "ending",
+    [name if name == "nothing is dropped" else pytest.param(name, marks=pytest.mark.slow) for name in ENDINGS],
+)
+def test_references_are_dropped_in_any_order(tiny_sd1_banks, backend, ending):
+    code = SCRIPT + textwrap.dedent(ENDINGS[ending])
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_sd1_banks), backend], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,70 @@
+"""benchmarks/network_model.py: FLOPs against PyTorch's own counter, launches against the program, times on the CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[4]
+
+
+@pytest.fixture
+def model(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import network_model
+
+    yield network_model
+    for name in ("network_model", "bench_network", "gpu_report"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.slow
+def test_flops_are_those_of_the_unet(model):
+    """SD1.5's shape, of which no weight exists: every product, convolution and attention, to 0.1 % (PyTorch's counter has no
+    other operators)."""
+    from diffusers import UNet2DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    inputs = [torch.zeros(shape, device="meta") for shape in ((2, 4, 64, 64), (2,), (2, 77, 768))]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(*inputs)
+    with model.with_holes(model.SHAPES / "sd15.onnx.xz") as graph, torch.inference_mode():
+        network = model.cuda_network(graph)
+        found = model.works(network, model.given(network.program, 2))
+    assert sum(work.flops for work in found) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    launches = Counter()
+    for work in found:
+        launches[work.kind] += work.launches
+    assert launches["attention"] == 32
+    assert sum(launches.values()) <= 660  # 653 before additions and norms are fused, see the passes
+
+
+def test_times_by_kind_and_the_file(model, tiny_sd1_bundle, tmp_path, monkeypatch, capsys):
+    """On the CPU with weights drawn there; on a GPU the same lines."""
+    import bench_network
+
+    graph = tiny_sd1_bundle / "denoiser/unet/model.onnx"
+    with model.with_holes(graph) as path, torch.inference_mode():
+        assert path == graph
+        network = model.cuda_network(path, "fp32")
+        given = model.given(network.program, 2, 16)
+        found = model.works(network, given)
+        measured = model.measure(model.drawn(network, "cpu"), model.numbers(given, "cpu"), times=1)
+    assert set(measured) == {*model.by_kind(found), model.VIEWS}
+    assert all(value > 0 for value in measured.values())
+    lines = model.table(found, {}, measured)
+    assert float(lines[-1].split()[-1]) == pytest.approx(sum(measured.values()), abs=0.01)
+    out = tmp_path / "network.json"
+    assert bench_network.model([graph], [1, 2], out) == 0
+    tables = json.loads(out.read_text("utf-8"))["tables"]
+    one, two = (tables[f"model.onnx {rows}"]["kinds"]["convolution"] for rows in (1, 2))
+    assert two["flops"] == 2 * one["flops"]
+    assert two["launches"] == one["launches"]
+    assert "convolution" in capsys.readouterr().out

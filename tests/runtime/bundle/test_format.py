@@ -1,0 +1,121 @@
+"""The bundle's format and its refusals, on a bundle written by hand."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stepforge.runtime.bundle import MANIFEST, TEXT_ENCODERS, UNET, ComponentId, Preset, read, write_manifest
+from stepforge.runtime.errors import BundleError
+
+
+@pytest.fixture
+def path(hand_written_bundle: Path) -> Path:
+    return hand_written_bundle
+
+
+def test_what_is_written_is_read(path):
+    bundle = read(path)
+    preset = Preset(guidance=(3.0, 1.0), reuse="tgate(0.5)", control_end=0.5, found={"rows": 3})
+    changed = replace(bundle, presets={"fast": preset, "plain": Preset()}, verdict={"passed": True})
+    write_manifest(changed)
+    assert read(path) == changed
+    assert read(path).digest == bundle.digest
+    assert bundle.digest is bundle.digest  # computed once: it takes 55 ms on the manifest of a large model
+
+
+def test_a_component_has_a_role_a_name_and_a_variant(path):
+    """The manifest states them, whatever its folders are called; an older format is to be exported again."""
+    bundle = read(path)
+    assert bundle.denoisers == (UNET,)
+    assert bundle.text_encoders == (TEXT_ENCODERS[0],)
+    edit(path, lambda m: m["components"].append({**m["components"][1], "name": "refiner"}))
+    edit(path, lambda m: m["components"].append({**m["components"][1], "variant": "deepcache"}))
+    bundle, refiner = read(path), ComponentId("denoiser", "refiner")
+    assert bundle.components[refiner].graph == "denoiser/unet/model.onnx"
+    assert bundle.denoisers == (UNET, refiner)
+    assert (bundle.variants(UNET), bundle.variants(refiner)) == (("deepcache",), ())
+    deep = replace(UNET, variant="deepcache")
+    assert (deep.whole, str(deep), deep.label) == (UNET, "denoiser/unet.deepcache", "unet.deepcache")
+    for older in (1, 2, 3):
+        edit(path, lambda m, older=older: m.update(format=older))
+        with pytest.raises(BundleError, match=f"has bundle format {older}; this version reads 4: export it again"):
+            read(path)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(position=st.integers(0, 239), flip=st.integers(1, 255))
+def test_any_flipped_byte_is_found(path, position, flip):
+    file = path / "denoiser/unet/model.onnx"
+    original = file.read_bytes()
+    damaged = bytearray(original)
+    damaged[position % len(damaged)] ^= flip
+    file.write_bytes(damaged)
+    with pytest.raises(BundleError, match="does not match its sha256"):
+        read(path)
+    file.write_bytes(original)
+
+
+def edit(path: Path, change) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    change(manifest)
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+REFUSED = {
+    "no manifest": (lambda p: (p / MANIFEST).unlink(), "is not a bundle: it has no bundle.json"),
+    "not JSON": (lambda p: (p / MANIFEST).write_text("{"), "is damaged"),
+    "other format": (
+        lambda p: edit(p, lambda m: m.update(format=1)),
+        "has bundle format 1; this version reads 4: export it again",
+    ),
+    "field missing": (lambda p: edit(p, lambda m: m.pop("model")), "is damaged"),
+    "field unknown": (lambda p: edit(p, lambda m: m["model"].update(extra=1)), "is damaged"),
+    "other family": (lambda p: edit(p, lambda m: m["model"].update(family="sd9")), "known: sd1, sd2, sdxl"),
+    "control without networks": (
+        lambda p: edit(p, lambda m: m["controls"].update(canny={"global_pool": False})),
+        "has no component 'control/canny/hint'",
+    ),
+    "no denoiser": (lambda p: edit(p, lambda m: m["components"].pop(1)), "has no denoiser"),
+    "no decoder": (lambda p: edit(p, lambda m: m["components"].pop(2)), "has no component 'vae_decoder'"),
+    "no text encoder": (lambda p: edit(p, lambda m: m["components"].pop(0)), "has no component 'text_encoder'"),
+    "unknown role": (lambda p: edit(p, lambda m: m["components"][1].update(role="upscaler")), "of the role 'upscaler'"),
+    "component twice": (
+        lambda p: edit(p, lambda m: m["components"].append(m["components"][1])),
+        "has the component 'denoiser/unet' twice",
+    ),
+    "variant of nothing": (
+        lambda p: edit(p, lambda m: m["components"][1].update(variant="tgate")),
+        "has no component 'denoiser/unet'",
+    ),
+    "component named as a path": (
+        lambda p: edit(p, lambda m: m["components"][1].update(name="../unet")),
+        "a component named '../unet'",
+    ),
+    "bad preset": (lambda p: edit(p, lambda m: m["presets"].update(a={"reuse": 3})), "reuse of a preset is 3"),
+    "file missing": (lambda p: (p / "tokenizer/tokenizer.json").unlink(), "lacks tokenizer/tokenizer.json"),
+    "file unknown": (lambda p: (p / "run.py").write_text(""), "does not list: run.py"),
+    "file longer": (lambda p: (p / "tokenizer/tokenizer.json").write_text("x"), "has 1 bytes"),
+    "link": (lambda p: os.symlink("/etc/hostname", p / "x"), "contains the link x"),
+    "path upwards": (
+        lambda p: edit(p, lambda m: m["components"][1].update(graph="../../etc/passwd")),
+        "not a plain relative path",
+    ),
+    "graph not listed": (
+        lambda p: edit(p, lambda m: m["components"][1].update(graph="other.onnx")),
+        "does not list it under files",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_bundle_is_refused_in_one_line(path, name):
+    damage, message = REFUSED[name]
+    damage(path)
+    with pytest.raises(BundleError, match=message) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,44 @@
+"""A bundle written by hand: its graphs are no graphs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stepforge.runtime.backends.fake import fake_bundle
+from stepforge.runtime.bundle import MANIFEST, Bundle, Component, Tensor, sha256, write_manifest
+
+
+@pytest.fixture
+def hand_written_bundle(tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    for name in (
+        *(f"{folder}/model.onnx" for folder in ("denoiser/unet", "text_encoder", "vae_decoder")),
+        "denoiser/unet/model.onnx.data",
+        "tokenizer/tokenizer.json",
+    ):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(name.encode() * 10)
+    write_bundle(folder)
+    return folder
+
+
+def write_bundle(folder: Path) -> Bundle:
+    fake = fake_bundle()
+    tensor = Tensor("sample", "float32", ("rows", 4, "height", "width"))
+    card = fake.card
+    encoder = replace(card.text_encoders[0], tokenizer="tokenizer/tokenizer.json")
+    names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
+    bundle = Bundle(
+        path=folder,
+        card=replace(card, text_encoders=(encoder,)),
+        scheduler=fake.scheduler,
+        components={key: Component(f"{key.folder}/model.onnx", (tensor,), (tensor,)) for key in fake.components},
+        precision="fp32",
+        versions={"torch": "2"},
+        source={"kind": "test"},
+        files={name: ((folder / name).stat().st_size, sha256(folder / name)) for name in names},
+    )
+    write_manifest(bundle)
+    return bundle
