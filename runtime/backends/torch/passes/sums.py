@@ -183,6 +183,12 @@ def width_of(program: Program, made: dict[str, Node], name: str) -> int | None:
     return None
 
 
+def on_one_device(*values: Tensor) -> list[Tensor]:
+    """Constants that meet; those without memory (benchmarks/network_model.py) make all so."""
+    meta = any(value.device.type == "meta" for value in values)
+    return [value.to("meta") if meta else value for value in values]
+
+
 def readers_of(program: Program) -> dict[str, list[Node]]:
     found: dict[str, list[Node]] = {}
     for node in program.nodes:
@@ -444,9 +450,8 @@ class Biases:
                 continue
             if node.op in ("Linear", "Pointwise", "Accumulate"):
                 place = 3 if node.op == "Accumulate" else 2
-                product = self._constant(
-                    program.weight(operands[1]).float() @ constants[vector].float(), f"{operands[1]} of {vector}"
-                )
+                weight, missing = on_one_device(program.weight(operands[1]), constants[vector])
+                product = self._constant(weight.float() @ missing.float(), f"{operands[1]} of {vector}")
                 operands += [""] * (place + 1 - len(operands))
                 operands[place] = self._sum(operands[place], product)
             elif node.op == "Widen":
@@ -472,7 +477,10 @@ class Biases:
         shift = node.inputs[4]
         if not shift or shift in constants:
             old = constants[shift].flatten() if shift else None
-            total = constants[vector] if old is None else old.float() + constants[vector].float()
+            added = constants[vector]
+            if old is not None:
+                old, added = on_one_device(old, added)
+            total = added if old is None else old.float() + added.float()
             name = self._constant(total.to(constants[vector].dtype)[None], f"{shift} + {vector} shift")
             operands = [*node.inputs[:4], name, *node.inputs[5:]]
             program.nodes[index] = Node(node.op, tuple(operands), node.outputs, node.attributes)
@@ -484,8 +492,9 @@ class Biases:
         if layer.op == "Columns":
             start, end = layer.attributes["start"], layer.attributes["end"]
             layer = made[layer.inputs[0]]
-            whole = torch.zeros_like(constants[layer.inputs[2]])
-            whole[start:end] = constants[vector].flatten()
+            biases, value = on_one_device(constants[layer.inputs[2]], constants[vector].flatten())
+            whole = torch.zeros_like(biases)
+            whole[start:end] = value
             vector = self._constant(whole, f"{vector} of columns from {start}")
         place = program.nodes.index(layer)
         biases = self._sum(layer.inputs[2], vector)
@@ -497,8 +506,9 @@ class Biases:
         if not one:
             return other
         constants = self.program.constants
-        value = constants[one].float() + constants[other].float()
-        return self._constant(value.to(constants[one].dtype), f"{one} + {other}")
+        first, second = on_one_device(constants[one], constants[other])
+        value = first.float() + second.float()
+        return self._constant(value.to(first.dtype), f"{one} + {other}")
 
     def _constant(self, value: Tensor, name: str) -> str:
         self.program.constants[name] = value
@@ -532,7 +542,7 @@ def _stacked(program: Program, group: Sequence[Node]) -> list[Node]:
     names = []
     for at in (1, 2):
         name = f"all of {group[0].inputs[at]}"
-        constants[name] = torch.cat([constants[layer.inputs[at]] for layer in group])
+        constants[name] = torch.cat(on_one_device(*(constants[layer.inputs[at]] for layer in group)))
         names.append(name)
     whole = f"all of {group[0].outputs[0]}"
     made = [Node("Linear", (group[0].inputs[0], *names), (whole,))]
