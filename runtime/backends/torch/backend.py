@@ -22,9 +22,9 @@ from stepforge.runtime.backends import Arrays, Graph
 from stepforge.runtime.backends.torch.banks import DeviceBanks, Shared
 from stepforge.runtime.backends.torch.loop import RINGS, Function, Once, TorchLoop
 from stepforge.runtime.backends.torch.lora import LoraPasses, drop_lora, fuse_lowrank_geglu, fuse_residual
-from stepforge.runtime.backends.torch.packed import pack_attention
 from stepforge.runtime.backends.torch.passes import exact as passes
 from stepforge.runtime.backends.torch.passes.once import split_once
+from stepforge.runtime.backends.torch.passes.packed import pack_attention
 from stepforge.runtime.backends.torch.passes.sums import write_once
 from stepforge.runtime.backends.torch.passes.widen import WideLayer, fuse_widen, widen_layers
 from stepforge.runtime.backends.torch.precision import computed_in, lower, no_tf32

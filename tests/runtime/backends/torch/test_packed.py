@@ -13,7 +13,7 @@ from stepforge.runtime.backends import Banks, open_backend
 from stepforge.runtime.backends.torch import lowrank as torch_lowrank
 from stepforge.runtime.backends.torch.banks import DeviceBanks
 from stepforge.runtime.backends.torch.lora import LoraPasses, Stack, View, fuse_lowrank_geglu, fuse_residual
-from stepforge.runtime.backends.torch.packed import pack_attention
+from stepforge.runtime.backends.torch.passes.packed import pack_attention
 from stepforge.runtime.backends.torch.program import Node, Program
 from stepforge.runtime.backends.torch.run import Runner
 from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, ComponentId, read
