@@ -10,11 +10,14 @@ from typing import Any
 
 HOMES = {
     "geglu": "ops",
-    "group_norm_silu": "ops",
+    "group_norm": "ops",
     "guide_update": "ops",
     "lowrank_conv": "ops",
     "lowrank_geglu": "ops",
+    "image_sum": "ops",
+    "layer_norm": "ops",
     "lowrank_linear": "ops",
+    "widen": "ops",
     "block_table": "packing",
     "pack": "packing",
     "Pair": "packing",

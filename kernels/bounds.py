@@ -101,34 +101,103 @@ def lowrank_conv(
     return exact, rounded_to(dtype, exact, error)
 
 
-def group_norm_silu(
+def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *,
-    scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True, run: int = 128, u: float = IEEE_SUM,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """For `reference.group_norm_silu`. run: additions that one element passes through, the longest chain of a sum."""
+    silu: bool = True, other: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
+    extra: Tensor | None = None, keep: bool = False, run: int = 128, u: float = IEEE_SUM,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
+    """For `reference.group_norm`: (exact, bound) of y and of the sum. run: additions that one element passes through, the
+    longest chain of a sum. keep: y is made of the written sum, which is rounded."""
     dtype = x.dtype
-    x, weight, bias = x.double(), weight.double(), bias.double()
-    zero = x.new_zeros(x.shape[0], x.shape[1])
-    scale = scale.double() if scale is not None else zero
-    shift = shift.double() if shift is not None else zero
-    sets = x.reshape(x.shape[0], groups, -1)
-    lanes = x.shape[1] // groups
-    mean = sets.mean(-1).repeat_interleave(lanes, 1)
-    rstd = (sets.var(-1, correction=0) + eps).rsqrt().repeat_interleave(lanes, 1)
-    off = gamma(run, u) * sets.abs().mean(-1).repeat_interleave(lanes, 1)  # of the mean
-    wrong = (
-        gamma(2 * run, u) + (off * rstd) ** 2
-    )  # of rstd, relative: what a wrong mean adds to the variance is squared
-    apart = (x - mean[..., None, None]).abs()
-    factor = (rstd * weight.abs() * (1 + scale).abs())[..., None, None]
-    add = (bias.abs() * (1 + scale).abs() + shift.abs())[..., None, None]
-    error = factor * (off[..., None, None] * (1 + wrong[..., None, None]) + apart * (wrong[..., None, None] + 8 * u))
-    error = error + 8 * u * add
-    z = reference.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu=False)
+    parts = {"other": other, "shift": shift, "residual": residual, "extra": extra}
+    wide: dict[str, Any] = {name: None if part is None else part.double() for name, part in parts.items()}
+    size: dict[str, Any] = {name: None if part is None else part.abs() for name, part in wide.items()}
+    weight, bias = weight.double(), bias.double()
+    z, total = reference.group_norm(x.double(), weight, bias, groups, eps, silu=False, **wide)
+    v = x.double() if residual is None else x.double() + wide["residual"]
+    size_v = x.double().abs() if residual is None else x.double().abs() + size["residual"]
+    if other is not None:
+        v, size_v = torch.cat([v, wide["other"]], 1), torch.cat([size_v, size["other"]], 1)
+    if shift is not None:
+        v, size_v = v + wide["shift"][:, :, None, None], size_v + size["shift"][:, :, None, None]
+    sets, lanes = v.reshape(v.shape[0], groups, -1), v.shape[1] // groups
+
+    def of_channels(sets_value: Tensor) -> Tensor:
+        return sets_value.repeat_interleave(lanes, 1)[..., None, None]
+
+    mean = of_channels(sets.mean(-1))
+    rstd = of_channels((sets.var(-1, correction=0) + eps).rsqrt())
+    summed = gamma(4, u) * size_v  # of v, in fp32
+    low = x.shape[1]
+    total_off = summed[:, :low] + (0.0 if extra is None else 2 * u * (total.abs() + size["extra"][:, None, None]))
+    off = of_channels((gamma(run, u) * sets.abs() + summed.reshape(sets.shape)).mean(-1))  # of the mean
+    spread = of_channels((summed.reshape(sets.shape) ** 2).mean(-1)).sqrt() * rstd
+    # of rstd, relative: what a wrong mean adds to the variance is squared
+    wrong = gamma(2 * run, u) + (off * rstd) ** 2 + 2 * spread
+    factor = rstd * weight.abs()[:, None, None]
+    read = summed.clone()
+    if keep:
+        read[:, :low] = total_off + UNIT[dtype] * (total.abs() + total_off) + TINY[dtype] + 2 * u * total.abs()
+    error = (
+        factor * ((off + read) * (1 + wrong) + (v - mean).abs() * (wrong + 8 * u)) + 8 * u * bias.abs()[:, None, None]
+    )
+    kept = total, rounded_to(dtype, total, total_off)
     if not silu:
-        return z, rounded_to(dtype, z, error)
+        return (z, rounded_to(dtype, z, error)), kept
     y = reference.activate(z, "silu")
-    return y, rounded_to(dtype, y, STEEPEST * error + DIRECT * u * (z.abs() + error))
+    return (y, rounded_to(dtype, y, STEEPEST * error + DIRECT * u * (z.abs() + error))), kept
+
+
+def image_sum(
+    x: Tensor, residual: Tensor | None = None, shift: Tensor | None = None, *, scale: int = 1, u: float = IEEE_SUM
+) -> tuple[Tensor, Tensor]:
+    """For `reference.image_sum`."""
+    given: list[Any] = [None if part is None else part.double() for part in (x, residual, shift)]
+    sizes: list[Any] = [None if part is None else part.abs() for part in given]
+    exact = reference.image_sum(given[0], given[1], given[2], scale)
+    return exact, rounded_to(x.dtype, exact, gamma(2, u) * reference.image_sum(sizes[0], sizes[1], sizes[2], scale))
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    pre: Tensor | None = None,
+    run: int = 128,
+    u: float = IEEE_SUM,
+) -> tuple[Tensor, Tensor]:
+    """For `reference.layer_norm`."""
+    v = x.double() if pre is None else x.double() + pre.double()
+    size = x.double().abs() if pre is None else x.double().abs() + pre.double().abs()
+    rstd = (v.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    off = gamma(run, u) * v.abs().mean(-1, keepdim=True) + u * size.mean(-1, keepdim=True)
+    wrong = gamma(2 * run, u) + (off * rstd) ** 2 + 2 * u * size.amax(-1, keepdim=True) * rstd
+    apart = (v - v.mean(-1, keepdim=True)).abs()
+    error = (
+        rstd * weight.double().abs() * ((off + u * size) * (1 + wrong) + apart * (wrong + 8 * u))
+        + 8 * u * bias.double().abs()
+    )
+    exact = reference.layer_norm(x.double(), weight.double(), bias.double(), eps, None if pre is None else pre.double())
+    return exact, rounded_to(x.dtype, exact, error)
+
+
+def widen(
+    x: Tensor, a: Tensor, *, norm: tuple[Tensor, Tensor, float] | None = None, gate: bool = False,
+    pre: Tensor | None = None, u: float = IEEE_SUM,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """For `reference.widen`: S is made of the rounded value, whose own bound it inherits through |A|."""
+    plain = x.double() if pre is None else x.double() + pre.double()
+    zero = plain, torch.zeros_like(plain) if pre is None else rounded_to(x.dtype, plain, u * plain.abs())
+    value, off = geglu(x, u=u) if gate else layer_norm(x, *norm, pre=pre, u=u) if norm is not None else zero
+
+    def shrunk(rows: Tensor, down: Tensor) -> Tensor:
+        return (rows.unflatten(0, (len(a), -1)) @ down.transpose(1, 2)).flatten(0, 1)
+
+    s = shrunk(value, a.double())
+    error = shrunk(off, a.double().abs()) + gamma(a.shape[2] + 2, u) * shrunk(value.abs() + off, a.double().abs())
+    return torch.cat([value, s], 1), torch.cat([off, rounded_to(x.dtype, s, error)], 1)
 
 
 def geglu(h: Tensor, *, u: float = IEEE_SUM) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from stepforge.kernels.lowrank import activate, loaded, rounded, row_block, swiz
 
 
 @triton.jit(do_not_specialize=["rows"])
-def geglu_kernel(h, out, rows, width, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def geglu_kernel(h, out, rows, width, stride, stride_out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """h [rows, 2·width] with `stride` elements a row: values, then gates. One rounding, at the end."""
     first = tl.program_id(0) * BLOCK_M
     lanes = tl.arange(0, BLOCK_M)
@@ -38,7 +38,7 @@ def geglu_kernel(h, out, rows, width, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl
     value = tl.load(near, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(near + width, mask=mask, other=0.0).to(tl.float32)
     y = value * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
-    there = out + first.to(tl.int64) * width + lanes[:, None] * width + cols[None, :]
+    there = out + first.to(tl.int64) * stride_out + lanes[:, None] * stride_out + cols[None, :]
     tl.store(there, y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -95,17 +95,24 @@ def expand_geglu_kernel(
         write_tile(y, out, bias, first, lanes, cols, row_ok, col_ok, stride_out, False, 0)
 
 
-def geglu(h: Tensor, *, block_m: int = 8, block_n: int = 256) -> Tensor:
-    """value · gelu(gate) of h [M, 2C] whose rows may lie apart. Returns [M, C]."""
+def geglu(h: Tensor, *, out: Tensor | None = None, block_m: int = 8, block_n: int = 256) -> Tensor:
+    """value · gelu(gate) of h [M, 2C] whose rows may lie apart. Returns [M, C]: `out`, whose rows may too, if it is given."""
     check_floats(h=h)
     check_rows("h", h)
     require(h.shape[1] % 2 == 0, f"h has {h.shape[1]} columns; values and gates need an even number")
     rows, width = h.shape[0], h.shape[1] // 2
-    out = empty_out(h, (rows, width))
-    if out.numel():
+    if out is not None:
+        check_shape("out", out, (rows, width))
+        check_rows("out", out)
+    into = out if out is not None and empty_out(h, ()).dtype == out.dtype else empty_out(h, (rows, width))
+    if into.numel():
         grid = (triton.cdiv(rows, block_m), triton.cdiv(width, block_n))
-        geglu_kernel[grid](h, out, rows, width, h.stride(0), BLOCK_M=block_m, BLOCK_N=block_n, enable_fp_fusion=True)
-    return out.to(h.dtype)
+        geglu_kernel[grid](
+            h, into, rows, width, h.stride(0), into.stride(0), BLOCK_M=block_m, BLOCK_N=block_n, enable_fp_fusion=True
+        )
+    if out is None:
+        return into.to(h.dtype)
+    return out if into is out else out.copy_(into)
 
 
 def expand_geglu(

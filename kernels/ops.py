@@ -177,35 +177,112 @@ def lowrank_conv(
     return _lowrank_conv(rows, pixels, a, b, scale, ranks, table, stride, pad, block_m).permute(0, 3, 1, 2)
 
 
-@custom_op("stepforge::group_norm_silu", mutates_args=())
-def _group_norm_silu(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    groups: int,
-    eps: float,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    silu: bool,
-) -> torch.Tensor:
+def images(x: Tensor | None) -> Tensor | None:
+    """The images, or a copy, with their channels side by side."""
+    return x if x is None or x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+
+
+@custom_op("stepforge::group_norm", mutates_args=())
+def _group_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool,
+    other: torch.Tensor | None, shift: torch.Tensor | None, residual: torch.Tensor | None, extra: torch.Tensor | None,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    sources: dict[str, Any] = {"other": other, "shift": shift, "residual": residual, "extra": extra}
     if x.device.type == "cpu":
-        return reference.group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu)
+        y, total = reference.group_norm(x, weight, bias, groups, eps, silu=silu, **sources)
+        return y, total if keep else y.new_empty(0)
     from stepforge.kernels import norms
 
-    return norms.group_norm_silu(x, weight, bias, groups, eps, scale=scale, shift=shift, silu=silu)
+    sources |= {"other": images(other), "residual": images(residual)}
+    y, total = norms.group_norm(images(x), weight, bias, groups, eps, silu=silu, **sources, keep=keep)
+    return y, total if total is not None else y.new_empty(0)
 
 
-@_group_norm_silu.register_fake
-def _(x, weight, bias, groups, eps, scale, shift, silu):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
+@_group_norm.register_fake
+def _(x, weight, bias, groups, eps, silu, other, shift, residual, extra, keep):  # type: ignore[no-untyped-def]
+    channels = x.shape[1] + (other.shape[1] if other is not None else 0)
+    y = torch.empty_like(x.new_empty(x.shape[0], channels, *x.shape[2:]), memory_format=torch.channels_last)
+    return y, torch.empty_like(x, memory_format=torch.channels_last) if keep else x.new_empty(0)
 
 
-def group_norm_silu(
+def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5, *,
-    scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True,
+    silu: bool = True, other: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
+    extra: Tensor | None = None, keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """silu(norm(v)) of v = [x + residual | other] + shift and, with keep, v + extra of x's channels (`reference`)."""
+    y, total = _group_norm(x, weight, bias, groups, eps, silu, other, shift, residual, extra, keep)
+    return y, total if keep else None
+
+
+@custom_op("stepforge::image_sum", mutates_args=())
+def _image_sum(x: torch.Tensor, residual: torch.Tensor | None, shift: torch.Tensor | None, scale: int) -> torch.Tensor:
+    if x.device.type == "cpu":
+        return reference.image_sum(x, residual, shift, scale)
+    from stepforge.kernels import sums
+
+    return sums.image_sum(images(x), images(residual), shift, scale=scale)
+
+
+@_image_sum.register_fake
+def _(x, residual, shift, scale):  # type: ignore[no-untyped-def]
+    y = x.new_empty(*x.shape[:2], x.shape[2] * scale, x.shape[3] * scale)
+    return torch.empty_like(y, memory_format=torch.channels_last)
+
+
+def image_sum(x: Tensor, residual: Tensor | None = None, shift: Tensor | None = None, *, scale: int = 1) -> Tensor:
+    """x + residual + shift, every pixel `scale` times in each direction; shapes as in `reference.image_sum`."""
+    return _image_sum(x, residual, shift, scale)
+
+
+@custom_op("stepforge::layer_norm", mutates_args=())
+def _layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, pre: torch.Tensor | None
+) -> torch.Tensor:
+    if x.device.type == "cpu":
+        return reference.layer_norm(x, weight, bias, eps, pre)
+    from stepforge.kernels import wide
+
+    return wide.layer_norm(adjacent(x), weight, bias, eps, pre=pre)
+
+
+@_layer_norm.register_fake
+def _(x, weight, bias, eps, pre):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, pre: Tensor | None = None) -> Tensor:
+    """LayerNorm of x + pre over the last axis, x [..., C]."""
+    return _layer_norm(x.reshape(-1, x.shape[-1]), weight, bias, eps, pre).reshape(x.shape)
+
+
+@custom_op("stepforge::widen", mutates_args=())
+def _widen(
+    x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, gate: bool,
+    pre: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    norm = (weight, bias, eps) if weight is not None else None
+    if x.device.type == "cpu":
+        return reference.widen(x, a, norm, gate, pre)
+    from stepforge.kernels import wide
+
+    return wide.widen(adjacent(x), a, norm=norm, gate=gate, pre=pre)
+
+
+@_widen.register_fake
+def _(x, a, weight, bias, eps, gate, pre):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], a.shape[1] + a.shape[2])
+
+
+def widen(
+    x: Tensor, a: Tensor, *, norm: tuple[Tensor, Tensor, float] | None = None, gate: bool = False,
+    pre: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """silu(norm(x)·(1 + scale) + shift) for x [B, C, H, W]; shapes as in `reference.group_norm_silu`."""
-    return _group_norm_silu(x, weight, bias, groups, eps, scale, shift, silu)
+    """[value | value Aᵀ] of x [..., K]; shapes as in `reference.widen`. Returns [..., K + L]."""
+    weight, bias, eps = norm or (None, None, 0.0)
+    y = _widen(x.reshape(-1, x.shape[-1]), a, weight, bias, eps, gate, pre)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 @custom_op("stepforge::geglu", mutates_args=())

@@ -100,18 +100,54 @@ def lowrank_conv(
     return out.reshape(batch, out_height, out_width, width).to(y.dtype)
 
 
-def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
-    scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True,
-) -> Tensor:  # fmt: skip
-    """y = silu(((x − mean)/sqrt(var + eps)·weight + bias)·(1 + scale) + shift); Wu and He, arXiv:1803.08494, eq. 1.
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *,
+    silu: bool = True, other: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
+    extra: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y = silu((v − mean)/sqrt(var + eps)·weight + bias) of v = [x + residual | other] + shift, and v + extra of x's channels.
 
-    x [B, C, H, W] of either memory format, weight, bias [C], scale, shift [B, C]. Returns x's shape, format and type.
+    Wu and He, arXiv:1803.08494, eq. 1. x and residual [B, C1, H, W] and other [B, C − C1, H, W] of either memory format, shift
+    [1 or B, C], weight, bias [C], extra [C1]. Returns [B, C, H, W] and [B, C1, H, W], in channels last and x's type.
     """
-    y = F.group_norm(wide(x), groups, wide(weight), wide(bias), eps)
-    if scale is not None and shift is not None:
-        y = y * (1 + wide(scale)[:, :, None, None]) + wide(shift)[:, :, None, None]
-    return torch.empty_like(x).copy_(F.silu(y) if silu else y)
+    v = wide(x) if residual is None else wide(x) + wide(residual)
+    v = v if other is None else torch.cat([v, wide(other)], 1)
+    if shift is not None:
+        v = v + wide(shift)[:, :, None, None]
+    y = F.group_norm(v, groups, wide(weight), wide(bias), eps)
+    total = v[:, : x.shape[1]] if extra is None else v[:, : x.shape[1]] + wide(extra)[:, None, None]
+    y = F.silu(y) if silu else y
+    return tuple(each.to(x.dtype).contiguous(memory_format=torch.channels_last) for each in (y, total))  # type: ignore[return-value]
+
+
+def image_sum(x: Tensor, residual: Tensor | None = None, shift: Tensor | None = None, scale: int = 1) -> Tensor:
+    """x + residual + shift, x and residual [B, C, H, W], shift [C]; each pixel `scale` times in each direction."""
+    v = wide(x) if residual is None else wide(x) + wide(residual)
+    v = v if shift is None else v + wide(shift)[:, None, None]
+    v = v.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return v.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pre: Tensor | None = None) -> Tensor:
+    """(v − mean)/sqrt(var + eps)·weight + bias of v = x + pre over the last axis; Ba et al., arXiv:1607.06450, eq. 4.
+    x [M, C], weight, bias, pre [C]."""
+    v = wide(x) if pre is None else wide(x) + wide(pre)
+    return F.layer_norm(v, v.shape[-1:], wide(weight), wide(bias), eps).to(x.dtype)
+
+
+def widen(
+    x: Tensor, a: Tensor, norm: tuple[Tensor, Tensor, float] | None = None, gate: bool = False,
+    pre: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """[value | value Aᵀ]: the left operand of y = [value | S]·[W | B]ᵀ, a low-rank layer as one product.
+
+    x [M, K] ([M, 2K] with gate), a [images, L, K], of which each has M/images rows. value is x + pre, or LayerNorm of it by
+    norm = (weight, bias, eps), or GEGLU of x; it is rounded before it is shrunk. Returns [M, K + L].
+    """
+    added = x if pre is None else (wide(x) + wide(pre)).to(x.dtype)
+    value = geglu(x) if gate else layer_norm(x, *norm, pre) if norm is not None else added
+    s = wide(value).unflatten(0, (len(a), -1)) @ wide(a).transpose(1, 2)
+    return torch.cat([value, s.flatten(0, 1).to(x.dtype)], 1)
 
 
 def geglu(h: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepforge.kernels import conv, gated, lowrank, norms, update
+from stepforge.kernels import conv, gated, lowrank, norms, sums, update, wide
 from stepforge.kernels.dispatch.tiles import (
     ARCHES,
     EXPAND_RANKS,
@@ -22,7 +22,7 @@ from stepforge.kernels.dispatch.tiles import (
 )
 
 DTYPES = ("fp16", "bf16")
-FP32 = ("scale", "s", "parts", "stats", "guidance", "table", "scale_in", "state", "z")
+FP32 = ("scale", "s", "parts", "guidance", "table", "scale_in", "state", "z")
 INT32 = ("ranks", "table", "step", "places", "sources")
 RUNTIME_FLOATS = ("eps",)
 ANY_NUMBER = (
@@ -36,8 +36,11 @@ ANY_NUMBER = (
     "steps",
     "lanes",
     "groups",
+    "pixels",
+    "height",
+    "width",
 )  # not multiples of 16
-CONV_NUMBERS = ("height", "width", "out_height", "out_width", "stride", "pad")
+CONV_NUMBERS = ("out_height", "out_width", "stride", "pad")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class Program:
             elif is_pointer(self.body.__name__, arg):
                 guide = self.body.__name__ == "guide_update_kernel"
                 integer = arg in INT32 and not (guide and arg == "table")
-                single = arg in FP32 and not (arg in ("scale",) and "apply" in self.body.__name__)
+                single = arg in FP32
                 types[arg] = "*i32" if integer else "*fp32" if single else f"*{self.dtype}"
             else:
                 types[arg] = "i32"
@@ -83,9 +86,9 @@ class Program:
 
 
 POINTERS = {
-    "x", "w", "a", "b", "scale", "ranks", "table", "bias", "residual", "out", "s", "parts", "stats", "weight", "shift",
+    "x", "w", "a", "b", "scale", "ranks", "table", "bias", "residual", "out", "s", "parts", "weight", "shift",
     "h", "prediction", "guidance", "scale_in", "step", "state", "z", "sample", "places",
-    "sources",
+    "sources", "other", "extra", "total", "pre",
 }  # fmt: skip
 
 
@@ -126,13 +129,10 @@ def linear_programs(arch: int, dtype: str) -> Iterator[Program]:
             tile = expand_tile(arch, block)
             base = (tile.block_m, tile.block_n, tile.block_k)
             up = (tile.block_m, tile.block_n, 16)
-            for act in (0, 2):
-                yield Program(
-                    f"expand{' gelu' if act else ''} r{rank} m{block} {dtype} sm_{arch}", lowrank.expand_kernel, arch, dtype,
-                    tile.warps, tile.stages,
-                    {"R": rank, "SPLIT": 2, "BASE": True, **gemm(tile), **most, "ACT": act, "HAS_RESIDUAL": not act},
-                    dots=(base, up), async_loads=loads(tile),
-                )  # fmt: skip
+            yield Program(
+                f"expand r{rank} m{block} {dtype} sm_{arch}", lowrank.expand_kernel, arch, dtype, tile.warps, tile.stages,
+                {"R": rank, "SPLIT": 2, "BASE": True, **gemm(tile), **most}, dots=(base, up), async_loads=loads(tile),
+            )  # fmt: skip
             shape = {**gemm(tile), **{name: most[name] for name in ("GROUPED", "HAS_BIAS", "UPCAST")}}
             half = tile.block_n // 2
             yield Program(
@@ -164,7 +164,6 @@ def shrink_programs(arch: int, dtype: str) -> Iterator[Program]:
 
 
 def other_programs(arch: int, dtype: str) -> Iterator[Program]:
-    fused = {"SCALE": True, "SILU": True}
     loop = {
         "NUM_X": 3,
         "NUM_P": 5,
@@ -172,16 +171,31 @@ def other_programs(arch: int, dtype: str) -> Iterator[Program]:
         "BLOCK": 1024,
         "UPCAST": False,
     }  # rings of runtime/backends/torch/loop.py
-    bodies: dict[str, tuple[Any, dict[str, Any]]] = {
-        "parts_nhwc": (norms.parts_nhwc_kernel, {"BLOCK_P": 64, "BLOCK_C": 64}),
-        "parts_nchw": (norms.parts_nchw_kernel, {"BLOCK": 4096}),
-        "apply_nhwc": (norms.apply_nhwc_kernel, {"BLOCK_P": 64, "BLOCK_C": 64, **fused}),
-        "apply_nchw": (norms.apply_nchw_kernel, {"BLOCK": 4096, **fused}),
-        "geglu": (gated.geglu_kernel, {"BLOCK_M": 8, "BLOCK_N": 256}),
-        "guide_update": (update.guide_update_kernel, {"EXACT": False, **loop}),
-        "guide_update exact": (update.guide_update_kernel, {"EXACT": True, **loop}),
+    norm = {
+        "WIDTH": 120,
+        "BLOCK_C": 128,
+        "GROUPS": 16,
+        "LANES": 10,
+        "BLOCK_P": 32,
+        "TWO": True,
+        "RESIDUAL": True,
+        "SHIFT": True,
     }
-    if dtype == DTYPES[0]:  # reads and writes fp32 alone
-        bodies["merge_parts"] = (norms.merge_parts_kernel, {"BLOCK": 1024})
-    for name, (body, constants) in bodies.items():
-        yield Program(f"{name} {dtype} sm_{arch}", body, arch, dtype, 4, 3, constants)
+    one = {"BLOCK_P": 256, "BLOCK_C": 64, "LANES": 40, "TWO": True, "RESIDUAL": True, "SHIFT": True}
+    bodies: dict[str, tuple[Any, dict[str, Any], int]] = {
+        "stats": (norms.stats_kernel, {**norm, "SUM": True, "EXTRA": True}, 8 if arch == 100 else 4),
+        "apply": (norms.apply_kernel, {**norm, "SPLITS": 16, "WRITTEN": False, "EXTRA": False, "SILU": True}, 4),
+        "apply written": (norms.apply_kernel, {**norm, "SPLITS": 16, "WRITTEN": True, "EXTRA": True, "SILU": True}, 4),
+        "whole": (norms.whole_kernel, {**one, "SUM": True, "EXTRA": True, "SILU": True}, 8),
+        "layer_norm": (wide.layer_norm_kernel, {"BLOCK_M": 1, "BLOCK_C": 2048, "PRE": True}, 4),
+        "image_sum": (
+            sums.image_sum_kernel,
+            {"SCALE": 2, "BLOCK_P": 32, "BLOCK_C": 64, "RESIDUAL": True, "SHIFT": True},
+            4,
+        ),
+        "geglu": (gated.geglu_kernel, {"BLOCK_M": 8, "BLOCK_N": 256}, 4),
+        "guide_update": (update.guide_update_kernel, {"EXACT": False, **loop}, 4),
+        "guide_update exact": (update.guide_update_kernel, {"EXACT": True, **loop}, 4),
+    }
+    for name, (body, constants, warps) in bodies.items():
+        yield Program(f"{name} {dtype} sm_{arch}", body, arch, dtype, warps, 3, constants)

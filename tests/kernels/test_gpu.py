@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 
-from stepforge.kernels import bounds, conv, gated, lowrank, norms, ops, reference
+from stepforge.kernels import bounds, conv, gated, lowrank, norms, ops, reference, sums, wide
 from stepforge.kernels.dispatch import tiles
 from stepforge.kernels.launch import interpreted
 from stepforge.kernels.packing import block_table
@@ -98,14 +98,53 @@ def test_convolution(dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_norm(layout, dtype):
-    x = (torch.randn(2, 320, 64, 64, device="cuda") + 8).to(dtype).to(memory_format=layout)
-    weight, bias, scale, shift = (
-        torch.randn(*s, device="cuda").to(dtype) for s in ((320,), (320,), (2, 320), (2, 320))
+@pytest.mark.parametrize("side", [64, 32, 16, 8])
+@pytest.mark.parametrize("channels", [(320, 0), (640, 0), (1280, 1280), (640, 320)], ids=str)
+def test_norm(channels, side, dtype):
+    """Sums with everything in them, written and not; one launch and two."""
+    first, second = channels
+    whole = first + second
+
+    def image(width):
+        values = (torch.randn(2, width, side, side, device="cuda") + 8).to(dtype)
+        return values.to(memory_format=torch.channels_last)
+
+    x, residual, other = image(first), image(first), image(second) if second else None
+    weight, bias = (torch.randn(whole, device="cuda").to(dtype) for _ in range(2))
+    shift, extra = torch.randn(2, whole, device="cuda").to(dtype), torch.randn(first, device="cuda").to(dtype)
+    for given in ({}, {"shift": shift, "residual": residual}, {"residual": residual, "extra": extra, "keep": True}):
+        given = given | {"other": other}
+        y, total = norms.group_norm(x, weight, bias, 32, 1e-5, **given)
+        expected, kept = bounds.group_norm(x, weight, bias, 32, 1e-5, run=512, **given)
+        within(y, *expected)
+        if total is not None:
+            within(total, *kept)
+        again, _ = norms.group_norm(x, weight, bias, 32, 1e-5, **given)
+        assert torch.equal(y, again)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(8192, 320), (2048, 640), (512, 1280), (130, 1280)], ids=str)
+def test_layer_norm_and_widened_rows(shape, dtype):
+    rows, width = shape
+    x = torch.randn(shape, device="cuda").to(dtype) + 3
+    weight, bias, pre = (torch.randn(width, device="cuda").to(dtype) for _ in range(3))
+    within(wide.layer_norm(x, weight, bias, 1e-5, pre=pre), *bounds.layer_norm(x, weight, bias, 1e-5, pre=pre, run=512))
+    for columns in (16, 32, 96, 128):
+        a = (torch.randn(2, columns, width, device="cuda") / width**0.5).to(dtype)
+        for given in ({}, {"norm": (weight, bias, 1e-5), "pre": pre}, {"gate": True}):
+            own = torch.randn(rows, 2 * width, device="cuda").to(dtype) if given.get("gate") else x
+            within(wide.widen(own, a, **given), *bounds.widen(own, a, **given, u=CORE))
+
+
+@DTYPES
+def test_sum_of_images(dtype):
+    x, residual = (
+        torch.randn(2, 640, 32, 32, device="cuda").to(dtype).to(memory_format=torch.channels_last) for _ in range(2)
     )
-    expected = bounds.group_norm_silu(x, weight, bias, 32, 1e-5, scale=scale, shift=shift, run=512)
-    within(norms.group_norm_silu(x, weight, bias, 32, 1e-5, scale=scale, shift=shift), *expected)
+    shift = torch.randn(640, device="cuda").to(dtype)
+    for scale in (1, 2):
+        within(sums.image_sum(x, residual, shift, scale=scale), *bounds.image_sum(x, residual, shift, scale=scale))
 
 
 @DTYPES

@@ -29,7 +29,7 @@ class Block(torch.nn.Module):
         self.bank = pack([[[Pair(down.detach(), torch.randn(32, 4), 0.5)]]])
 
     def forward(self, x, table):
-        y = kernels.group_norm_silu(x, self.norm.weight, self.norm.bias, 4, 1e-5)
+        y, _ = kernels.group_norm(x, self.norm.weight, self.norm.bias, 4, 1e-5)
         bank = self.bank
         y = kernels.lowrank_conv(self.conv(y), y, bank.a, bank.b, bank.scale, bank.ranks)
         tokens = y.flatten(2).transpose(1, 2)
@@ -58,7 +58,7 @@ def test_exports():
         program = torch.export.export(block, given)
         assert torch.equal(program.module()(*given), block(*given))
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    for name in ("lowrank_linear", "lowrank_conv", "group_norm_silu", "geglu"):
+    for name in ("lowrank_linear", "lowrank_conv", "group_norm", "geglu"):
         assert f"stepforge.{name}.default" in called
 
 
@@ -71,10 +71,13 @@ CALLS = {
         torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 6), torch.randn(1, 16, 3, 3, 6), torch.randn(1, 8, 16),
         torch.ones(1, 1, 1), torch.tensor([7], dtype=torch.int32), None, 1, 1, 0,
     ),
-    "group_norm_silu": lambda: (
-        torch.randn(2, 8, 3, 5).to(memory_format=torch.channels_last), torch.randn(8), torch.randn(8), 2, 1e-5,
-        torch.randn(2, 8), torch.randn(2, 8), True,
+    "group_norm": lambda: (
+        torch.randn(2, 8, 3, 5).to(memory_format=torch.channels_last), torch.randn(12), torch.randn(12), 2, 1e-5, True,
+        torch.randn(2, 4, 3, 5).to(memory_format=torch.channels_last), torch.randn(2, 12), None, torch.randn(8), True,
     ),
+    "layer_norm": lambda: (torch.randn(3, 10), torch.randn(10), torch.randn(10), 1e-5, torch.randn(10)),
+    "widen": lambda: (torch.randn(6, 10), torch.randn(2, 4, 10), torch.randn(10), torch.randn(10), 1e-5, False, None),
+    "image_sum": lambda: (torch.randn(1, 4, 3, 5), torch.randn(1, 4, 3, 5), torch.randn(4), 2),
     "geglu": lambda: (torch.randn(3, 10),),
     "guide_update": lambda: (
         torch.randn(3, 9), torch.randn(2, 3, 2), torch.randn(2, 3, 4), torch.rand(2, 4),

@@ -19,14 +19,18 @@ import torch
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Arrays, Graph
-from stepforge.runtime.backends.torch import passes
 from stepforge.runtime.backends.torch.banks import DeviceBanks, Shared
-from stepforge.runtime.backends.torch.loop import RINGS, Function, TorchLoop
+from stepforge.runtime.backends.torch.loop import RINGS, Function, Once, TorchLoop
 from stepforge.runtime.backends.torch.lora import LoraPasses, drop_lora, fuse_lowrank_geglu, fuse_residual
 from stepforge.runtime.backends.torch.packed import pack_attention
+from stepforge.runtime.backends.torch.passes import exact as passes
+from stepforge.runtime.backends.torch.passes.once import split_once
+from stepforge.runtime.backends.torch.passes.sums import write_once
+from stepforge.runtime.backends.torch.passes.widen import WideLayer, fuse_widen, widen_layers
 from stepforge.runtime.backends.torch.precision import computed_in, lower, no_tf32
 from stepforge.runtime.backends.torch.program import Program, read, run_passes
 from stepforge.runtime.backends.torch.run import Runner
+from stepforge.runtime.backends.torch.wide import WideBanks, prepared
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
@@ -82,17 +86,20 @@ class Torch:
         """A component with banks is opened twice over the same weights: calls without an adapter run it without banks."""
         full = self._open(component, banks or {}, with_lora=True)
         bare = self._open(component, banks, with_lora=False) if banks else full
+        networks: tuple[Network, ...] = (bare, full)
+        if full.wide is not None and full.wide.exceeded:
+            networks = (bare, full, self._open(component, banks or {}, with_lora=True, wide=False))
         if self._device.type == "cpu":
-            return TorchGraph((bare, full), self._device, exact=not self.fast, caller=OnCpu)
+            return TorchGraph(networks, self._device, exact=not self.fast, caller=OnCpu)
         from stepforge.runtime.backends.torch.cuda import Recorder
 
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         pool = self._pool if component.role in RECORDED else None
         caller = functools.partial(Recorder, device=self._device, pool=pool)
-        return TorchGraph((bare, full), self._device, exact=not self.fast, caller=caller)
+        return TorchGraph(networks, self._device, exact=not self.fast, caller=caller)
 
-    def _open(self, component: ComponentId, banks: Arrays, *, with_lora: bool) -> Network:
+    def _open(self, component: ComponentId, banks: Arrays, *, with_lora: bool, wide: bool = True) -> Network:
         dtype = self._dtype_of(component)
         path = self._bundle.file(self._bundle.components[component].graph)
         program = read(path)
@@ -107,11 +114,14 @@ class Torch:
         # on CUDA the kernels leave fp32 to cuBLAS: tensor cores would round it to tf32
         if banks and with_lora and (lora.exact or self._device.type == "cpu" or dtype != torch.float32):
             run_passes(program, (lora.fuse_linear_lora, lora.fuse_conv_lora))
+        layers: list[WideLayer] = []
         if self.fast:
             pack_attention(program, lora)
-            run_passes(program, (fuse_residual, fuse_lowrank_geglu))
+            layers = widen_layers(program) if wide and with_lora else []
+            run_passes(program, (write_once, fuse_residual, fuse_lowrank_geglu, fuse_widen))
         lower(program, dtype, self._device, banks)
         self._share(program, str(path.parent), dtype)
+        once = split_once(program) if self.fast and component.role == "denoiser" else None
         runner = Runner(program)
         read_names = {name for node in program.nodes for name in node.inputs}
         placed = DeviceBanks(
@@ -120,7 +130,14 @@ class Torch:
         )  # fmt: skip
         if self._device.type == "cuda":
             channels_last(program)
-        return Network(runner, placed)
+        buffers = None
+        if layers:
+            buffers = WideBanks(layers, program.constants, placed.tensors)
+            for layer in layers:  # the same network without banks reads W there
+                self._weights[str(path.parent), layer.weight, dtype] = buffers.weight(layer)
+                program.constants.pop(layer.weight, None)
+            runner = Runner(program)
+        return Network(runner, placed, once=Runner(once) if once is not None else None, wide=buffers)
 
     def _dtype_of(self, component: ComponentId) -> Any:
         return computed_in(component.role, self._bundle.card.family, self.precision, exact=not self.fast)
@@ -151,23 +168,37 @@ def plain(array: NDArray[Any]) -> NDArray[Any]:
 
 
 class Network:
-    """A program with its banks."""
+    """A program with its banks. once: the part that needs the prompts alone."""
 
-    def __init__(self, runner: Runner, banks: DeviceBanks) -> None:
+    def __init__(self, runner: Runner, banks: DeviceBanks, *, once: Runner | None, wide: WideBanks | None) -> None:
+        self.wide = wide
         self.program = runner.program
-        self._runner, self._banks = runner, banks
+        self.once_inputs = once.program.inputs if once is not None else ()
+        self._runner, self._banks, self._once = runner, banks, once
 
     def refresh(self) -> None:
         self._banks.refresh()
 
+    def lay(self, slots: tuple[int, ...]) -> None:
+        """Put the adapters of these slots into the columns of the wide layers."""
+        if self.wide is not None:
+            self.wide.lay(slots, self._banks.version(slots))
+
+    def once(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What may be kept while the inputs `once_inputs` do not change; the call takes it among its inputs."""
+        return self._once({name: given[name] for name in self.once_inputs}) if self._once is not None else {}
+
     def __call__(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self._runner({**given, **self._banks.tensors})
+        if self._once is not None and self._once.program.outputs[0] not in given:
+            given = {**given, **self.once(given)}
+        columns = self.wide.tensors(given["adapter_columns"].shape[1]) if self.wide is not None else {}
+        return self._runner({**given, **self._banks.tensors, **columns})
 
 
 class OnCpu:
     """Calls a function of tensors as `cuda.Recorder` does."""
 
-    def __init__(self, function: Function, *, changes: Sequence[Tensor] = ()) -> None:
+    def __init__(self, function: Function, *, changes: Sequence[Tensor] = (), once: Once | None = None) -> None:
         self._function = function
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
@@ -185,21 +216,19 @@ class OnCpu:
 
 
 class TorchGraph:
-    """networks: without banks, for calls in which no row has an adapter, and with them."""
+    """networks: without banks, for calls in which no row has an adapter, with wide layers, and with the grouped products for
+    more adapters than these hold (the exact tier has one with banks, and PEFT's operators in it)."""
 
     rings = RINGS
 
-    def __init__(
-        self, networks: tuple[Network, Network], device: Any, *, exact: bool, caller: Callable[..., Any]
-    ) -> None:
+    def __init__(self, networks: tuple[Network, ...], device: Any, *, exact: bool, caller: Callable[..., Any]) -> None:
         self.networks, self._device, self._exact, self._caller = networks, device, exact, caller
-        self._callers = [caller(network) for network in networks]
+        self._callers = [caller(network, once=(network.once, network.once_inputs)) for network in networks]
 
     @torch.inference_mode()
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        has_adapter = "adapter" in inputs and bool(inputs["adapter"].any())
-        self.networks[has_adapter].refresh()
-        found: dict[str, NDArray[np.float32]] = self._callers[has_adapter]({n: plain(a) for n, a in inputs.items()})
+        at, inputs = prepared(self.networks, inputs)
+        found: dict[str, NDArray[np.float32]] = self._callers[at]({n: plain(a) for n, a in inputs.items()})
         return found
 
     def loop(self, shape: tuple[int, int, int]) -> TorchLoop:

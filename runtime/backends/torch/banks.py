@@ -86,6 +86,10 @@ class DeviceBanks:
                 if room is not target:
                     target.copy_(room, non_blocking=True)
 
+    def version(self, slots: Iterable[int]) -> tuple[int, ...] | None:
+        """What changes when one of the slots is filled again; None if the banks do not say."""
+        return tuple(int(self._versions[slot]) for slot in slots) if self._versions is not None else None
+
     def _placed(self, parts: Parts, slots: slice) -> Tensor:
         """Some slots of a view or stack, contiguous."""
         seen = [view.of(source[slots]) if view is not None else source[slots] for source, view in parts]

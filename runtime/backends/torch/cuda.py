@@ -34,15 +34,22 @@ class Recording:
     buffers: dict[str, Tensor]
     results: dict[str, Tensor]
     pinned: dict[str, Tensor]  # host memory for the results
+    once: Any = None  # torch.cuda.CUDAGraph of what is kept while its inputs stay
+    kept: dict[str, Tensor] = field(default_factory=dict)
     held: dict[str, Any] = field(default_factory=dict)  # arrays that the buffers hold
 
 
 class Recorder:
     """function: tensors on `device` to tensors there, without waiting for the device. pool: memory that recordings share, of
-    which one replays at a time; None: call it plainly. changes: tensors that the function changes."""
+    which one replays at a time; None: call it plainly. changes: tensors that the function changes. once: a function whose
+    results the first takes among its inputs, and the inputs on which it depends: replayed when one of those was copied."""
 
-    def __init__(self, function: Function, *, device: Any, pool: Any, changes: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, function: Function, *, device: Any, pool: Any, changes: Sequence[Tensor] = (), once: Any = None
+    ) -> None:
         self._function, self._device, self._pool, self._changes = function, device, pool, changes
+        self._once: Any = once[0] if once is not None and once[1] else None
+        self._once_inputs: Collection[str] = once[1] if self._once is not None else ()
         self._recordings: OrderedDict[Any, Recording] = OrderedDict()
         self._running: deque[Any] = deque()
 
@@ -86,6 +93,7 @@ class Recorder:
             )
         self._recordings.move_to_end(key)
         recording = self._recordings[key]
+        stale = False
         for name, array in inputs.items():
             if name in steady and recording.held.get(name) is array:
                 continue
@@ -94,6 +102,9 @@ class Recorder:
             if len(array) < lengths[name]:
                 recording.buffers[name][len(array) :].fill_(pads[name][1])
             recording.held[name] = array
+            stale |= name in self._once_inputs
+        if stale:
+            recording.once.replay()
         recording.graph.replay()
         return recording
 
@@ -104,16 +115,21 @@ class Recorder:
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
-                self._function(buffers)
+                self._function({**buffers, **(self._once(buffers) if self._once is not None else {})})
         torch.cuda.current_stream(self._device).wait_stream(side)
         for tensor, value in zip(self._changes, before, strict=True):
             tensor.copy_(value)
+        once, kept = None, {}
+        if self._once is not None:
+            once = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(once, pool=self._pool, capture_error_mode="thread_local"):
+                kept = self._once(buffers)
         graph = torch.cuda.CUDAGraph()
         # the engine decodes in another thread, whose calls must not spoil the recording
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            results = {name: value.float() for name, value in self._function(buffers).items()}
+            results = {name: value.float() for name, value in self._function({**buffers, **kept}).items()}
         pinned = {n: torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for n, value in results.items()}
-        return Recording(graph, buffers, results, pinned)
+        return Recording(graph, buffers, results, pinned, once, kept)
 
 
 def padded(array: NDArray[Any], length: int, value: int) -> NDArray[Any]:

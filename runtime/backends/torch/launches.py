@@ -9,8 +9,10 @@ from stepforge.runtime.backends.torch.program import Node, Program
 VIEWS = ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Columns", "Identity", "Shape", "Range")
 KINDS = {
     "Linear": "product", "Pointwise": "product", "Accumulate": "product", "MatMul": "product", "Gemm": "product",
-    "Conv": "convolution", "Attention": "attention", "LayerNorm": "layer norm", "Geglu": "GEGLU", "Sum": "sum of images",
-    "Widen": "widened rows", "Strengths": "strengths",
+    "Conv": "convolution", "WideConv": "convolution", "Attention": "attention", "LayerNorm": "layer norm", "Geglu": "GEGLU",
+    "Sum": "sum of images",
+    "Strengths": "strengths",
+    "ScaledColumns": "strengths",
     "Sin": "timestep", "Cos": "timestep", "Silu": "time embedding", "Add": "addition", "Mul": "multiplication",
     "Concat": "concatenation", "Resize": "upsampling", "Cast": "cast", "Gather": "gather",
     "LayerNormalization": "PyTorch's layer norm", "Gelu": "PyTorch's GELU",
@@ -27,8 +29,14 @@ def count(program: Program, pixels: dict[str, int] | None = None) -> Counter[str
         if node.op in ("Norm", "GroupNormSilu"):
             found["group norm"] += norm_launches(program, node, (pixels or {}).get(node.outputs[0], 0))
             continue
+        if node.op == "Widen":
+            found["layer norm" if node.inputs[2] else "GEGLU" if node.attributes.get("gate") else "copy"] += 1
+            found["shrink"] += 1
+            continue
         found[KINDS.get(node.op, node.op)] += 1
-        bias = {"Conv": 2, "Accumulate": 3}.get(node.op)
+        if node.op == "WideConv":
+            found["adapter of a convolution"] += 1
+        bias = {"Conv": 2, "Accumulate": 3, "WideConv": 3}.get(node.op)
         if bias is not None and len(node.inputs) > bias and node.inputs[bias]:
             found["bias"] += 1
     return found

@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from stepforge.kernels import ops as kernels
 from stepforge.runtime.backends import Arrays, SideCall, StepTable
 from stepforge.runtime.backends.torch.program import Program
+from stepforge.runtime.backends.torch.wide import prepared
 
 Tensor = Any  # torch.Tensor
 Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+Once = tuple[Function, Sequence[str]]  # what may be kept while these inputs do not change
 RINGS = (3, 5)  # the longest windows of all samplers; shorter ones leave coefficients at 0
 PLACES, STEPS = 8, 64  # initial capacity, doubled on demand
 
@@ -31,10 +33,16 @@ class Network(Protocol):
     """A denoiser without or with its banks, on tensors."""
 
     program: Program
+    once_inputs: tuple[str, ...]
+    wide: Any
+
+    def once(self, given: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
     def __call__(self, given: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
     def refresh(self) -> None: ...
+
+    def lay(self, slots: tuple[int, ...]) -> None: ...
 
 
 class Starter(Protocol):
@@ -52,7 +60,7 @@ class TorchLoop:
 
     def __init__(
         self,
-        networks: tuple[Network, Network],
+        networks: tuple[Network, ...],
         shape: tuple[int, int, int],
         *,
         device: Any,
@@ -120,15 +128,14 @@ class TorchLoop:
         noise: Mapping[int, NDArray[np.float32]],
         sides: Sequence[SideCall] = (),
     ) -> None:
-        has_adapter = "adapter" in inputs and bool(inputs["adapter"].any())
-        self._networks[has_adapter].refresh()
+        which, inputs = prepared(self._networks, inputs)
         for place, values in noise.items():
             z = torch.from_numpy(values)
             # from other memory the copy would wait for the steps before it
             z = z.pin_memory() if self._device.type == "cuda" else z
             self._tensors["z"][place].copy_(z, non_blocking=True)
         given = {**inputs, "places": places, "sources": sources, "owners": owners}
-        starter, spare = self._starter(has_adapter, sides), self._places
+        starter, spare = self._starter(which, sides), self._places
         rows = starter.bucket(len(owners))
         pads = {name: (rows, 0) for name, array in inputs.items() if len(array) == len(owners)}
         pads |= {"places": (rows, spare), "sources": (rows, 0), "owners": (rows, spare)}
@@ -141,13 +148,14 @@ class TorchLoop:
             given |= own
         starter.start(given, tuple(given), pads)
 
-    def _starter(self, has_adapter: bool, sides: Sequence[SideCall]) -> Starter:
-        key = has_adapter, *(side.component for side in sides)
+    def _starter(self, which: int, sides: Sequence[SideCall]) -> Starter:
+        key = which, *(side.component for side in sides)
         if key not in self._starters:
             nets = [cast(Any, side.graph).networks[0] for side in sides]
-            function = self._function(self._networks[has_adapter], nets)
+            network = self._networks[which]
+            function = self._function(network, nets)
             changes = [self._tensors[name] for name in ("step", "state", "sample")]
-            self._starters[key] = self._caller(function, changes=changes)
+            self._starters[key] = self._caller(function, changes=changes, once=(network.once, network.once_inputs))
         return self._starters[key]
 
     @torch.inference_mode()

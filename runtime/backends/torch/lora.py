@@ -73,7 +73,7 @@ class LoraPasses:
 
         def match(node: Node) -> Node | None:
             layer, term = (made.get(name) for name in node.inputs) if node.op == "Add" else (None, None)
-            is_vector = self.exact and term is not None and term.op == "Squeeze"
+            is_vector = term is not None and term.op == "Squeeze"
             if term is not None and is_vector:
                 term = made.get(term.inputs[0])
             if layer is None or term is None or layer.op != "Linear" or term.op != "MatMul":

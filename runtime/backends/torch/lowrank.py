@@ -30,6 +30,8 @@ def linear(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Te
     x [rows, tokens, in], w [P·out, in], a [slots, P·R, in], b [slots, P·out, R]: P = `slices` layers of one x. The residual
     is added in the kernel if it has the result's shape [rows, tokens, P·out], else afterwards.
     """
+    if x.ndim == 2:
+        return linear(x[:, None], w, bias, a, b, adapter, strength, rank=rank, slices=slices)[:, 0]
     rows, tokens, depth = x.shape
     width = w.shape[0]
     a, b = a.index_select(0, adapter), b.index_select(0, adapter)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from stepforge.kernels import ops as kernels
-from stepforge.runtime.backends.torch import lowrank, peft
+from stepforge.runtime.backends.torch import fused, lowrank, peft
 from stepforge.runtime.backends.torch.program import Node
 from stepforge.runtime.errors import BackendError
 
@@ -208,9 +208,7 @@ def group_norm(x: Value, weight: Value, bias: Value, *, groups: int, epsilon: fl
 
 def group_norm_silu(x: Value, weight: Value, bias: Value, *, groups: int, epsilon: float, silu: bool) -> Value:
     pixels = x if x.ndim == 4 else x[..., None]
-    if not (pixels.is_contiguous() or pixels.is_contiguous(memory_format=torch.channels_last)):
-        pixels = pixels.contiguous()
-    return kernels.group_norm_silu(pixels, weight, bias, groups, epsilon, silu=silu).reshape(x.shape)
+    return kernels.group_norm(pixels, weight, bias, groups, epsilon, silu=silu)[0].reshape(x.shape)
 
 
 OPS: Mapping[str, Callable[..., Value]] = {
@@ -226,6 +224,7 @@ OPS: Mapping[str, Callable[..., Value]] = {
     "GroupNorm": group_norm, "GroupNormSilu": group_norm_silu, "Geglu": lambda h: kernels.geglu(h),
     "LowrankLinear": lowrank.linear, "LowrankGeglu": lowrank.geglu, "LowrankConv": lowrank.conv,
     "PeftLinear": peft.linear, "PeftConv": peft.conv,
+    **fused.OPS,
 }  # fmt: skip
 
 

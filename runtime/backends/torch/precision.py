@@ -14,7 +14,7 @@ ALWAYS_FP32 = ("text_encoder",)  # once a request, and every step depends on the
 WIDE_VAE = ("sdxl",)  # families whose decoder exceeds the range of fp16 (diffusers decodes them in fp32: force_upcast)
 WAVES = ("Sin", "Cos")
 # operand that the operators of layers with LoRA take in fp32
-STRENGTH = {"LowrankLinear": 6, "LowrankGeglu": 6, "LowrankConv": 6, "PeftLinear": 6, "PeftConv": 6}
+STRENGTH = {"Strengths": 1, "LowrankLinear": 6, "LowrankGeglu": 6, "LowrankConv": 6, "PeftLinear": 6, "PeftConv": 6}
 ONNX_FP16 = 10
 
 

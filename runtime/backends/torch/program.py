@@ -39,6 +39,11 @@ class Program:
     constants: dict[str, Any]  # torch.Tensor, or np.ndarray for the host
     floats: frozenset[str] = frozenset()  # inputs that are not whole numbers
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of the inputs; 0 for what varies
+    wide: dict[str, str] = field(default_factory=dict)  # input [W | B] of a wide layer -> its constant W
+
+    def weight(self, name: str) -> Any:
+        """The weight of a layer, whether it is a constant or has columns behind it."""
+        return self.constants[self.wide.get(name, name)]
 
     def producers(self) -> dict[str, Node]:
         return {name: node for node in self.nodes for name in node.outputs}
@@ -72,6 +77,7 @@ class Program:
                 kept.append(node)
                 needed.update(node.inputs)
         self.nodes = kept[::-1]
+        needed.update(self.wide.get(name, name) for name in tuple(needed))
         self.constants = {name: value for name, value in self.constants.items() if name in needed}
 
 

@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+# What a recorded step may launch: no addition, concatenation, upsampling or norm of PyTorch's. The concatenations and the cast
+# are those of the timestep's sines, the bias is the last convolution's.
+ALLOWED = {
+    "product", "convolution", "attention", "group norm", "layer norm", "GEGLU", "sum of images", "timestep", "time embedding",
+    "multiplication", "concatenation", "cast", "bias",
+}  # fmt: skip
 ROOT = Path(__file__).resolve().parents[4]
 
 
@@ -43,7 +49,8 @@ def test_flops_are_those_of_the_unet(model):
     for work in found:
         launches[work.kind] += work.launches
     assert launches["attention"] == 32
-    assert sum(launches.values()) <= 660  # 653 before additions and norms are fused, see the passes
+    assert set(launches) <= ALLOWED
+    assert sum(launches.values()) <= 430
 
 
 def test_times_by_kind_and_the_file(model, tiny_sd1_bundle, tmp_path, monkeypatch, capsys):

@@ -13,9 +13,10 @@ import torch
 from onnx import TensorProto, helper
 
 from stepforge.runtime.backends import Banks, open_backend
-from stepforge.runtime.backends.torch import lowrank, passes
+from stepforge.runtime.backends.torch import lowrank
 from stepforge.runtime.backends.torch.banks import DeviceBanks
 from stepforge.runtime.backends.torch.lora import LoraPasses, View, drop_lora
+from stepforge.runtime.backends.torch.passes import exact as passes
 from stepforge.runtime.backends.torch.precision import DTYPES, computed_in, lower
 from stepforge.runtime.backends.torch.program import Node, Program, read, run_passes
 from stepforge.runtime.backends.torch.run import Runner

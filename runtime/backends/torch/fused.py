@@ -1,0 +1,126 @@
+"""Operators that `passes.sums` makes: images [B, C, H, W] as rows of pixels, sums in place, norms of sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from stepforge.kernels import ops as kernels
+
+Tensor = Any  # torch.Tensor
+
+
+def rows_of(image: Tensor) -> Tensor:
+    """Pixels by channels [B, H, W, C]: a view of an image in channels last."""
+    return image.permute(0, 2, 3, 1).contiguous()
+
+
+def pointwise(x: Tensor, w: Tensor, bias: Tensor = None) -> Tensor:
+    """A 1×1 convolution, w [out, in]."""
+    return F.linear(rows_of(x), w, bias).permute(0, 3, 1, 2)
+
+
+def accumulate(x: Tensor, w: Tensor, base: Tensor, bias: Tensor = None) -> Tensor:
+    """base + x wᵀ + bias, in base's memory where its rows are dense: nobody reads base afterwards."""
+    image = base.ndim == 4
+    into = base.permute(0, 2, 3, 1) if image else base
+    try:
+        flat = into.view(-1, into.shape[-1])
+    except RuntimeError:  # pixels that do not follow one another at one distance
+        into = into.contiguous()
+        flat = into.view(-1, into.shape[-1])
+    source = rows_of(x) if x.ndim == 4 else x
+    if bias is not None:
+        flat.add_(bias)
+    flat.addmm_(source.reshape(-1, source.shape[-1]), w.T)
+    return into.permute(0, 3, 1, 2) if image else into
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor, shift: Tensor, residual: Tensor, extra: Tensor, *,
+         groups: int, epsilon: float, silu: bool, first: int = 0, keep: bool = False) -> Any:  # fmt: skip
+    """Group norm of [x + residual | other] + shift; with keep also x + residual + shift + extra."""
+    image = x if x.ndim == 4 else x[..., None]
+    if residual is not None and residual.ndim == 3:
+        residual = residual[..., None]
+    y, total = kernels.group_norm(
+        image,
+        weight,
+        bias,
+        groups,
+        epsilon,
+        silu=silu,
+        other=other,
+        shift=shift,
+        residual=residual,
+        extra=extra,
+        keep=keep,
+    )
+    y = y.reshape(x.shape) if x.ndim != 4 else y
+    return (y, total) if keep else y
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor = None, *, epsilon: float) -> Tensor:
+    return kernels.layer_norm(x, weight, bias, epsilon, pre=pre)
+
+
+def total(x: Tensor, residual: Tensor, shift: Tensor, sizes: Any = None, *, scale: int = 1) -> Tensor:
+    """x + residual + shift, every pixel `scale` times in each direction, or as nearest upsampling to `sizes` has it."""
+    if sizes is not None:
+        height, width = (int(size) for size in sizes[2:])
+        scale = 2 if (height, width) == (2 * x.shape[2], 2 * x.shape[3]) else 1
+    y = kernels.image_sum(x, residual, shift, scale=scale)
+    if sizes is not None and tuple(y.shape[2:]) != (height, width):  # sides that are not even
+        y = F.interpolate(y, size=(height, width), mode="nearest")
+    return y
+
+
+def columns(x: Tensor, *, start: int, end: int) -> Tensor:
+    return x[:, start:end]
+
+
+def strengths(columns: Tensor, strength: Tensor, *, slices: int) -> Tensor:
+    """fp32 [rows, slices · L] of 0/1 [rows, L] and [rows, 1, 1]."""
+    return (columns * strength.reshape(-1, 1)).float().repeat(1, slices)
+
+
+def scaled_columns(a: Tensor, strength: Tensor) -> Any:
+    """The A of n layers [n, L, K], times the strength of each image [rows, L]: n values [rows, L, K]."""
+    scaled = a.new_empty(len(a), len(strength), *a.shape[1:])
+    torch.mul(a[:, None], strength[None, :, :, None], out=scaled)  # in fp32, rounded once
+    return scaled.unbind(0) if len(scaled) > 1 else scaled[0]
+
+
+def widen(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, *, epsilon: float = 0.0,
+          gate: bool = False) -> Tensor:  # fmt: skip
+    """[value | value Aᵀ] of x [rows, tokens, K] or [rows, K]."""
+    norm = (weight, bias, epsilon) if weight is not None else None
+    if x.ndim == 4:
+        return kernels.widen(rows_of(x), a, pre=pre).permute(0, 3, 1, 2)
+    return kernels.widen(x, a, norm=norm, gate=gate, pre=pre)
+
+
+def wide_conv(x: Tensor, w: Tensor, up: Tensor, bias: Tensor = None, *, stride: int, pad: int) -> Tensor:
+    """conv(x, W) + conv(x, A) B by one convolution with the channels [W; A] and one product on them in place.
+
+    w [N + L, C, k, k], up [rows, L, N] with the strengths of each row. Returns [rows, N, h, w], the first channels of N + L.
+    """
+    both = F.conv2d(x, w, None, stride, pad)
+    pixels = both.permute(0, 2, 3, 1)
+    if not pixels.is_contiguous():
+        pixels = pixels.contiguous()
+    rows, width = len(both), up.shape[2]
+    flat = pixels.view(rows, -1, pixels.shape[-1])
+    y = flat[..., :width]
+    y.baddbmm_(flat[..., width:], up)
+    if bias is not None:
+        y.add_(bias)
+    return pixels[..., :width].permute(0, 3, 1, 2)
+
+
+OPS: dict[str, Any] = {
+    "WideConv": wide_conv,
+    "Strengths": strengths, "Widen": widen, "ScaledColumns": scaled_columns,
+    "Pointwise": pointwise, "Accumulate": accumulate, "Norm": norm, "LayerNorm": layer_norm, "Sum": total, "Columns": columns,
+}  # fmt: skip

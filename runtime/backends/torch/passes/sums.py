@@ -1,0 +1,554 @@
+"""A tensor is written once: additions, concatenations and biases move into the kernels that read or write next.
+
+product    x Wᵀ + r  runs in place on r (`Accumulate`), where nobody reads r afterwards
+norm       reads [x + residual | other] + shift itself, and writes x's sum once if others read it (`Norm`)
+bias       of a convolution or of an in-place product waits until a kernel takes it: a vector that LayerNorm adds to its
+           rows, a norm's shift, a vector that the norm adds to the sum which it writes, another bias (through its weight)
+
+For the fast tier: sums are rounded in other places than PyTorch's operators round them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stepforge.runtime.backends.torch.program import Node, Program
+
+Tensor = Any  # torch.Tensor
+PRODUCTS = ("Linear", "Pointwise")
+VIEWS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Split", "Identity", "Columns")
+OWNERS = (
+    "Linear",
+    "Pointwise",
+    "Conv",
+    "WideConv",
+    "Norm",
+    "LayerNorm",
+    "Geglu",
+    "Sum",
+)  # their results are memory of their own
+TO_IMAGE = (0, 3, 1, 2)
+RAW = ("Conv", "WideConv", "LowrankConv")
+
+
+def write_once(program: Program) -> bool:
+    """All of it, in the order in which one pass prepares the next."""
+    before = len(program.nodes)
+    layer_norms(program)
+    pointwise(program)
+    images_of_tokens(program)
+    two_sources(program)
+    sums_of_norms(program)
+    products_in_place(program)
+    left_over_sums(program)
+    Biases(program).settle()
+    one_time_projection(program)
+    program.sweep()
+    program.nodes = [kept(node) for node in program.nodes]
+    return len(program.nodes) != before
+
+
+def kept(node: Node) -> Node:
+    """A norm with two results writes its sum."""
+    return (
+        Node(node.op, node.inputs, node.outputs, {**node.attributes, "keep": len(node.outputs) > 1})
+        if node.op == "Norm"
+        else node
+    )
+
+
+def layer_norms(program: Program) -> bool:
+    """LayerNormalization of the last axis, to the kernel."""
+
+    def match(node: Node) -> Node | None:
+        if node.op != "LayerNormalization" or node.attributes.get("axis", -1) != -1 or len(node.inputs) != 3:
+            return None
+        return Node("LayerNorm", (*node.inputs, ""), node.outputs, {"epsilon": node.attributes.get("epsilon", 1e-5)})
+
+    return program.rewrite(match)
+
+
+def pointwise(program: Program) -> bool:
+    """1×1 convolutions are products over pixels."""
+    constants = program.constants
+
+    def match(node: Node) -> Node | None:
+        weight = constants.get(node.inputs[1]) if node.op == "Conv" else None
+        if not isinstance(weight, torch.Tensor) or tuple(weight.shape[2:]) != (1, 1):
+            return None
+        plain = {"strides": (1, 1), "pads": (0, 0, 0, 0), "group": 1}
+        if any(tuple_of(node.attributes.get(name, value)) != tuple_of(value) for name, value in plain.items()):
+            return None
+        name = f"{node.inputs[1]}.2d"
+        constants[name] = weight.flatten(1)
+        return Node("Pointwise", (node.inputs[0], name, *node.inputs[2:]), node.outputs)
+
+    return program.rewrite(match)
+
+
+def tuple_of(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else value
+
+
+def images_of_tokens(program: Program) -> bool:
+    """Linear, Reshape, Transpose to an image: the product over its pixels (SDXL's proj_out), so that sums meet as images."""
+    made, uses = program.producers(), program.uses()
+    nodes: list[Node] = []
+    changed = False
+    for node in program.nodes:
+        is_image = node.op == "Transpose" and tuple(node.attributes["perm"]) == TO_IMAGE
+        shaped = made.get(node.inputs[0]) if is_image else None
+        layer = made.get(shaped.inputs[0]) if shaped is not None and shaped.op == "Reshape" else None
+        if (
+            layer is None
+            or shaped is None
+            or layer.op != "Linear"
+            or uses[layer.outputs[0]] + uses[shaped.outputs[0]] != 2
+        ):
+            nodes.append(node)
+            continue
+        out, depth = program.weight(layer.inputs[1]).shape
+        if out != depth:  # the sizes that Reshape is given are those of the result
+            nodes.append(node)
+            continue
+        whole, image = f"{shaped.outputs[0]} before", f"{node.outputs[0]} before"
+        nodes += [
+            Node("Reshape", (layer.inputs[0], shaped.inputs[1]), (whole,), shaped.attributes),
+            Node("Transpose", (whole,), (image,), node.attributes),
+            Node("Pointwise", (image, *layer.inputs[1:]), node.outputs),
+        ]
+        changed = True
+    program.nodes = nodes
+    program.sweep()
+    return changed
+
+
+def two_sources(program: Program) -> bool:
+    """Concatenations along channels that norms and products over pixels read: these read both sources."""
+    made, constants = program.producers(), program.constants
+    readers = readers_of(program)
+    parts: dict[str, tuple[str, str]] = {}
+    delayed: dict[str, list[Node]] = {}  # an Add's result -> the two that take its place
+    for node in program.nodes:
+        joins = node.op == "Concat" and node.attributes["axis"] == 1 and len(node.inputs) == 2
+        found = readers.get(node.outputs[0], [])
+        if joins and found and all(reader.op in ("GroupNormSilu", "Pointwise") for reader in found):
+            widths = {width_of(program, made, name) for name in node.inputs}
+            if None not in widths and node.outputs[0] not in program.outputs:
+                parts[node.outputs[0]] = (node.inputs[0], node.inputs[1])
+    nodes: list[Node] = []
+    for node in program.nodes:
+        sources = parts.get(node.inputs[0]) if node.op in ("GroupNormSilu", "Pointwise") else None
+        if sources is None:
+            nodes.append(node)
+        elif node.op == "GroupNormSilu":
+            x, other = sources
+            attributes = {**node.attributes, "first": width_of(program, made, x)}
+            nodes.append(Node("Norm", (x, *node.inputs[1:], other, "", "", ""), node.outputs, attributes))
+        else:
+            first = width_of(program, made, sources[0])
+            names = f"{node.inputs[1]}.first", f"{node.inputs[1]}.second"
+            weight = constants[node.inputs[1]]
+            constants[names[0]], constants[names[1]] = weight[:, :first].contiguous(), weight[:, first:].contiguous()
+            half, rest = f"{node.outputs[0]}.first", f"{node.outputs[0]}.second"
+            (reader,) = readers[node.outputs[0]] if len(readers[node.outputs[0]]) == 1 else (None,)
+            nodes.append(Node("Pointwise", (sources[0], names[0], *node.inputs[2:]), (half,)))
+            nodes.append(Node("Pointwise", (sources[1], names[1]), (rest,)))
+            if reader is not None and reader.op == "Add":
+                y = next(name for name in reader.inputs if name != node.outputs[0])
+                inner = f"{node.outputs[0]} + {y}"
+                later = [Node("Add", (half, y), (inner,)), Node("Add", (rest, inner), reader.outputs)]
+                delayed[reader.outputs[0]] = later
+            else:
+                nodes.append(Node("Add", (rest, half), node.outputs))
+    program.nodes = [new for node in nodes for new in delayed.pop(node.outputs[0], [node])]
+    program.sweep()
+    return bool(parts)
+
+
+def width_of(program: Program, made: dict[str, Node], name: str) -> int | None:
+    """Channels of an image, from the weights that made it."""
+    node = made.get(name)
+    while node is not None:
+        if node.op in ("Conv", "Pointwise", "Linear", "Accumulate", "WideConv", "LowrankConv", "LowrankLinear"):
+            return int(program.weight(node.inputs[1]).shape[0])
+        if node.op in ("Norm", "GroupNormSilu"):
+            return int(program.constants[node.inputs[1]].shape[0])
+        if node.op not in ("Add", "Transpose", "Reshape", "Resize", "Sum"):
+            return None
+        node = made.get(node.inputs[0]) or (made.get(node.inputs[1]) if node.op == "Add" else None)
+    return None
+
+
+def on_one_device(*values: Tensor) -> list[Tensor]:
+    """Constants that meet; those without memory (benchmarks/network_model.py) make all so."""
+    meta = any(value.device.type == "meta" for value in values)
+    return [value.to("meta") if meta else value for value in values]
+
+
+def readers_of(program: Program) -> dict[str, list[Node]]:
+    found: dict[str, list[Node]] = {}
+    for node in program.nodes:
+        for name in node.inputs:
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def is_vector(program: Program, made: dict[str, Node], name: str) -> str | None:
+    """The [rows, C] behind a value [rows, C, 1, 1]."""
+    node, steps = made.get(name), 0
+    while node is not None and node.op == "Unsqueeze":
+        steps += len(program.constants[node.inputs[1]])
+        name, node = node.inputs[0], made.get(node.inputs[0])
+    return name if steps == 2 else None
+
+
+def sums_of_norms(program: Program) -> bool:
+    """The Add that a norm reads, where a convolution made one of its operands; the norm stands where the Add stood."""
+    made, readers = program.producers(), readers_of(program)
+    at = {name: index for index, node in enumerate(program.nodes) for name in node.outputs}
+    uses = program.uses()
+    gone: set[int] = set()
+    put: dict[int, Node] = {}
+    for index, node in enumerate(program.nodes):
+        if node.op not in ("GroupNormSilu", "Norm"):
+            continue
+        other, first = (node.inputs[3], node.attributes["first"]) if node.op == "Norm" else ("", 0)
+        attributes = {**node.attributes, "first": first}
+        new = Node("Norm", (node.inputs[0], *node.inputs[1:3], other, "", "", ""), node.outputs, attributes)
+        added = made.get(node.inputs[0])
+        place = index
+        if added is not None and added.op == "Add" and at[added.outputs[0]] not in gone:
+            left, right = added.inputs
+            vector = is_vector(program, made, right)
+            alone = uses[added.outputs[0]] == 1
+            left_made, right_made = made.get(left), made.get(right)
+            if vector is not None and alone and not other:
+                new = Node("Norm", (left, *new.inputs[1:4], vector, "", ""), node.outputs, attributes)
+                gone.add(at[added.outputs[0]])
+            elif (
+                left_made is not None and right_made is not None and vector is None
+                and not any(side.op in PRODUCTS and uses[side.outputs[0]] == 1 for side in (left_made, right_made))
+                and any(side.op in RAW and uses[side.outputs[0]] == 1 for side in (left_made, right_made))
+            ):  # fmt: skip
+                raw, residual = (left, right) if uses[left] == 1 and left_made.op in RAW else (right, left)
+                outputs = node.outputs if alone else (*node.outputs, added.outputs[0])
+                place = index if alone else max(at[added.outputs[0]], at.get(other, 0))
+                others = [reader for reader in readers[added.outputs[0]] if reader is not node]
+                if all(at[reader.outputs[0]] > place for reader in others):
+                    new = Node("Norm", (raw, *new.inputs[1:4], "", residual, ""), outputs, attributes)
+                    gone.add(at[added.outputs[0]])
+                else:
+                    place = index
+        gone.add(index)
+        put[place] = new
+    program.nodes = [
+        found for index, node in enumerate(program.nodes)
+        for found in ([put[index]] if index in put else [] if index in gone else [node])
+    ]  # fmt: skip
+    program.sweep()
+    return bool(put)
+
+
+class Memory:
+    """Which values lie in one piece of memory, and where each is read."""
+
+    def __init__(self, program: Program) -> None:
+        self.nodes = program.nodes
+        self.root: dict[str, str] = {}
+        self.members: dict[str, list[str]] = {}
+        self.reads: dict[str, list[int]] = {}
+        self.owned: set[str] = set()
+        for index, node in enumerate(self.nodes):
+            for name in node.inputs:
+                self.reads.setdefault(name, []).append(index)
+            base = node.inputs[2] if node.op == "Accumulate" else node.inputs[0] if node.op in VIEWS else None
+            for name in node.outputs:
+                self._join(name, self.root.get(base, base) if base else name)
+            if node.op in OWNERS:
+                self.owned.update(node.outputs)
+
+    def _join(self, name: str, root: str) -> None:
+        self.root[name] = root
+        self.members.setdefault(root, []).append(name)
+
+    def last_read(self, name: str, views: bool = False) -> int:
+        """Where the memory of a value is read for the last time."""
+        found = -1
+        for member in self.members.get(self.root.get(name, name), [name]):
+            for index in self.reads.get(member, []):
+                if views or self.nodes[index].op not in VIEWS:
+                    found = max(found, index)
+        return found
+
+
+def products_in_place(program: Program) -> bool:
+    """r + x Wᵀ, where the product has no other reader and r none afterwards."""
+    changed = False
+    index = 0
+    while index < len(program.nodes):
+        node = program.nodes[index]
+        new = _in_place(program, index) if node.op == "Add" else None
+        if new is not None:
+            program.nodes[index] = new
+            changed = True
+        index += 1
+    if changed:
+        program.sweep()
+    return changed
+
+
+def _in_place(program: Program, index: int) -> Node | None:
+    node = program.nodes[index]
+    made, uses, memory = program.producers(), program.uses(), Memory(program)
+    outputs = {memory.root.get(name, name) for name in program.outputs}
+    for at, name in enumerate(node.inputs):
+        layer, base = made.get(name), node.inputs[1 - at]
+        if layer is None or layer.op not in PRODUCTS or uses[name] != 1 or base == name:
+            continue
+        root = memory.root.get(base, base)
+        moved = memory.root.get(layer.inputs[0], layer.inputs[0])
+        overwritten = any(
+            other.op == "Accumulate" and memory.root.get(other.inputs[2]) == moved for other in program.nodes[:index]
+        )
+        if root not in memory.owned or root in outputs or moved == root or memory.last_read(base) > index:
+            continue
+        if overwritten and moved != root and memory.last_read(layer.inputs[0]) > index:
+            continue
+        width = program.weight(layer.inputs[1]).shape[0]
+        if width_of(program, made, base) not in (None, width):
+            continue
+        return Node("Accumulate", (layer.inputs[0], layer.inputs[1], base, *layer.inputs[2:3]), node.outputs)
+    return None
+
+
+def left_over_sums(program: Program) -> bool:
+    """x + residual of images, and nearest upsampling by 2 with the sum that it alone reads: one kernel."""
+    made, uses = program.producers(), program.uses()
+    is_image = {
+        name
+        for node in program.nodes
+        if node.op in ("Conv", "Norm", "Pointwise", "Accumulate")
+        for name in node.outputs
+    }
+
+    def add(node: Node) -> Node | None:
+        if node.op != "Add" or not all(name in is_image for name in node.inputs):
+            return None
+        if not any(made[name].op in ("Conv", "WideConv") for name in node.inputs):
+            return None
+        is_image.add(node.outputs[0])
+        return Node("Sum", (node.inputs[0], node.inputs[1], ""), node.outputs, {"scale": 1})
+
+    def resize(node: Node) -> Node | None:
+        sizes = _sizes(program, node) if node.op == "Resize" and node.inputs[0] in is_image else None
+        if sizes is None:
+            return None
+        before = made[node.inputs[0]]
+        if before.op == "Sum" and uses[node.inputs[0]] == 1:
+            return Node("Sum", (*before.inputs[:3], sizes), node.outputs, {"scale": 2})
+        return Node("Sum", (node.inputs[0], "", "", sizes), node.outputs, {"scale": 2})
+
+    changed = program.rewrite(add)
+    made.update(program.producers())
+    return program.rewrite(resize) or changed
+
+
+def _sizes(program: Program, node: Node) -> str | None:
+    """The sizes that nearest upsampling is given, "" where it doubles, None for another resampling."""
+    modes = [node.attributes.get(name) for name in ("mode", "nearest_mode", "coordinate_transformation_mode")]
+    if modes != ["nearest", "floor", "asymmetric"]:
+        return None
+    operands = [*node.inputs, "", "", ""][:4]
+    if operands[3]:
+        return operands[3]
+    scales = program.constants.get(operands[2])
+    return "" if scales is not None and [float(value) for value in scales] == [1.0, 1.0, 2.0, 2.0] else None
+
+
+class Biases:
+    """Biases that wait: `pending` holds, by value, the vector that is still missing in it."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def settle(self) -> None:
+        self._into_written_sums()
+        for index, node in enumerate(self.program.nodes):
+            at = {"Conv": 2, "Accumulate": 3, "WideConv": 3}.get(node.op)
+            if at is None or len(node.inputs) <= at or not node.inputs[at]:
+                continue
+            if not self._takes_all(node.outputs[0]):
+                continue
+            bias = node.inputs[at]
+            self.program.nodes[index] = Node(node.op, node.inputs[:at], node.outputs, node.attributes)
+            self._give(node.outputs[0], bias)
+        self._into_written_sums()  # what came to them from the products before
+
+    def _into_written_sums(self) -> None:
+        """The bias of a product that runs in place on a sum which a norm has written: into that sum."""
+        program = self.program
+        for index, node in enumerate(program.nodes):
+            if node.op != "Accumulate" or len(node.inputs) < 4 or not node.inputs[3]:
+                continue
+            place, writer = next(
+                ((i, n) for i, n in enumerate(program.nodes) if n.op == "Norm" and node.inputs[2] in n.outputs[1:]),
+                (-1, None),
+            )
+            if writer is None or program.uses()[node.inputs[2]] != 1:
+                continue
+            vector = self._sum(writer.inputs[6], node.inputs[3])
+            program.nodes[place] = Node("Norm", (*writer.inputs[:6], vector), writer.outputs, writer.attributes)
+            program.nodes[index] = Node(node.op, node.inputs[:3], node.outputs, node.attributes)
+
+    def _readers(self, name: str) -> list[tuple[int, int, Node]]:
+        return [
+            (i, at, n) for i, n in enumerate(self.program.nodes) for at, each in enumerate(n.inputs) if each == name
+        ]
+
+    def _takes_all(self, name: str) -> bool:
+        """Whether every reader of a value, and of what it hands on, can take a vector that is missing in it."""
+        if name in self.program.outputs:
+            return False
+        return all(self._takes(at, node) for _, at, node in self._readers(name))
+
+    def _takes(self, at: int, node: Node) -> bool:
+        if node.op in ("Reshape", "Transpose") and at == 0:
+            return self._takes_all(node.outputs[0])
+        if node.op == "Accumulate":
+            return at == 0 or (at == 2 and self._takes_all(node.outputs[0]))
+        if node.op == "Norm":
+            return at in (0, 3, 5) and self._shift_is_ours(node)
+        return at == 0 and node.op in ("LayerNorm", "Linear", "Pointwise", "Sum", "Widen")
+
+    def _shift_is_ours(self, node: Node) -> bool:
+        shift = node.inputs[4]
+        made, uses = self.program.producers(), self.program.uses()
+        if not shift or shift in self.program.constants:
+            return True
+        while made[shift].op == "Add" and uses[shift] == 1:  # a LoRA term
+            shift = made[shift].inputs[0]
+        return (
+            made[shift].op == "Linear"
+            and uses[shift] == 1
+            and len(made[shift].inputs) > 2
+            and bool(made[shift].inputs[2])
+        )
+
+    def _give(self, name: str, vector: str) -> None:
+        program, constants = self.program, self.program.constants
+        for index, at, node in self._readers(name):
+            operands = list(node.inputs)
+            if node.op in ("Reshape", "Transpose"):
+                self._give(node.outputs[0], vector)
+                continue
+            if node.op == "Accumulate" and at == 2:
+                self._give(node.outputs[0], vector)
+                continue
+            if node.op in ("Linear", "Pointwise", "Accumulate"):
+                place = 3 if node.op == "Accumulate" else 2
+                weight, missing = on_one_device(program.weight(operands[1]), constants[vector])
+                product = self._constant(weight.float() @ missing.float(), f"{operands[1]} of {vector}")
+                operands += [""] * (place + 1 - len(operands))
+                operands[place] = self._sum(operands[place], product)
+            elif node.op == "Widen":
+                operands[4] = self._sum(operands[4], vector)
+            elif node.op == "LayerNorm":
+                operands[3] = self._sum(operands[3], vector)
+            elif node.op == "Sum":
+                operands[2] = self._sum(operands[2], vector)
+            else:
+                self._into_shift(index, at, node, vector)
+                continue
+            program.nodes[index] = Node(node.op, tuple(operands), node.outputs, node.attributes)
+
+    def _into_shift(self, index: int, at: int, node: Node, vector: str) -> None:
+        program, constants = self.program, self.program.constants
+        channels = len(constants[node.inputs[1]])
+        value = constants[vector]
+        if len(value) < channels:
+            before = node.attributes["first"] if at == 3 else 0
+            rest = channels - before - len(value)
+            whole = torch.cat([value.new_zeros(before), value, value.new_zeros(rest)])
+            vector = self._constant(whole, f"{vector} of {channels} from {before}")
+        shift = node.inputs[4]
+        if not shift or shift in constants:
+            old = constants[shift].flatten() if shift else None
+            added = constants[vector]
+            if old is not None:
+                old, added = on_one_device(old, added)
+            total = added if old is None else old.float() + added.float()
+            name = self._constant(total.to(constants[vector].dtype)[None], f"{shift} + {vector} shift")
+            operands = [*node.inputs[:4], name, *node.inputs[5:]]
+            program.nodes[index] = Node(node.op, tuple(operands), node.outputs, node.attributes)
+            return
+        made = program.producers()
+        while made[shift].op == "Add":
+            shift = made[shift].inputs[0]
+        layer = made[shift]
+        if layer.op == "Columns":
+            start, end = layer.attributes["start"], layer.attributes["end"]
+            layer = made[layer.inputs[0]]
+            biases, value = on_one_device(constants[layer.inputs[2]], constants[vector].flatten())
+            whole = torch.zeros_like(biases)
+            whole[start:end] = value
+            vector = self._constant(whole, f"{vector} of columns from {start}")
+        place = program.nodes.index(layer)
+        biases = self._sum(layer.inputs[2], vector)
+        program.nodes[place] = Node(
+            layer.op, (*layer.inputs[:2], biases, *layer.inputs[3:]), layer.outputs, layer.attributes
+        )
+
+    def _sum(self, one: str, other: str) -> str:
+        if not one:
+            return other
+        constants = self.program.constants
+        first, second = on_one_device(constants[one], constants[other])
+        value = first.float() + second.float()
+        return self._constant(value.to(first.dtype), f"{one} + {other}")
+
+    def _constant(self, value: Tensor, name: str) -> str:
+        self.program.constants[name] = value
+        return name
+
+
+def one_time_projection(program: Program) -> bool:
+    """The projections of the time embedding, which all read one vector, as one product: norms read its columns."""
+    groups: dict[str, list[Node]] = {}
+    readers, uses = readers_of(program), program.uses()
+    for node in program.nodes:
+        if node.op == "Linear" and len(node.inputs) == 3 and node.inputs[2] and uses[node.outputs[0]] == 1:
+            (reader,) = readers.get(node.outputs[0], [None])
+            if reader is not None and reader.op == "Norm" and reader.inputs[4] == node.outputs[0]:
+                groups.setdefault(node.inputs[0], []).append(node)
+    nodes: list[Node] = []
+    stacked = {layer.outputs[0]: group for group in groups.values() if len(group) > 1 for layer in group}
+    for node in program.nodes:
+        group = stacked.get(node.outputs[0])
+        if group is None:
+            nodes.append(node)
+        elif node is group[0]:
+            nodes += _stacked(program, group)
+    program.nodes = nodes
+    program.sweep()
+    return bool(stacked)
+
+
+def _stacked(program: Program, group: Sequence[Node]) -> list[Node]:
+    constants = program.constants
+    names = []
+    for at in (1, 2):
+        name = f"all of {group[0].inputs[at]}"
+        constants[name] = torch.cat(on_one_device(*(constants[layer.inputs[at]] for layer in group)))
+        names.append(name)
+    whole = f"all of {group[0].outputs[0]}"
+    made = [Node("Linear", (group[0].inputs[0], *names), (whole,))]
+    start = 0
+    for layer in group:
+        end = start + len(constants[layer.inputs[1]])
+        made.append(Node("Columns", (whole,), layer.outputs, {"start": start, "end": end}))
+        start = end
+    return made
