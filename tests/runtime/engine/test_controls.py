@@ -121,7 +121,7 @@ CASES: dict[str, tuple[list[Any], str, list[Any], dict[str, Any]]] = {
 
 
 def compare(ours: Any, theirs: Any) -> None:
-    """The limits of export/parity.py: the same arithmetic in another order, 1e-6 a network, amplified over the steps."""
+    """The limits of export/parity/verify.py: the same arithmetic in another order, 1e-6 a network, amplified over the steps."""
     limits = LIMITS["fp32"]
     assert relative_error(ours.latents[0], theirs[0]) <= limits.trajectory
     assert psnr(np.asarray(ours.images[0]), theirs[1]) >= limits.psnr
@@ -314,7 +314,7 @@ def test_a_failing_net_fails_only_its_request(recorded, part):
     alone = [engine.generate(request) for request in good]
     recorder.poisoned = f"control/b/{part}"
     try:
-        bad = engine.submit(ask({**B, "image": HINTS[1].transpose(1, 0, 2)}, A))  # an image that no request had before
+        bad = engine.submit(ask({**B, "image": HINTS[1].rotate(90)}, A))  # an image that no request had before
         together = engine.generate(good)
         with pytest.raises(GenerationError, match=f"RuntimeError: no control/b/{part}") as caught:
             bad.result()
@@ -342,7 +342,7 @@ ARRAY = np.zeros((64, 64, 3), np.uint8)
 BAD: dict[str, tuple[Any, str]] = {
     "unknown name": ({**A, "name": "c"}, "the bundle has no ControlNet 'c'; it has a, b"),
     "scale": ({**A, "scale": 11}, "the scale of ControlNet 'a' is 11; give a number up to"),
-    "scale is nothing": ({**A, "scale": None}, "the scale of ControlNet 'a' is (None,); give a number"),
+    "scale is nothing": ({**A, "scale": None}, "the scale of ControlNet 'a' is None; give a number"),
     "scale is text": ({**A, "scale": "much"}, "the scale of ControlNet 'a'"),
     "no scales": ({**A, "scale": []}, "the scale of ControlNet 'a'"),
     "too few scales": ({**A, "scale": [1.0, 0.5]}, f"ControlNet 'a' has 2 scales for {EVALUATIONS} network"),
@@ -351,7 +351,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "sigmas": ({**A, "sigma": [5.0, 1.0]}, "give two, the lower first"),
     "one sigma": ({**A, "sigma": 5.0}, "give two, the lower first"),
     "guess mode": ({**A, "guess_mode": "yes"}, "give true or false"),
-    "name": ({**A, "name": 3}, "the name of a ControlNet is 3; give text"),
+    "name": ({**A, "name": 3}, "the name of a ControlNet must be text, not int"),
     "unknown key": ({**A, "image": ARRAY, "strength": 1.0}, "a control has no 'strength'; give name and image, and"),
     "no image": ({"name": "a"}, "give name and image"),
     "no mapping": ("a", "give name and image"),
