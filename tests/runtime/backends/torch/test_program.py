@@ -308,8 +308,10 @@ def test_lora_terms_can_be_left_out():
     assert ops_of(program) == {"Add": 1}
 
 
-@pytest.mark.parametrize("name", ["torch", "torch-exact"])
-def test_without_adapters_banks_change_no_bit(tiny_sd1_bundle, tiny_sd1_banks, zero_step, name):
+@pytest.mark.parametrize(("name", "limit"), [("torch", 1e-5), ("torch-exact", 0.0)])
+def test_without_adapters_banks_change_nothing(tiny_sd1_bundle, tiny_sd1_banks, zero_step, name, limit):
+    """Not a bit in the exact tier. In the fast one W lies in rows that are longer, so that products may sum in another
+    order: 1e-5 is the limit of other sums everywhere here."""
     outputs = []
     for path in (tiny_sd1_bundle, tiny_sd1_banks):
         bundle = read_bundle(path)
@@ -318,7 +320,7 @@ def test_without_adapters_banks_change_no_bit(tiny_sd1_bundle, tiny_sd1_banks, z
         rows = {"adapter": np.zeros(2, np.int64), "adapter_strength": np.ones((2, 1, 1), np.float32)} if banks else {}
         graph = open_backend(name, bundle, precision="fp32", threads=1).open(UNET, banks)
         outputs.append(np.array(graph({**zero_step, **rows})["prediction"]))
-    assert np.array_equal(*outputs)
+    assert np.linalg.norm(outputs[0] - outputs[1]) <= limit * np.linalg.norm(outputs[0])
 
 
 @pytest.mark.parametrize("path", ["reference", "addmm"])
@@ -473,11 +475,11 @@ def test_every_pattern_of_a_whole_network_is_found(tiny_sd1_control_bundle):
         graph = opened.open(name, banks or None)
         program = graph.networks[True].program
         found = ops_of(program)
-        layers = sum(node.attributes.get("slices", 1) for node in program.nodes if node.op == "LowrankLinear")
+        layers = found["Widen"] + found["WideConv"]
         assert not {"Softmax", "InstanceNormalization", "GroupNorm", "Gelu", "Gemm"} & set(found), name
         assert found["MatMul"] == found["Gather"] or not banks or name.role == "text_encoder"
         assert name.role != "denoiser" or layers >= 8
-    assert ops_of(opened.open(UNET, None).networks[True].program)["LowrankLinear"] == 0
+    assert ops_of(opened.open(UNET, None).networks[True].program)["Widen"] == 0
 
 
 def test_variants_hold_their_weights_once(tiny_sd1_control_bundle):
