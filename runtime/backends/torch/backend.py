@@ -30,7 +30,7 @@ from stepforge.runtime.backends.torch.passes.widen import WideLayer, fuse_widen,
 from stepforge.runtime.backends.torch.precision import computed_in, lower, no_tf32
 from stepforge.runtime.backends.torch.program import Program, read, run_passes
 from stepforge.runtime.backends.torch.run import Runner
-from stepforge.runtime.backends.torch.wide import WideBanks, prepared
+from stepforge.runtime.backends.torch.wide import WideBanks, WideWeight, prepared
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
@@ -77,6 +77,7 @@ class Torch:
         no_tf32()
         self._weights: dict[tuple[str, str, Any], Any] = {}
         self._banks: Shared = {}
+        self._wide: dict[tuple[str, Any], dict[str, WideWeight]] = {}
         self._pool: Any = None  # of memory, for all recorded networks: the engine runs one of them at a time
 
     def bank_dtype(self, component: ComponentId) -> type[np.float32] | type[np.uint16]:
@@ -132,7 +133,8 @@ class Torch:
             channels_last(program)
         buffers = None
         if layers:
-            buffers = WideBanks(layers, program.constants, placed.tensors)
+            shared = self._wide.setdefault((str(path.parent), dtype), {})
+            buffers = WideBanks(layers, program.constants, placed.tensors, shared)
             for layer in layers:  # the same network without banks reads W there
                 self._weights[str(path.parent), layer.weight, dtype] = buffers.weight(layer)
                 program.constants.pop(layer.weight, None)

@@ -50,26 +50,43 @@ def prepared(networks: Sequence[Any], inputs: Arrays) -> tuple[int, Arrays]:
     return at, {**inputs, "adapter_columns": mask}
 
 
-class WideBanks:
-    """banks: the views of all slots on the device, by name: a [slots, R, K] and b [slots, N, R] of each layer or slice."""
+class WideWeight:
+    """W with spare columns, or the spare output channels of a convolution; laid: whose adapters stand there."""
 
-    def __init__(self, layers: Iterable[WideLayer], constants: dict[str, Tensor], banks: dict[str, Tensor]) -> None:
+    def __init__(self, weight: Tensor, layer: WideLayer) -> None:
+        most = BUCKETS[-1]
+        if layer.conv:
+            tensor = weight.new_zeros(len(weight) + most, *weight.shape[1:])
+            self.tensor = tensor.contiguous(memory_format=torch.channels_last)
+            self.tensor[: len(weight)] = weight
+        else:
+            rows, depth = weight.shape
+            self.tensor = weight.new_zeros(rows, depth + len(layer.widths) * most)
+            self.tensor[:, :depth] = weight
+        self.laid: Any = None
+
+
+class WideBanks:
+    """banks: the views of all slots on the device, by name: a [slots, R, K] and b [slots, N, R] of each layer or slice.
+
+    shared: wide weights by the name of the weight; the variants of a network have them in common.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[WideLayer],
+        constants: dict[str, Tensor],
+        banks: dict[str, Tensor],
+        shared: dict[str, WideWeight],
+    ) -> None:
         self.layers, self._banks = list(layers), banks
-        self._buffers: dict[str, Tensor] = {}
-        self._laid: Any = None
+        self._weights: dict[str, WideWeight] = {}
+        self._laid: Any = None  # whose A stand in `_downs`
         most = BUCKETS[-1]
         for layer in self.layers:
-            weight = constants[layer.weight]
-            if layer.conv:
-                wide = weight.new_zeros(len(weight) + most, *weight.shape[1:])
-                wide = wide.contiguous(memory_format=torch.channels_last)
-                wide[: len(weight)] = weight
-                self._buffers[layer.wide] = wide
-                continue
-            rows, depth = weight.shape
-            wide = weight.new_zeros(rows, depth + len(layer.widths) * most)
-            wide[:, :depth] = weight
-            self._buffers[layer.wide] = wide
+            if layer.weight not in shared:
+                shared[layer.weight] = WideWeight(constants[layer.weight], layer)
+            self._weights[layer.wide] = shared[layer.weight]
         self._downs: dict[str, Tensor] = {}  # by stack: [n, slices · most, K]
         self._place: dict[str, tuple[str, int]] = {}
         for stack in dict.fromkeys(layer.stack for layer in self.layers):
@@ -95,34 +112,36 @@ class WideBanks:
     def weight(self, layer: WideLayer) -> Tensor:
         """The constant of a layer, in the buffer's memory."""
         if layer.conv:
-            return self._buffers[layer.wide][: layer.widths[0]]
-        return self._buffers[layer.wide][:, : self._downs[layer.stack].shape[2]]
+            return self._weights[layer.wide].tensor[: layer.widths[0]]
+        return self._weights[layer.wide].tensor[:, : self._downs[layer.stack].shape[2]]
 
     def tensors(self, width: int) -> dict[str, Tensor]:
         found = {}
         for layer in self.layers:
             if layer.conv:
-                found[layer.wide] = self._buffers[layer.wide][: layer.widths[0] + width]
+                found[layer.wide] = self._weights[layer.wide].tensor[: layer.widths[0] + width]
                 found[layer.stack] = self._downs[layer.stack][:, :width]
                 continue
             columns = self._downs[layer.stack].shape[2] + len(layer.widths) * width
-            found[layer.wide] = self._buffers[layer.wide][:, :columns]
+            found[layer.wide] = self._weights[layer.wide].tensor[:, :columns]
             found[layer.stack] = self._downs[layer.stack][:, : len(layer.widths) * width]
         return found
 
     def lay(self, slots: tuple[int, ...], version: Any) -> None:
-        """Put the adapters of these slots into the columns, if others stand there."""
+        """Put the adapters of these slots into the columns, where others stand there. version None: nobody can tell."""
         width = bucket(self.rank * len(slots))
         assert width is not None
-        if version is not None and self._laid == (slots, version):
-            return
-        self._laid = slots, version
+        wanted = slots, version
         for layer in self.layers:
-            self._lay(layer, slots, width)
+            weight = self._weights[layer.wide]
+            if version is None or self._laid != wanted or weight.laid != wanted:
+                self._lay(layer, slots, width)
+                weight.laid = wanted
+        self._laid = wanted
 
     def _lay(self, layer: WideLayer, slots: tuple[int, ...], width: int) -> None:
         stack, place = self._place[layer.down]
-        wide, down = self._buffers[layer.wide], self._downs[stack][place]
+        wide, down = self._weights[layer.wide].tensor, self._downs[stack][place]
         slices, depth = len(layer.widths), down.shape[1]
         if layer.conv:
             a, b = self._banks[layer.a[0]], self._banks[layer.b[0]]

@@ -51,56 +51,46 @@ def step(rows=3):
 
 
 def test_what_runs_as_one_in_a_whole_network(tiny_sd1_banks):
-    """Four transformer blocks. Left are: the prompt's k and v of each block, which read one x but meet in other attentions,
-    and the projections of the time embedding, which meet in none."""
+    """Four transformer blocks, wide and bare: q, k, v of each are one product, and k, v of the prompt."""
     graph, _ = opened(tiny_sd1_banks)
-    program = graph.networks[True].program
-    layers = [node for node in program.nodes if node.op == "LowrankLinear"]
-    # q, k, v; k, v; and alone: q of the prompt's attention, both outputs, and the second of the feed-forward
-    assert Counter(node.attributes.get("slices", 1) for node in layers) == {3: 4, 2: 4, 1: 4 + 8 + 4}
-    found = Counter(node.op for node in program.nodes)
-    assert (found["LowrankGeglu"], found["Geglu"]) == (4, 0)  # the first of the feed-forward
-    readers = Counter(node.inputs[0] for node in layers)
-    assert {x: count for x, count in readers.items() if count > 1} == {"encoder_hidden_states": 4}
-    assert sum(len(node.inputs) == 8 for node in layers) == 8 + 4  # attentions' outputs and feed-forwards'
-    results = {name for node in layers for name in node.outputs}
-    assert [node for node in program.nodes if node.op == "Add" and results.intersection(node.inputs)] == []
-
-    bare = graph.networks[False].program
-    assert Counter(node.attributes["num_outputs"] for node in bare.nodes if node.op == "Split") == {3: 4, 2: 4}
+    for network in graph.networks[:2]:
+        program = network.program
+        assert Counter(node.attributes["num_outputs"] for node in program.nodes if node.op == "Split") == {3: 4, 2: 4}
+    bare, wide = (network.program for network in graph.networks[:2])
+    found = Counter(node.op for node in wide.nodes)
+    assert (found["WideConv"], found["LowrankConv"], found["LowrankLinear"], found["LowrankGeglu"]) == (20, 4, 0, 0)
+    assert found["Linear"] >= 15  # the layers of the bare network, and what shrinks
     readers = Counter(node.inputs[0] for node in bare.nodes if node.op == "Linear")
-    (times,) = (
-        node.inputs[0] for node in bare.nodes if node.op == "Linear" and "mid_block.resnets.0" in node.inputs[1]
-    )
-    assert {x: count for x, count in readers.items() if count > 1} == {"encoder_hidden_states": 4, times: 8}
+    assert {
+        x: count for x, count in readers.items() if count > 1
+    } == {}  # time embeddings and prompts are one product too
 
 
-def test_weights_of_layers_that_run_as_one_are_held_once(tiny_sd1_control_bundle):
-    """By the programs with and without LoRA and by reuse variants; the single weights are gone."""
+def test_weights_are_held_once(tiny_sd1_control_bundle):
+    """By the networks with and without LoRA and by reuse variants: in wide rows where a layer has adapters. Not so: shortcuts
+    on concatenations, whose halves the bare network multiplies apart, and the time embedding's products of a variant."""
     bundle = read(tiny_sd1_control_bundle)
     backend = open_backend("torch", bundle, precision="fp32", threads=1)
-    programs = []
+    held = []
     for name in (UNET, DEEPCACHE):
         entry = bundle.components[name]
         banks = {t.name: np.zeros(t.shape, np.float32) for t in entry.inputs if t.name.endswith(BANKS)}
-        graph = backend.open(name, banks)
-        programs += [graph.networks[True].program, graph.networks[False].program]
-    stacks = [{n: v for n, v in program.constants.items() if " + " in n and v.numel() >= 1024} for program in programs]
-    assert [len(found) for found in stacks] == [8, 8, 2, 2]
-    for found in stacks[1:]:
-        assert all(value is stacks[0][name] for name, value in found.items())
-    for program, found in zip(programs, stacks, strict=True):
-        assert not {part for name in found for part in name.split(" + ")}.intersection(program.constants)
-
-
-def test_adds_that_are_left_where_a_result_is_read_twice(tiny_sd1_control_bundle):
-    """T-GATE takes out the results of cross-attention: there the sum is made outside."""
-    graph, _ = opened(tiny_sd1_control_bundle)
-    program = graph.networks[True].program
-    results = {name for node in program.nodes if node.op == "LowrankLinear" for name in node.outputs}
-    left = [node for node in program.nodes if node.op == "Add" and results.intersection(node.inputs)]
-    taken = {name for name in program.outputs if name.startswith("text_")}
-    assert [len(taken.intersection(node.inputs)) for node in left] == [1] * len(taken) == [1] * 4
+        for network in backend.open(name, banks).networks[:2]:
+            tensors = dict(network.program.constants)
+            if network.wide is not None:
+                tensors |= {name: weight.tensor for name, weight in network.wide._weights.items()}
+            held.append(
+                {
+                    value.untyped_storage().data_ptr()
+                    for name, value in tensors.items()
+                    if isinstance(value, torch.Tensor) and value.numel() >= 1024
+                    if "conv_shortcut" not in name and "time_emb_proj" not in name
+                }
+            )
+    bare, wide, *variants = held
+    assert len(wide) >= 40
+    assert bare <= wide
+    assert all(variant <= wide for variant in variants)
 
 
 def attention(layers, op="Linear"):
@@ -246,8 +236,8 @@ def test_a_text_encoder_with_biases_agrees_with_the_exact_one(tiny_sd1_banks):
     inputs = {"input_ids": np.arange(154).reshape(2, 77) % 500, "adapter": np.array([2, 1])}
     inputs["adapter_strength"] = np.array([0.7, -0.5], np.float32).reshape(-1, 1, 1)
     fast, exact = (opened(tiny_sd1_banks, name, TEXT_ENCODERS[0])[0] for name in ("torch", "torch-exact"))
-    layers = [node for node in fast.networks[True].program.nodes if node.op == "LowrankLinear"]
-    assert sum(node.attributes.get("slices") == 3 and node.inputs[2] != "" for node in layers) >= 2
+    found = Counter(node.op for node in fast.networks[True].program.nodes)
+    assert (found["Widen"], found["Split"], found["LowrankLinear"]) == (12, 3, 0)
     for name, truth in exact(inputs).items():
         assert relative(fast(inputs)[name], truth) <= 1e-5
 
