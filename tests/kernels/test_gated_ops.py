@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -81,26 +83,34 @@ def test_operator_refuses_halves_that_do_not_fit():
 
 
 def test_the_path_that_dispatch_names_is_taken(monkeypatch):
-    """A recorder in place of each path; shapes of SDXL at sm_80, which need no data to be looked up."""
+    """A recorder in place of each path; shapes of SDXL, which need no data to be looked up."""
     taken = []
     for module, name in (
         (gated, "lowrank_geglu"), (lowrank, "onepass"), (lowrank, "split"), (fallback, "addmm"), (gated, "geglu"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *args, name=name, **kw: taken.append(name))
 
-    def path(m, k, n, rank, *, dtype=HALF, table=None):
+    def path(m, k, n, rank, *, dtype=HALF, table=None, arch=80):
         bank = (
             torch.empty(1, 1, rank, k, dtype=dtype), torch.empty(1, n, rank, dtype=dtype),
             torch.empty(1, 1, rank // 16), torch.zeros(1, dtype=torch.int32),
         )  # fmt: skip
         x, w = torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype)
-        ops.run_geglu(x, w, *bank, arch=80, table=table, block_m=64 if table is not None else 0)
+        ops.run_geglu(x, w, *bank, arch=arch, table=table, block_m=64 if table is not None else 0)
         found = tuple(taken)
         taken.clear()
         return found
 
-    for rank in (16, 32, 64, 128):
-        assert path(2048, 1280, 10240, rank) == ("lowrank_geglu",)
+    calls = {"gated": ("lowrank_geglu",), **{name: (name, "geglu") for name in ("onepass", "split", "addmm")}}
+    chosen = {
+        (one, rank, arch): dispatch.dispatch(one, rank, arch).path
+        for one in GATED
+        for rank in (16, 128)
+        for arch in (80, 90)
+    }
+    for (one, rank, arch), name in chosen.items():
+        assert path(one.m, one.k, one.n, rank, arch=arch) == calls[name]
+    assert {"gated", "addmm"} <= set(chosen.values())
     assert path(154, 640, 5120, 16, table=block_table([0, -1], 77, 64)) == ("lowrank_geglu",)
     assert path(2048, 1280, 10240, 16, dtype=FULL) == ("addmm", "geglu")
     assert path(2, 1280, 10240, 16) == ("addmm", "geglu")
@@ -111,8 +121,13 @@ def test_the_path_that_dispatch_names_is_taken(monkeypatch):
 
 @pytest.mark.parametrize(("arch", "dtype"), [(80, HALF), (90, HALF), (80, FULL)], ids=str)
 @pytest.mark.parametrize("table", [None, block_table([1, -1], 75, 64)], ids=["one adapter", "two images"])
-def test_dispatched_layer_is_within_the_bound(table, arch, dtype):
-    """What CUDA tensors would run, tile and all, on a transposed view as attention's reshapes leave it; addmm for fp32."""
+def test_dispatched_layer_is_within_the_bound(table, arch, dtype, monkeypatch):
+    """What CUDA tensors would run, tile and all, on a transposed view as attention's reshapes leave it; addmm for fp32.
+
+    Half types on the gated path, whose error the bound is about: for layers this small dispatch may take another.
+    """
+    choose = ops.dispatch
+    monkeypatch.setattr(ops, "dispatch", lambda *args, **options: replace(choose(*args, **options), path="gated"))
     given = layer(150, dtype=dtype)
     given["x"] = torch.randn(32, 150).to(dtype).T
     found = ops.run_geglu(**given, arch=arch, table=table, block_m=64)
@@ -136,10 +151,10 @@ def test_model_against_a_second_calculation():
     gpu = cost.GPUS["A100"]
     (one,) = (one for one in GATED if one.name == "SDXL L1 GEGLU")
     choice = cost.choose(gpu, one, 16)
-    product = 2 * 8192 * 640 * 5120 / (0.7 * 312e6)
-    after = 2 * 8192 * (5120 + 2560) / (0.8 * 2039e3) + 1
-    shrink = 2 * (8192 * 640 + 640 * 16 + 2 * 8192 * 16) / (0.8 * 2039e3) + 1
-    fused = 1.05 * product * (1 + 16 / 640) + shrink
+    product = 2 * 8192 * 640 * 5120 / (0.73 * 312e6)
+    after = 2 * 8192 * (5120 + 2560) / (0.9 * 2039e3) + 2.7
+    shrink = 2 * (8192 * 640 + 640 * 16 + 2 * 8192 * 16) / (0.9 * 2039e3) + 2.7
+    fused = 2.2 * product * (1 + 16 / 640) + shrink
     assert 1e6 * choice.base == pytest.approx(product + after, rel=1e-3)
     assert 1e6 * choice.seconds["gated"] == pytest.approx(fused, rel=1e-3)
     assert 1e6 * choice.seconds["split"] == pytest.approx(fused + after, rel=1e-3)
