@@ -42,7 +42,7 @@ from stepforge.kernels.dispatch.layers import GATED, SD15, SDXL, Layer
 MODELED = ("A100", "H100", "4090", "B200")
 RANKS = (4, 8, 16, 32, 64, 128)
 PATHS = ("PEFT", "addmm", "split", "onepass", "gated")
-FAMILY_NAMES = ("linear", "grouped", "conv", "norm NCHW", "norm NHWC", "GEGLU", "gated", "guide")
+FAMILY_NAMES = ("linear", "grouped", "conv", "norm", "GEGLU", "gated", "guide")
 SANITIZERS = ("memcheck", "racecheck")
 
 

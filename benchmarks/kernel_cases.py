@@ -228,9 +228,9 @@ def convolutions(gpu: Gpu, device: str, shapes: Shapes) -> Iterator[Case]:
                 yield Case("conv", name, partial(conv_setup, gpu, device, layer, rank))
 
 
-def norm_setup(device: str, norm: Norm, layout: torch.memory_format) -> Setup:
+def norm_setup(device: str, norm: Norm) -> Setup:
     x = torch.randn(norm.rows, norm.channels, norm.side, norm.side, device=device) + 1
-    x = x.half().contiguous(memory_format=layout)
+    x = x.half().contiguous(memory_format=torch.channels_last)
     weight, bias = (torch.randn(norm.channels, device=device).half() for _ in range(2))
 
     def ours() -> Tensor:
@@ -245,12 +245,10 @@ def norm_setup(device: str, norm: Norm, layout: torch.memory_format) -> Setup:
     return fused(ours, eager, exact, bound, moved=(3 * elements, 5 * elements), launches=(1, 3))
 
 
-def normalisations(
-    gpu: Gpu, device: str, shapes: Shapes, *, family: str, layout: torch.memory_format
-) -> Iterator[Case]:
+def normalisations(gpu: Gpu, device: str, shapes: Shapes) -> Iterator[Case]:
     for norm in shapes.norms:
         name = f"{norm.name} ({norm.rows}, {norm.channels}, {norm.side}, {norm.side})"
-        yield Case(family, name, partial(norm_setup, device, norm, layout))
+        yield Case("norm", name, partial(norm_setup, device, norm))
 
 
 def geglu_setup(device: str, m: int, n: int) -> Setup:
@@ -375,8 +373,7 @@ FAMILIES: dict[str, Callable[[Gpu, str, Shapes], Iterator[Case]]] = {
     "linear": partial(linear, family="linear", adapters=1),
     "grouped": partial(linear, family="grouped", adapters=2),
     "conv": convolutions,
-    "norm NCHW": partial(normalisations, family="norm NCHW", layout=torch.contiguous_format),
-    "norm NHWC": partial(normalisations, family="norm NHWC", layout=torch.channels_last),
+    "norm": normalisations,
     "GEGLU": geglus,
     "gated": gated_layers,
     "guide": guidance,
