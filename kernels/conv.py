@@ -11,18 +11,10 @@ An implicit GEMM over NHWC: the taps (i, j) and blocks of channels form one K lo
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from stepforge.kernels.dispatch.tiles import Tile, shrink_tile
-from stepforge.kernels.launch import (
-    Tensor,
-    check_bank,
-    check_floats,
-    check_packed,
-    check_shape,
-    options,
-    require,
-    upcast,
-)
+from stepforge.kernels.launch import check_bank, check_floats, check_packed, check_shape, options, require, upcast
 from stepforge.kernels.lowrank import add_expanded, loaded, row_block
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from stepforge.kernels.launch import Tensor
 from stepforge.kernels.reference import activate
 
 

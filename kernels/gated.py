@@ -9,11 +9,11 @@ and no row of 2N columns exists. The rows of w, b and bias stay as the model has
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, import-untyped"
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from stepforge.kernels import lowrank
 from stepforge.kernels.dispatch.tiles import Tile
 from stepforge.kernels.launch import (
-    Tensor,
     check_floats,
     check_halves,
     check_linear,

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stepforge.kernels.reference import ACTS
 
-Tensor = Any
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 

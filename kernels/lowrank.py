@@ -17,10 +17,10 @@ ValueError for shapes and types that it does not take.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from stepforge.kernels.dispatch.tiles import Tile, shrink_tile
 from stepforge.kernels.launch import (
-    Tensor,
     check_floats,
     check_linear,
     check_packed,

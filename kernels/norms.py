@@ -16,9 +16,10 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from stepforge.kernels.dispatch.tiles import WHOLE_NORM
-from stepforge.kernels.launch import Tensor, check_floats, check_shape, empty_out, require, upcast
+from stepforge.kernels.launch import check_floats, check_shape, empty_out, require, upcast
 
 PROGRAMS = 512  # parts to aim for: two for each multiprocessor of the largest GPU known
 MOST_PARTS = 16  # of a group, all of which every program of `apply` reads

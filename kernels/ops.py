@@ -9,13 +9,14 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.library import custom_op
 
 from stepforge.kernels import reference
 from stepforge.kernels.dispatch.choose import dispatch, nearest_arch
 from stepforge.kernels.dispatch.layers import Layer
 from stepforge.kernels.dispatch.tiles import expand_tile, onepass_tile
-from stepforge.kernels.launch import FLOATS, Tensor, check_halves, check_linear, require
+from stepforge.kernels.launch import FLOATS, check_halves, check_linear, require
 
 
 @functools.cache

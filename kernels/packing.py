@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from stepforge.kernels.dispatch.tiles import padded_rank
-from stepforge.kernels.launch import Tensor, require
+from stepforge.kernels.launch import require
 
 
 @dataclass(frozen=True, slots=True)

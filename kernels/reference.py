@@ -6,12 +6,9 @@ once, here; the Triton bodies say only how they divide the work.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-
-Tensor = Any  # torch.Tensor; torch is not typed well enough to follow
+from torch import Tensor
 
 ACTS = ("none", "silu", "gelu")
 

@@ -4,8 +4,9 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from stepforge.kernels.launch import Tensor, check_floats, check_shape, empty_out, require
+from stepforge.kernels.launch import check_floats, check_shape, empty_out, require
 from stepforge.kernels.norms import pixel_rows
 
 

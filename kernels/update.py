@@ -12,8 +12,9 @@ nothing: what their operand holds cannot leak.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from stepforge.kernels.launch import FLOATS, Tensor, check_floats, check_packed, check_shape, require, upcast
+from stepforge.kernels.launch import FLOATS, check_floats, check_packed, check_shape, require, upcast
 from stepforge.kernels.lowrank import rounded
 
 

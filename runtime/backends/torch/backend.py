@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from stepforge.runtime.backends import Arrays, Graph
 from stepforge.runtime.backends.torch.banks import DeviceBanks, Shared
@@ -34,7 +35,6 @@ from stepforge.runtime.backends.torch.wide import WideBanks, WideWeight, prepare
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
-Tensor = Any  # torch.Tensor
 EXACT = (
     passes.fuse_attention,
     passes.fuse_linear,

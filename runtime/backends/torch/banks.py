@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from stepforge.kernels.dispatch.tiles import padded_rank
 from stepforge.runtime.backends import Arrays, Banks
 from stepforge.runtime.backends.torch.lora import Stack, View
 
-Tensor = Any  # torch.Tensor
 Parts = tuple[tuple[Tensor, View | None], ...]  # banks, and the view of each that is meant; None: all of it
 Shared = dict[tuple[int, str], tuple[Any, Tensor]]  # (array, view) -> the array, which keeps its id, and its copy
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from stepforge.runtime.backends import Arrays
 
-Tensor = Any  # torch.Tensor
 Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 Pads = Mapping[
     str, tuple[int, int]

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from stepforge.kernels import ops as kernels
-
-Tensor = Any  # torch.Tensor
 
 
 def rows_of(image: Tensor) -> Tensor:

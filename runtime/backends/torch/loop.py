@@ -16,13 +16,13 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from stepforge.kernels import ops as kernels
 from stepforge.runtime.backends import Arrays, SideCall, StepTable
 from stepforge.runtime.backends.torch.program import Program
 from stepforge.runtime.backends.torch.wide import prepared
 
-Tensor = Any  # torch.Tensor
 Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 Once = tuple[Function, Sequence[str]]  # what may be kept while these inputs do not change
 RINGS = (3, 5)  # the longest windows of all samplers; shorter ones leave coefficients at 0

@@ -1,4 +1,4 @@
-"""Passes that turn the LoRA terms of `export/bank.py` into operators of whole layers, and the banks' layout for those.
+"""Passes that turn the LoRA terms of `export/graph/bank.py` into operators of whole layers, and the banks' layout for those.
 
 linear       Linear(x, W, b) + MatMul(MatMul(x, A[slot])·strength, B[slot]); layers of one x share A, side by side
 convolution  Conv(x, W, b) + B[slot] Conv(A[slot] x)·strength, its taps shifted and added by a one-hot convolution

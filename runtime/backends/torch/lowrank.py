@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from stepforge.kernels import ops as kernels
 from stepforge.kernels import packing
@@ -19,7 +20,6 @@ from stepforge.kernels.dispatch.choose import dispatch
 from stepforge.kernels.dispatch.layers import Layer
 from stepforge.kernels.dispatch.tiles import padded_rank
 
-Tensor = Any  # torch.Tensor
 SPAN = 16  # ranks that share one scale in the kernels' layout
 
 

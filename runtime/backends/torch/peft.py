@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-
-Tensor = Any  # torch.Tensor
+from torch import Tensor
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, adapter: Tensor, strength: Tensor, *,

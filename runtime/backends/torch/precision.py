@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from stepforge.runtime.backends import ALWAYS_FP32
 from stepforge.runtime.backends.torch.program import Node, Program
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ALWAYS_FP32 = ("text_encoder",)  # once a request, and every step depends on them
 WIDE_VAE = ("sdxl",)  # families whose decoder exceeds the range of fp16 (diffusers decodes them in fp32: force_upcast)
 WAVES = ("Sin", "Cos")
 # operand that the operators of layers with LoRA take in fp32

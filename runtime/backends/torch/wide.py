@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from stepforge.runtime.backends import Arrays
 from stepforge.runtime.backends.torch.passes.widen import WideLayer
 
-Tensor = Any  # torch.Tensor
 BUCKETS = (16, 32, 64, 128)  # columns of a slice: one recording each
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from stepforge.runtime.backends.torch.program import Node, Program
-
-Tensor = Any  # torch.Tensor
 
 
 def on_one_device(*values: Tensor) -> list[Tensor]:
@@ -32,7 +30,7 @@ class Biases:
     def __init__(self, program: Program) -> None:
         self.program = program
 
-    def settle(self) -> None:
+    def resolve(self) -> None:
         self._into_written_sums()
         for index, node in enumerate(self.program.nodes):
             at = {"Conv": 2, "Accumulate": 3, "WideConv": 3}.get(node.op)

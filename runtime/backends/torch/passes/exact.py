@@ -16,8 +16,6 @@ import torch
 
 from stepforge.runtime.backends.torch.program import Node, Program
 
-Tensor = Any  # torch.Tensor
-
 
 def fuse_attention(program: Program) -> bool:
     """softmax((q·c)(kᵀ·c) + mask) v, as torch.onnx writes it, to one operator."""

@@ -17,7 +17,6 @@ import torch
 from stepforge.runtime.backends.torch.passes.biases import Biases, one_time_projection, readers_of
 from stepforge.runtime.backends.torch.program import Node, Program
 
-Tensor = Any  # torch.Tensor
 PRODUCTS = ("Linear", "Pointwise")
 VIEWS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Split", "Identity", "Columns")
 OWNERS = (
@@ -44,7 +43,7 @@ def write_once(program: Program) -> bool:
     sums_of_norms(program)
     products_in_place(program)
     left_over_sums(program)
-    Biases(program).settle()
+    Biases(program).resolve()
     one_time_projection(program)
     program.sweep()
     program.nodes = [kept(node) for node in program.nodes]
