@@ -121,9 +121,12 @@ class Recorder:
             tensor.copy_(value)
         once, kept = None, {}
         if self._once is not None:
+            # memory of its own: what lies in the pool is overwritten when another recording replays
+            kept = {name: torch.empty_like(value) for name, value in self._once(buffers).items()}
             once = torch.cuda.CUDAGraph()
             with torch.cuda.graph(once, pool=self._pool, capture_error_mode="thread_local"):
-                kept = self._once(buffers)
+                for name, value in self._once(buffers).items():
+                    kept[name].copy_(value)
         graph = torch.cuda.CUDAGraph()
         # the engine decodes in another thread, whose calls must not spoil the recording
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stepforge import Request, load
 from stepforge.runtime.backends import StepTable, open_backend
@@ -335,3 +338,70 @@ def test_the_host_is_two_calls_ahead_at_most(pretended):
 def test_without_recording_it_just_runs(pretended):
     assert recorder(Doubling(), pool=None)({"x": np.ones(2, np.float32)})["y"].tolist() == [2, 2]
     assert PretendedGraph.made == 0
+
+
+class PooledGraph:
+    """Records operators and runs them again. All recordings share a pool: one that replays may overwrite what the others
+    have there, which is everything but tensors that were there before the recording."""
+
+    every: ClassVar[list] = []
+
+    def __init__(self):
+        self.tape, self.own = [], []
+        PooledGraph.every.append(self)
+
+    @contextlib.contextmanager
+    def record(self):
+        tape, before, made = self.tape, set(), set()
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+                before.update({value.untyped_storage().data_ptr() for value in given} - made)
+                out = function(*args, **(kwargs or {}))
+                made.update({value.untyped_storage().data_ptr() for value in tree_leaves(out)} - before)
+                tape.append((function, args, kwargs or {}, out))
+                return out
+
+        with Mode():
+            yield
+        outs = [value for *_, out in tape for value in tree_leaves(out)]
+        self.own = [value for value in outs if value.untyped_storage().data_ptr() in made]
+
+    def replay(self):
+        for other in PooledGraph.every:
+            if other is not self:
+                for value in other.own:
+                    value.fill_(torch.nan)
+        for function, args, kwargs, out in self.tape:
+            again = function(*args, **kwargs)
+            if again is not out:
+                out.copy_(again)
+
+
+@pytest.fixture
+def dispatch():
+    """Dispatch modes import this at first use, which must not meet the pretended device."""
+    importlib.import_module("torch._dynamo")
+
+
+def test_what_is_kept_of_prompts_survives_other_recordings(dispatch, pretended, monkeypatch):
+    """Two shapes in turn, each with a product that is made once: it must not lie where the other recording computes."""
+    monkeypatch.setattr(PooledGraph, "every", [])
+    monkeypatch.setattr(PretendedCuda, "CUDAGraph", PooledGraph)
+    monkeypatch.setattr(PretendedCuda, "graph", lambda self, graph, *, pool, capture_error_mode: graph.record())
+    state, made = torch.zeros(()), []
+
+    def once(given):
+        made.append(len(given["c"]))
+        return {"k": given["c"] * 3}
+
+    def step(given):
+        state.copy_((given["x"] + given["k"]).sum())
+        return {}
+
+    recorder = Recorder(step, device=torch.device("cpu"), pool="pool", changes=[state], once=(once, ("c",)))
+    calls = [{name: np.full(rows, rows + at, np.float32) for at, name in enumerate("xc")} for rows in (2, 4)]
+    for given in (*calls, *calls, calls[0] | {"c": np.ones(2, np.float32)}):
+        recorder.start(given, tuple(given), {})
+        assert float(state) == float((given["x"] + 3 * given["c"]).sum())
