@@ -36,7 +36,7 @@ from stepforge.runtime.plan.compile import compile_plan
 from stepforge.runtime.plan.schedules import SchedulerCard
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS, FILES = 900, 1500  # of one network; the SD1.5 UNet has 686 tensors
+LAYERS, FILES = 900, 1500  # modules and files of one network; the SD1.5 UNet has 686 tensors
 
 
 def large_bundle() -> Bundle:

@@ -34,7 +34,7 @@ sys.path.append(str(ROOT / "examples" / "emoji"))
 from data import BACKGROUNDS, Picture, emoji, gallery, pictures
 from warps import TRAINED_SHAPES, UNSEEN_SHAPES, Warp, composite, plain_hint, warp
 
-FAR = 40.0  # of 255, Euclidean in RGB
+FAR = 40.0  # Euclidean distance in RGB, of 255
 COLOURS = list(BACKGROUNDS)
 SHAPES = TRAINED_SHAPES | UNSEEN_SHAPES
 SHEET = ("cat face", "hamburger", "rocket", "pizza", "penguin", "crown", "cactus", "soccer ball")

@@ -316,7 +316,7 @@ def guide_setup(device: str, images: int, size: int) -> Setup:
     given = {
         "prediction": torch.randn(2 * images, size, device=device).half(),
         "guidance": torch.tensor([w, 1 - w], device=device).repeat(images, PLAN, 1),
-        "table": torch.tensor([1.0, dt, 0.0], device=device).repeat(images, PLAN, 1),  # of x, p and noise
+        "table": torch.tensor([1.0, dt, 0.0], device=device).repeat(images, PLAN, 1),  # coefficients of x, p and noise
         "scale_in": torch.full((images, PLAN + 1), scale, device=device),
         "step": torch.zeros(images, dtype=torch.int32, device=device),
         "state": torch.randn(images, 2, size, device=device),

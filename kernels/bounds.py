@@ -127,12 +127,12 @@ def group_norm(
 
     mean = of_channels(sets.mean(-1))
     rstd = of_channels((sets.var(-1, correction=0) + eps).rsqrt())
-    summed = gamma(4, u) * size_v  # of v, in fp32
+    summed = gamma(4, u) * size_v  # rounding of v, in fp32
     low = x.shape[1]
     total_off = summed[:, :low] + (0.0 if extra is None else 2 * u * (total.abs() + size["extra"][:, None, None]))
-    off = of_channels((gamma(run, u) * sets.abs() + summed.reshape(sets.shape)).mean(-1))  # of the mean
+    off = of_channels((gamma(run, u) * sets.abs() + summed.reshape(sets.shape)).mean(-1))  # error of the mean
     spread = of_channels((summed.reshape(sets.shape) ** 2).mean(-1)).sqrt() * rstd
-    # of rstd, relative: what a wrong mean adds to the variance is squared
+    # relative error of rstd: what a wrong mean adds to the variance is squared
     wrong = gamma(2 * run, u) + (off * rstd) ** 2 + 2 * spread
     factor = rstd * weight.abs()[:, None, None]
     read = summed.clone()

@@ -22,7 +22,7 @@ from stepforge.kernels.dispatch.tiles import WHOLE_NORM
 from stepforge.kernels.launch import check_floats, check_shape, empty_out, require, upcast
 
 PROGRAMS = 512  # parts to aim for: two for each multiprocessor of the largest GPU known
-MOST_PARTS = 16  # of a group, all of which every program of `apply` reads
+MOST_PARTS = 16  # parts of a group, all of which every program of `apply` reads
 COLUMNS = 256  # most columns of a tile
 
 

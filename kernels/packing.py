@@ -29,7 +29,7 @@ class Packed:
     b: Tensor
     scale: Tensor
     ranks: Tensor
-    spans: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]  # of each adapter, slice, pair: its blocks of 16 ranks
+    spans: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]  # blocks of 16 ranks of each adapter, slice, pair
 
     def set_strengths(self, adapter: int, strengths: Sequence[float]) -> None:
         """Change the strengths of an adapter's pairs, in all slices; copies a few floats to the device."""

@@ -53,7 +53,7 @@ def real(value: object) -> float | None:
         return None
     try:
         found = float(value)
-    except Exception:  # beyond the largest float
+    except OverflowError:  # beyond the largest float
         return None
     return None if math.isnan(found) else found
 
@@ -74,7 +74,7 @@ def shown(value: object) -> str:
         value = bytes(value[:100])
     try:
         echo = _ECHO.repr(value)
-    except Exception:  # whole numbers of more digits than Python prints, a __repr__ that fails
+    except ValueError:  # whole numbers of more digits than Python prints; a __repr__ that fails is reprlib's own
         echo = f"of type {type(value).__name__}"
     return clipped(echo, 80)
 

@@ -32,7 +32,7 @@ class Converted:
     component: ComponentId
     module: str
     kind: str
-    rank: int | None  # of the pair that was written; None if the layer was left out
+    rank: int | None  # rank of the pair that was written; None if the layer was left out
     error: float  # ‖ΔW − up·down‖ / ‖ΔW‖; 1 if the layer was left out
     note: str = ""
 
@@ -75,7 +75,7 @@ def convert(file: Path, model: Path, out: Path, *, rank: int | None = None, **so
             pair, error = truncate(change.reshape(shape[0], -1), rank)
             note = "" if bias is None else "its bias is left out"
         down, up = pair
-        stem = f"{component.name}.{path}"  # as diffusers calls the network
+        stem = f"{component.name}.{path}"  # network as diffusers calls it, and layer
         tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(down.reshape(len(down), *shape[1:]))
         tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(up.reshape(shape[0], -1, *(1 for _ in shape[2:])))
         done.append(Converted(component, path, layer.name, len(down), error, note))

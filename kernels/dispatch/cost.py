@@ -13,13 +13,13 @@ from math import ceil
 from stepforge.kernels.dispatch.layers import Layer
 from stepforge.kernels.dispatch.tiles import EXPAND_RANKS, ONEPASS_RANKS, block_rows, onepass_tile, padded_rank
 
-TENSOR_SHARE = 0.73  # of the tensor peak, sustained by cuBLAS (h100_kernels.json)
-BANDWIDTH_SHARE = 0.90  # of the memory bandwidth, sustained (h100_kernels.json)
+TENSOR_SHARE = 0.73  # share of the tensor peak that cuBLAS sustains (h100_kernels.json)
+BANDWIDTH_SHARE = 0.90  # share of the memory bandwidth that is sustained (h100_kernels.json)
 LAUNCH = 2.7e-6  # seconds a launch costs inside a CUDA graph (h100_kernels.json)
 OURS = 2.2  # Triton's products over cuBLAS', pointer loads (h100_kernels.json)
 STEP = 0.5e-6  # seconds a program of ours takes at least for DEPTH of K (h100_kernels.json)
 DEPTH = 64
-ADDMM_LAUNCHES = 10  # of `fallback.addmm` for each slice: masks, fp32, strengths, back to 16 bits, and three products
+ADDMM_LAUNCHES = 10  # launches of `fallback.addmm` a slice: masks, fp32, strengths, back to 16 bits, three products
 CONV_LAUNCHES = 3  # shrink, expand, and the copy that they need
 BYTES = 2  # an element of 16 bits
 
@@ -160,7 +160,7 @@ class Choice:
     path: str
     block_m: int
     nt: int
-    parts: int  # of K in the shrink
+    parts: int  # parts of K in the shrink
     base: float
     seconds: dict[str, float]
 

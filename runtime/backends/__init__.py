@@ -29,7 +29,12 @@ BACKENDS = {
     "fake": "stepforge.runtime.backends.fake:Fake",
 }
 AUTO = ("torch", "openvino", "onnxruntime")  # best first; torch on a GPU only (benchmarks/bench_denoiser.py)
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")  # of the arithmetic; a bundle's weights have `bundle.WEIGHT_PRECISIONS`
+PRECISIONS = (
+    "auto",
+    "fp32",
+    "bf16",
+    "fp16",
+)  # precisions of the arithmetic; a bundle's weights have `bundle.WEIGHT_PRECISIONS`
 FP16 = ("torch", "torch-exact")  # backends that compute in fp16
 # Text encoders cost nothing beside the denoiser, and every step depends on them.
 ALWAYS_FP32: tuple[Role, ...] = ("text_encoder",)

@@ -25,7 +25,7 @@ from stepforge.runtime.bundle import (
 from stepforge.runtime.plan.schedules import SchedulerCard, alphas_cumprod
 
 SPREAD = 0.5
-DIM = 16  # of the pretended text embedding
+DIM = 16  # width of the pretended text embedding
 
 
 def fake_bundle(size: int = 512) -> Bundle:

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-OLDEST = (8, 0)  # of the kernels: bf16 tensor cores
+OLDEST = (8, 0)  # oldest compute capability with the kernels' bf16 tensor cores
 NVML = "libnvidia-ml.so.1"
 
 

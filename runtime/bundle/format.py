@@ -35,7 +35,7 @@ from stepforge.runtime.errors import RequestError
 FORMAT = 4
 MANIFEST = "bundle.json"
 FAMILIES = ("sd1", "sd2", "sdxl")
-WEIGHT_PRECISIONS = ("fp32", "fp16")  # of a bundle's weights
+WEIGHT_PRECISIONS = ("fp32", "fp16")  # precisions of a bundle's weights
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -111,7 +111,7 @@ class Module:
 
     path: str  # as in diffusers; in text encoders without "text_model."
     kind: str  # "linear", "conv" or "norm"
-    shape: tuple[int, ...]  # of its weight: [out, in], [out, in, k, k] or [channels]
+    shape: tuple[int, ...]  # weight's shape: [out, in], [out, in, k, k] or [channels]
     bias: bool
 
 
@@ -153,7 +153,7 @@ class Component:
 class TextEncoder:
     """One text encoder and the tokenizer that feeds it."""
 
-    name: str  # of the component
+    name: str  # component's name
     tokenizer: str  # path of tokenizer.json
     max_length: int  # tokens of one chunk, with begin and end
     bos_id: int

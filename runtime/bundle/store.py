@@ -7,13 +7,13 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from stepforge.runtime.bundle.format import MANIFEST, Bundle, to_dict
 from stepforge.runtime.bundle.read import PARTIAL, read
 from stepforge.runtime.errors import BundleError
-from stepforge.runtime.files import written
+from stepforge.runtime.files import sync_folder, written
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def write_manifest(bundle: Bundle) -> None:
     try:
         with written(bundle.path / MANIFEST, overwrite=True) as file:
             file.write(text.encode())
-        _sync(bundle.path)
+        sync_folder(bundle.path)
     except OSError as error:
         raise BundleError(f"{bundle.path / MANIFEST} cannot be written: {error.strerror}") from error
 
@@ -45,7 +45,7 @@ def update(bundle: Bundle, change: Callable[[Bundle], Bundle]) -> Bundle:
         if now.digest != bundle.digest:
             raise BundleError(f"{bundle.path} has changed since it was read; nothing is stored in it")
         for file in bundle.path.iterdir():
-            if PARTIAL.fullmatch(file.name):  # of a process that was killed: a living one would hold the lock
+            if PARTIAL.fullmatch(file.name):  # left by a killed process: a living one would hold the lock
                 file.unlink(missing_ok=True)
         changed = change(now)
         assert changed.digest == now.digest, "only presets and verdict may change"
@@ -83,13 +83,3 @@ def _is_still(path: Path, directory: int) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(directory))
     except OSError:
         return False
-
-
-def _sync(path: Path) -> None:
-    """Make a rename in a directory durable, where the file system can."""
-    with suppress(OSError):
-        directory = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)

@@ -137,8 +137,7 @@ def generate(
     targets = {"--out": paths, "--sheet": [sheet] if sheet else []}
     with (
         claimed(targets, overwrite=overwrite),
-        # every image may wait: none must be queued any more when a signal closes the engine
-        load(bundle, backend=backend, precision=precision, threads=threads, queue_limit=len(singles)) as engine,
+        load(bundle, backend=backend, precision=precision, threads=threads) as engine,
     ):
         for name, (file, _) in adapters.items():
             engine.adapters.load(name, file)
@@ -179,12 +178,8 @@ class Drawing:
                 close()
 
             with on_signal(stop):
-                try:
-                    for outcome in engine.stream(requests, on_step=_Counter(bar) if bar else None):
-                        self._take(outcome, close)
-                except RequestError:
-                    if not self.signal:  # else it closed the engine before all requests were queued
-                        raise
+                for outcome in engine.stream(requests, on_step=_Counter(bar) if bar else None):
+                    self._take(outcome, close)
 
     def _take(self, outcome: Outcome, close: Callable[[], None]) -> None:
         """Write an image, or note why there is none."""
@@ -295,8 +290,11 @@ def _rows(requests: Sequence[Request], owners: Sequence[int], drawing: Drawing) 
     """What was written and what failed, for JSON: a row for each prompt. Rows of networks and seconds are summed over its
     images; `calls` and `total` are those of the image that took most."""
     rows = []
+    images: dict[int, list[int]] = {}
+    for image, owner in enumerate(owners):
+        images.setdefault(owner, []).append(image)
     for index, request in enumerate(requests):
-        own = [image for image, owner in enumerate(owners) if owner == index]
+        own = images[index]
         done = [drawing.done[image] for image in own if image in drawing.done]
         failed = [_reason(drawing.failures[image]) for image in own if image in drawing.failures]
         first = done[0] if done else {}

@@ -59,7 +59,7 @@ class AdapterSet:
     """What one request uses: what its slot must hold, and the strength of its rows."""
 
     parts: tuple[tuple[Loaded, float], ...]  # adapter and the strength that stands in the slot
-    strength: float  # of the rows
+    strength: float  # strength of the rows
     key: tuple[tuple[int, float], ...]  # equal keys can share a slot
 
     @property

@@ -20,10 +20,10 @@ from stepforge.runtime.backends import Backend
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.future import RequestFuture
-from stepforge.runtime.engine.scheduler import Scheduler
+from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
 from stepforge.runtime.engine.state import Job, OnStep
 from stepforge.runtime.engine.worker import Worker
-from stepforge.runtime.errors import QueueFull, RequestError
+from stepforge.runtime.errors import Cancelled, QueueFull, RequestError
 from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.compile import Rows, check_variants, compile_plan
 from stepforge.runtime.plan.schedules import SchedulerCard
@@ -31,7 +31,7 @@ from stepforge.runtime.request import Request, Result
 from stepforge.runtime.request.presets import resolve
 
 MAX_ROWS = 8  # denoiser rows in one call; on a CPU more rows cost memory and gain nothing (reference: measured.md)
-MAX_PIXELS = 8 << 20  # of all rows of a call: eight of 1024×1024
+MAX_PIXELS = 8 << 20  # pixels of all rows of a call: eight of 1024×1024
 QUEUE_LIMIT = 1024  # waiting requests
 
 Asked = Request | str
@@ -228,8 +228,8 @@ class Engine:
                         self._scheduler.submit(jobs[queued], wait=queued == yielded)
                     except QueueFull:
                         break
-                    except RequestError as error:  # the engine was closed: what has ended is still told
-                        jobs[queued].future.settle(error)
+                    except RequestError:  # the engine was closed: what has ended is still told
+                        jobs[queued].future.settle(Cancelled(CLOSED))
                     jobs[queued].future.add_done_callback(lambda _, index=queued: ended.put(index))  # type: ignore[misc]
                     queued += 1
                 index = ended.get()

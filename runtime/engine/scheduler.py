@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from stepforge.runtime.engine.state import Batch, Job, Trajectory
 from stepforge.runtime.errors import QueueFull, RequestError
 
-CLOSED = "this engine is closed"
+CLOSED = "the engine was closed"
 
 
 class Scheduler:

@@ -18,7 +18,7 @@ from stepforge.runtime.engine.prompts import ClipTokenizer, TokenChunks, apply_w
 if TYPE_CHECKING:
     from stepforge.runtime.engine.state import Job
 
-CACHED_BYTES = 256 << 20  # of encoded prompts, least recently used first; SDXL's take 0.6 MB for each 77 tokens
+CACHED_BYTES = 256 << 20  # encoded prompts, LRU; SDXL's take 0.6 MB for each 77 tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,7 +19,7 @@ from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.decode import Decoder
 from stepforge.runtime.engine.denoise import Denoisers
-from stepforge.runtime.engine.scheduler import Scheduler
+from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
 from stepforge.runtime.engine.stages import Stage
 from stepforge.runtime.engine.state import Batch, Job, Trajectory, failure, stage
 from stepforge.runtime.engine.text import Conditioner
@@ -46,7 +46,7 @@ class Worker:
 
     def run(self) -> None:
         """Until the scheduler is closed. However it ends, every job is settled and no new one is taken."""
-        ending: BaseException = Cancelled("the engine was closed")
+        ending: BaseException = Cancelled(CLOSED)
         try:
             while self._scheduler.has_work():
                 self.step()

@@ -172,7 +172,7 @@ def _grouped(contents: Contents, refused: dict[str, str]) -> dict[str, dict[str,
             kind, role = ENDINGS[ending]
             name = plain.removesuffix(ending)
             if kind == "bias":
-                name = name.removesuffix(".base_layer")  # of a module that has a LoRA pair as well
+                name = name.removesuffix(".base_layer")  # module that has a LoRA pair as well
             if role in groups[name]:
                 raise AdapterError(f"{contents.name} gives the {role} of {brief(name)} twice")
             groups[name][role] = kind, tensor

@@ -211,7 +211,7 @@ def check(layer: Layer, shape: Shape) -> None:
             _sized(tensors["diff"], shape, "diff")
     elif layer.kind == "ia3":
         wanted = inputs if tensors["on_input"].item() else out
-        if tensors["weight"].size != wanted:  # of a convolution it is [1, n, 1, 1]
+        if tensors["weight"].size != wanted:  # a convolution's is [1, n, 1, 1]
             raise ValueError(f"its weight is {list(tensors['weight'].shape)}, the module needs {wanted} numbers")
     if layer.magnitude is not None and layer.magnitude.size not in shape[: 1 if layer.magnitude_by == "peft" else 2]:
         raise ValueError(f"its magnitude {list(layer.magnitude.shape)} fits no axis of a weight {list(shape)}")

@@ -29,7 +29,7 @@ TAKES_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 LONGEST_PATTERN = 256  # characters
 MOST_PATTERNS = 4096
 LARGEST_ALPHA = 1e6
-MOST_WORK = 1 << 16  # of all patterns of a file together, see `_work`
+MOST_WORK = 1 << 16  # work of all patterns of a file together, see `_work`
 
 
 @dataclass(frozen=True, slots=True)

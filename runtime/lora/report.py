@@ -16,7 +16,7 @@ class Row:
     """One module of the file."""
 
     name: str  # as the file calls it
-    component: str  # of the bundle; empty without one
+    component: str  # bundle's component; empty without a bundle
     module: str
     kind: str
     rank: int | None

@@ -36,7 +36,7 @@ class Position:
     """A network evaluation within its plan: sigma, step and network are those of its step's first evaluation."""
 
     sigma: float
-    step: int  # of the sampler, from 0
+    step: int  # sampler's step, from 0
     steps: int
     denoiser: str
 
@@ -118,7 +118,7 @@ class Ramp:
     shape: str  # "linear", "cosine" or "pcs"
     w: float
     base: float = 0.0
-    power: float = 1.0  # of pcs
+    power: float = 1.0  # exponent of pcs
 
     @property
     def last(self) -> float:

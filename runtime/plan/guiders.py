@@ -224,7 +224,7 @@ class State:
     def __init__(self, guider: Guider) -> None:
         self.guider = guider
         self.aligned: int | None = None  # index of the step at which adaptive guidance found the predictions aligned
-        self.change: Float32 | None = None  # of APG
+        self.change: Float32 | None = None  # APG's running change
 
     def weight(self, step: Step) -> float:
         """The step's weight, or 1.0 where the unconditional row is not needed after all.

@@ -33,7 +33,7 @@ class Reuse:
     """Validated settings; an interval of 0 and a gate of 1 are off. False where both are."""
 
     interval: int = 0
-    window: tuple[float, float] = (0.0, 1.0)  # of DeepCache, in fractions of the steps
+    window: tuple[float, float] = (0.0, 1.0)  # DeepCache's window, in fractions of the steps
     gate: float = 1.0  # fraction of the steps after which cross-attention is kept
 
     @classmethod

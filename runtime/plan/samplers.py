@@ -110,7 +110,7 @@ class Sampler:
     spacing: str | None = "linspace"  # default; None: it has timesteps of its own
     schedules: tuple[str, ...] = ("normal",)
     custom: tuple[str, ...] = ()  # "timesteps", "sigmas"
-    evaluations: int = 1  # of the network in a step
+    evaluations: int = 1  # network evaluations in a step
     fractions: bool = False  # its timesteps need not be whole
     zero_snr: bool = False
     eta: float | None = None  # default; None: it has no eta

@@ -62,7 +62,7 @@ class SchedulerCard:
     timestep_spacing: str | None = None
     steps_offset: int = 0
     set_alpha_to_one: bool | None = None
-    shift: float = 1.0  # of flow models
+    shift: float = 1.0  # flow models' shift
 
     def __post_init__(self) -> None:
         choose("sampler", self.sampler, SAMPLER_NAMES)

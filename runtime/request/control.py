@@ -18,7 +18,7 @@ from stepforge.runtime.imaging.read import Picture
 from stepforge.runtime.plan.guidance import MAX_WEIGHTS
 from stepforge.runtime.plan.windows import Window
 
-MAX_SCALE = 10.0  # of residuals
+MAX_SCALE = 10.0  # largest scale of residuals
 
 ImageSource = str | Path | bytes | Picture | Image.Image | NDArray[Any]
 
@@ -34,10 +34,10 @@ class Control:
     copy is kept (see imaging.read). Raises RequestError for values that no model can run.
     """
 
-    name: str  # of a ControlNet in the bundle
+    name: str  # ControlNet's name in the bundle
     image: Path | bytes | Picture = field(repr=False)
     preprocessor: Recipe  # see preprocess.py
-    scale: float | tuple[float, ...]  # of its residuals; one number, or one an evaluation
+    scale: float | tuple[float, ...]  # scale of its residuals; one number, or one an evaluation
     start: float
     end: float
     sigma: tuple[float, float] | None

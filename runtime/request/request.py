@@ -75,7 +75,7 @@ class Request:
     height: int | None
     steps: int  # denoising steps; a two-evaluation sampler runs more network evaluations than that
     sampler: str | None  # a name from samplers.SAMPLERS; None: the model's own
-    schedule: str | None  # of sigmas: "normal", "karras", "exponential" or "beta"; None: the model's own
+    schedule: str | None  # sigma schedule: "normal", "karras", "exponential" or "beta"; None: the model's own
     spacing: str | None  # "linspace", "leading", "trailing"; None: the model's own
     timesteps: tuple[float, ...] | None  # custom timesteps, falling
     sigmas: tuple[float, ...] | None  # custom sigmas, falling
@@ -84,7 +84,7 @@ class Request:
     guider: Guider  # how the rows of a step are combined, see guiders.py
     controls: tuple[Control, ...]  # ControlNets; their residuals add up
     reuse: Reuse  # approximate: steps that reuse earlier activations, see reuse.py
-    preset: str  # of the bundle; it sets guidance, guider, reuse and the ControlNets' windows, see presets.py
+    preset: str  # bundle's preset; it sets guidance, guider, reuse and the ControlNets' windows, see presets.py
     seed: int  # image i uses seed + i
     images: int
     prompt_syntax: str  # "a1111": (word:1.3) weights; "plain": brackets are text, as in diffusers

@@ -49,7 +49,7 @@ class Result:
     plan: Plan
     stats: Stats
     model: str
-    digest: str  # of the bundle
+    digest: str  # bundle's digest
     adapters: Mapping[str, str] = field(default_factory=dict)  # name -> sha256 of its file
     hints: tuple[str, ...] = ()  # sha256 of each ControlNet's hint image, float32 [3, height, width]
 

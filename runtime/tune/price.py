@@ -14,7 +14,7 @@ from stepforge.runtime.plan.reuse import Reuse
 from stepforge.runtime.request import Request, Result
 from stepforge.runtime.tune.candidate import has_variant
 
-PROBE_STEPS = 5  # of the requests that are timed
+PROBE_STEPS = 5  # steps of the requests that are timed
 PROBE_RUNS = 3
 
 

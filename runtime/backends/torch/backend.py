@@ -78,7 +78,7 @@ class Torch:
         self._weights: dict[tuple[str, str, Any], Any] = {}
         self._banks: Shared = {}
         self._wide: dict[tuple[str, Any], dict[str, WideWeight]] = {}
-        self._pool: Any = None  # of memory, for all recorded networks: the engine runs one of them at a time
+        self._pool: Any = None  # memory pool of all recordings: the engine runs one of them at a time
 
     def bank_dtype(self, component: ComponentId) -> type[np.float32] | type[np.uint16]:
         return np.uint16 if self._dtype_of(component) == torch.bfloat16 else np.float32

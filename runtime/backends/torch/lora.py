@@ -15,7 +15,7 @@ from typing import Any
 
 from stepforge.runtime.backends.torch.program import Node, Program
 
-HIGHEST_RANK = 128  # of the kernels; banks of more stay plain products
+HIGHEST_RANK = 128  # highest rank of the kernels; banks of more stay plain products
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class LoraPasses:
             if scaled is None or up is None or scaled.op != "Mul":
                 return None
             shrink, taps = made.get(scaled.inputs[0]), 1
-            if shrink is not None and shrink.op == "Reshape":  # of maps that the one-hot convolution made
+            if shrink is not None and shrink.op == "Reshape":  # maps that the one-hot convolution made
                 one_hot = made.get(shrink.inputs[0])
                 maps = made.get(one_hot.inputs[0]) if one_hot is not None and one_hot.op == "Conv" else None
                 shrink = made.get(maps.inputs[0]) if maps is not None and maps.op == "Reshape" else None

@@ -38,7 +38,7 @@ class Program:
     outputs: tuple[str, ...]
     constants: dict[str, Any]  # torch.Tensor, or np.ndarray for the host
     floats: frozenset[str] = frozenset()  # inputs that are not whole numbers
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of the inputs; 0 for what varies
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of the inputs; 0 for what varies
     wide: dict[str, str] = field(default_factory=dict)  # input [W | B] of a wide layer -> its constant W
 
     def weight(self, name: str) -> Any:

@@ -159,7 +159,7 @@ class WideBanks:
         for part, rows in enumerate(layer.widths):
             own = part if len(layer.a) > 1 else 0
             a, b = self._banks[layer.a[own]], self._banks[layer.b[own]]
-            a = a.flatten(2)  # of 1×1 convolutions [slots, R, 1, 1, K]
+            a = a.flatten(2)  # 1×1 convolutions have [slots, R, 1, 1, K]
             rank = b.shape[2]
             each = a.shape[1] // (1 if len(layer.a) > 1 else slices)
             at = 0 if len(layer.a) > 1 else part * each

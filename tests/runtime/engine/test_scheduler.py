@@ -127,7 +127,7 @@ def test_waiting_for_room_ends_with_room_or_with_the_engine():
         except RequestError as error:
             ended.append(str(error))
 
-    for free, expected in ((lambda: scheduler.drop(first), "in"), (scheduler.close, "this engine is closed")):
+    for free, expected in ((lambda: scheduler.drop(first), "in"), (scheduler.close, "the engine was closed")):
         thread = threading.Thread(target=wait)
         thread.start()
         time.sleep(0.05)
