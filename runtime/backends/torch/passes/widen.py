@@ -31,90 +31,103 @@ class WideLayer:
 
 
 def widen_layers(program: Program) -> list[WideLayer]:
-    """LowrankLinear to Widen and Linear."""
+    """Layers with LoRA to Widen and Linear, or WideConv; what is neither (1×1 on a concatenation) stays."""
+    groups = _time_groups(program)
+    joined = {node.outputs[0] for node in program.nodes if node.op == "Concat"}
     layers: list[WideLayer] = []
     nodes: list[Node] = []
-    groups = _time_groups(program)
-    slices_used: dict[int, str] = {}
     done: set[str] = set()
-
-    def strengths(slices: int) -> str:
-        if slices not in slices_used:
-            slices_used[slices] = f"{STRENGTHS} × {slices}"
-        return slices_used[slices]
-
-    joined = {node.outputs[0] for node in program.nodes if node.op == "Concat"}
     for node in program.nodes:
-        pixels = node.op == "LowrankConv" and _is_product(program, node) and node.inputs[0] not in joined
-        if node.op == "LowrankConv" and not pixels and program.constants[node.inputs[1]].shape[2] > 1:
-            width = program.constants[node.inputs[1]].shape[0]
-            weight = node.inputs[1]
-            layer = WideLayer(weight, f"wide {weight}", f"B of {weight}", f"B of {width}", node.inputs[3:4], node.inputs[4:5],
-                              (width,), conv=True)  # fmt: skip
-            layers.append(layer)
-            strengths(1)
-            operands = (node.inputs[0], layer.wide, layer.down, *[name for name in node.inputs[2:3] if name])
-            settings = {"stride": node.attributes["stride"], "pad": node.attributes["pad"]}
-            nodes.append(Node("WideConv", operands, node.outputs, settings))
-            continue
-        if not pixels and (node.op != "LowrankLinear" or len(node.inputs) != 7):
-            nodes.append(node)
-            continue
-        if pixels:
-            flat = f"{node.inputs[1]}.2d"
-            program.constants[flat] = program.constants[node.inputs[1]].flatten(1)
-            node = Node(node.op, (node.inputs[0], flat, *node.inputs[2:]), node.outputs)
         if node.outputs[0] in done:
             continue
-        group = groups.get(node.outputs[0], [node])
-        weight, bias = node.inputs[1], node.inputs[2]
-        widths = [program.constants[each.inputs[1]].shape[0] for each in group]
-        slices = len(group)
-        if len(group) > 1:
-            weight, bias = (f"all of {name}" for name in (weight, bias))
-            program.constants[weight] = torch.cat([program.constants[each.inputs[1]] for each in group])
-            program.constants[bias] = torch.cat([program.constants[each.inputs[2]] for each in group])
+        if node.op == "LowrankConv" and program.constants[node.inputs[1]].shape[2] > 1:
+            layer, made = _conv(program, node)
+        elif node.op == "LowrankConv" and _is_product(program, node) and node.inputs[0] not in joined:
+            layer, made = _linear(program, [_flat(program, node)], "Pointwise")
+        elif node.op == "LowrankLinear" and len(node.inputs) == 7:
+            group = groups.get(node.outputs[0], [node])
+            layer, made = _linear(program, group, "Linear")
+            done.update(each.outputs[0] for each in group)
         else:
-            slices = node.attributes.get("slices", 1)
-            widths = [widths[0] // slices] * slices
-        depth = program.constants[weight].shape[1]
-        layer = WideLayer(
-            weight, f"wide {weight}", f"columns of {weight}", f"A of {slices} × {depth}",
-            tuple(each.inputs[3] for each in group), tuple(each.inputs[4] for each in group), tuple(widths),
-        )  # fmt: skip
-        layers.append(layer)
-        strengths(slices)
-        rows = f"{node.inputs[0]} wide for {weight}"
-        nodes.append(Node("Widen", (node.inputs[0], layer.down, "", "", ""), (rows,)))
-        if len(group) == 1:
-            op = "Pointwise" if pixels else "Linear"
-            nodes.append(Node(op, (rows, layer.wide, bias) if bias else (rows, layer.wide), node.outputs))
+            nodes.append(node)
             continue
-        whole = f"all of {node.outputs[0]}"
-        nodes.append(Node("Linear", (rows, layer.wide, bias), (whole,)))
-        start = 0
-        for each, width in zip(group, widths, strict=True):
-            nodes.append(Node("Columns", (whole,), each.outputs, {"start": start, "end": start + width}))
-            start += width
-            done.add(each.outputs[0])
-    first = [Node("Strengths", ("adapter_columns", "adapter_strength"), (name,), {"slices": slices})
-             for slices, name in slices_used.items()]  # fmt: skip
-    if not layers:
-        return []
-    strengths_of = {layer.stack: slices_used[len(layer.widths)] for layer in layers}
-    for stack, strength in strengths_of.items():
-        members = [layer.down for layer in layers if layer.stack == stack]
-        first.append(Node("ScaledColumns", (stack, strength), tuple(members)))
-    program.nodes = [*first, *nodes]
-    program.inputs = (
-        *program.inputs,
-        "adapter_columns",
-        *(layer.wide for layer in layers),
-        *strengths_of,
-    )
-    for layer in layers:
+        layers.append(layer)
+        nodes += made
         program.wide[layer.wide] = layer.weight
+    if layers:
+        program.nodes = [*_strengths(layers), *nodes]
+        stacks = dict.fromkeys(layer.stack for layer in layers)
+        program.inputs = (*program.inputs, "adapter_columns", *(layer.wide for layer in layers), *stacks)
     return layers
+
+
+def _conv(program: Program, node: Node) -> tuple[WideLayer, list[Node]]:
+    weight = node.inputs[1]
+    width = program.constants[weight].shape[0]
+    layer = WideLayer(
+        weight,
+        f"wide {weight}",
+        f"B of {weight}",
+        f"B of {width}",
+        node.inputs[3:4],
+        node.inputs[4:5],
+        (width,),
+        conv=True,
+    )
+    operands = (node.inputs[0], layer.wide, layer.down, *[name for name in node.inputs[2:3] if name])
+    settings = {"stride": node.attributes["stride"], "pad": node.attributes["pad"]}
+    return layer, [Node("WideConv", operands, node.outputs, settings)]
+
+
+def _flat(program: Program, node: Node) -> Node:
+    """A 1×1 convolution with its weight as a matrix."""
+    flat = f"{node.inputs[1]}.2d"
+    program.constants[flat] = program.constants[node.inputs[1]].flatten(1)
+    return Node(node.op, (node.inputs[0], flat, *node.inputs[2:]), node.outputs)
+
+
+def _linear(program: Program, group: list[Node], op: str) -> tuple[WideLayer, list[Node]]:
+    """One layer, or several of one x as slices of one product; op: what multiplies."""
+    constants, node = program.constants, group[0]
+    weight, bias = node.inputs[1], node.inputs[2]
+    widths = [constants[each.inputs[1]].shape[0] for each in group]
+    if len(group) > 1:
+        weight, bias = (f"all of {name}" for name in (weight, bias))
+        constants[weight] = torch.cat([constants[each.inputs[1]] for each in group])
+        constants[bias] = torch.cat([constants[each.inputs[2]] for each in group])
+    else:
+        slices = node.attributes.get("slices", 1)
+        widths = [widths[0] // slices] * slices
+    layer = WideLayer(
+        weight, f"wide {weight}", f"columns of {weight}", f"A of {len(widths)} × {constants[weight].shape[1]}",
+        tuple(each.inputs[3] for each in group), tuple(each.inputs[4] for each in group), tuple(widths),
+    )  # fmt: skip
+    rows = f"{node.inputs[0]} wide for {weight}"
+    operands = (rows, layer.wide, bias) if bias else (rows, layer.wide)
+    made = [Node("Widen", (node.inputs[0], layer.down, "", "", ""), (rows,))]
+    if len(group) == 1:
+        return layer, [*made, Node(op, operands, node.outputs)]
+    whole = f"all of {node.outputs[0]}"
+    made.append(Node(op, operands, (whole,)))
+    start = 0
+    for each, width in zip(group, widths, strict=True):
+        made.append(Node("Columns", (whole,), each.outputs, {"start": start, "end": start + width}))
+        start += width
+    return layer, made
+
+
+def _strengths(layers: list[WideLayer]) -> list[Node]:
+    """What makes the A (of convolutions the B) of each layer, with the strengths of the rows in it."""
+    made: dict[int, Node] = {}
+    scaled: dict[str, Node] = {}
+    for layer in layers:
+        slices = len(layer.widths)
+        strength = f"{STRENGTHS} × {slices}"
+        made[slices] = Node("Strengths", ("adapter_columns", "adapter_strength"), (strength,), {"slices": slices})
+        if layer.stack not in scaled:
+            members = tuple(each.down for each in layers if each.stack == layer.stack)
+            scaled[layer.stack] = Node("ScaledColumns", (layer.stack, strength), members)
+    return [*made.values(), *scaled.values()]
 
 
 def _is_product(program: Program, node: Node) -> bool:
