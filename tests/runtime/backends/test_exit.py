@@ -35,7 +35,7 @@ ENDINGS = {
     "in a circle": "circle = [backend, denoiser, decoder]; circle.append(circle); del backend, denoiser, decoder, circle",
     "from another thread": "owners = [denoiser, decoder, backend]; del denoiser, decoder, backend\n"
     "thread = threading.Thread(target=owners.clear); thread.start(); thread.join()",
-    "an error": "sys.exit(0) if len(results) == 2 else None",
+    "sys.exit": "sys.exit(0)",
     "opened twice": "again = backend.open(UNET, banks); again(call); del denoiser; again(call); del backend",
 }
 

@@ -48,12 +48,21 @@ def test_flops_are_those_of_the_unet(model):
     weights = [once.constants[node.inputs[1]] for node in once.nodes if node.op == "Linear"]
     kept = sum(2.0 * 2 * 77 * weight.numel() for weight in weights)
     assert kept + sum(work.flops for work in found) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "side", "attentions", "most"), [("sd15", 64, 32, 430), ("sdxl", 128, 140, 1060)])
+def test_launches_are_few_and_each_of_a_kind_on_the_list(model, shape, side, attentions, most):
+    """Two rows at the size that the shape was trained for."""
+    with model.with_holes(model.SHAPES / f"{shape}.onnx.xz") as graph, torch.inference_mode():
+        network = model.cuda_network(graph)
+        found = model.works(network, model.given(network.program, 2, side))
     launches = Counter()
     for work in found:
         launches[work.kind] += work.launches
-    assert launches["attention"] == 32
+    assert launches["attention"] == attentions
     assert set(launches) <= ALLOWED
-    assert sum(launches.values()) <= 430
+    assert sum(launches.values()) <= most
 
 
 def test_times_by_kind_and_the_file(model, tiny_sd1_bundle, tmp_path, monkeypatch, capsys):
