@@ -230,6 +230,7 @@ class _Export:
     def bundle(self, card: ModelCard) -> Bundle:
         """The manifest of what the folder holds."""
         provenance = dict(self.source.provenance)
+        provenance |= {"assumed": list(self.source.assumed), "corrected": list(self.source.corrected)}
         if self.controls:
             provenance["controls"] = {control.name: dict(control.provenance) for control in self.controls}
         return Bundle(

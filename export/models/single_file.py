@@ -90,7 +90,7 @@ def read_single_file(path: Path, tokenizer: Path | None, prediction_type: str | 
 
 
 def detect(path: Path, shapes: Shapes) -> str:
-    """The family of a  Raises CheckpointError for anything that is not SD 1, SD 2 or SDXL text-to-image."""
+    """The family of a checkpoint. Raises CheckpointError for anything that is not SD 1, SD 2 or SDXL text-to-image."""
     if any(".lora_" in key or key.startswith(("lora_", "base_model.model.")) or ".hada_" in key for key in shapes):
         raise CheckpointError(
             f"{path} is a LoRA adapter, not a model; export its base model and add the adapter to that"

@@ -26,6 +26,8 @@ class Source:
     empty: Mapping[ComponentId, Callable[[], Any]]  # networks that a LoRA may change, without weights
     vae_scale: int  # pixels per latent
     force_zeros_for_empty_prompt: bool = False
+    assumed: tuple[str, ...] = ()  # settings that the model does not state, a line each: what was assumed, and why
+    corrected: tuple[str, ...] = ()  # settings that diffusers' pipelines override, a line each: from what to what
 
     @property
     def adaptable(self) -> dict[ComponentId, Loader]:
