@@ -156,21 +156,23 @@ def _stated(loaded: Loaded, kind: str, keys: set[str], metadata: Mapping[str, st
     Marks: ComfyUI's keys v_pred and ztsnr; modelspec's prediction_type and predict_key.
     """
     said = str(metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key") or "").lower()
-    default = loaded.pipeline.scheduler.config.prediction_type
+    scheduler = loaded.pipeline.scheduler
+    default = scheduler.config.prediction_type
     if "v_pred" in keys or said.startswith("v"):
-        found, why = "v_prediction", "as a mark in the file says"
-    elif said.startswith("eps"):
-        found, why = "epsilon", "as its metadata say"
+        found, why = "v_prediction", "a mark in the file says so"
+    elif said:
+        found, why = said.replace("eps", "epsilon") if said == "eps" else said, "its metadata say so"
     elif kind == "v2" and step == SD2_BASE_STEP:
-        found, why = "epsilon", f"as global_step is {step}"
-    elif kind == "v2":
-        return loaded.assuming(f"prediction type {default}: nothing in the file states it")
+        found, why = "epsilon", f"global_step is {step}"
     else:
-        found, why = default, ""
-    if found != default:
-        loaded = _with_scheduler(loaded, f"prediction type {found}, {why}", prediction_type=found)
-    if "ztsnr" in keys:
-        loaded = _with_scheduler(loaded, "zero terminal SNR, as a mark in the file says", rescale_betas_zero_snr=True)
+        found, why = default, "nothing in the file states it"
+    loaded = _with_scheduler(loaded, f"prediction type {found}: {why}", prediction_type=found)
+    if "ztsnr" in keys and found == "v_prediction":
+        if "rescale_betas_zero_snr" not in scheduler.config:  # PNDM; DDIM is what diffusers' documentation names
+            loaded.pipeline.scheduler = diffusers.DDIMScheduler.from_config(scheduler.config, prediction_type=found)
+        spacing = {} if kind == "xl_base" else {"timestep_spacing": "trailing"}
+        line = f"zero terminal SNR, {type(loaded.pipeline.scheduler).__name__}: a mark in the file says so"
+        loaded = _with_scheduler(loaded, line, rescale_betas_zero_snr=True, **spacing)
     return loaded
 
 

@@ -133,7 +133,7 @@ def verify(
     checks: list[Check] = []
     for backend, precision in runs:
         progress(f"{backend} {precision}")
-        checks += _compare(bundle, open_backend(backend, bundle, precision=precision), known, settings)
+        checks += compare(bundle, open_backend(backend, bundle, precision=precision), known, settings)
     verdict = _verdict(checks, known, settings)
     if store:
         update(bundle, lambda now: replace(now, verdict=verdict))
@@ -166,7 +166,7 @@ def _configurations(bundle: Bundle, backends: Sequence[str], precisions: Sequenc
         raise BackendError("none of the asked backends and precisions can run here; see `stepforge doctor`")
 
 
-def _compare(bundle: Bundle, backend: Backend, references: References, settings: Settings) -> Iterator[Check]:
+def compare(bundle: Bundle, backend: Backend, references: References, settings: Settings) -> Iterator[Check]:
     """One backend and precision against the references."""
     opened = _OpenOnce(backend)
     limits = LIMITS[bundle.precision if backend.precision == "fp32" else backend.precision]
