@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from stepforge.export.models.controlnet import ControlSource
+from stepforge.export.models.weights import first_line
 from stepforge.export.parity.control import control_pipeline, load_network
-from stepforge.export.parity.loaders import Loaded
+from stepforge.export.parity.loaders import Loaded, quiet
 from stepforge.export.parity.recorder import Call, control_calls, control_recorder, plain_calls, plain_recorder
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.bundle import Bundle, Size
+from stepforge.runtime.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +62,17 @@ def run_references(
     settings: Settings,
     progress: Callable[[str], None],
 ) -> References:
-    """Every prompt without, and the first with each ControlNet."""
+    """Every prompt without, and the first with each ControlNet. Raises CheckpointError if diffusers cannot draw them."""
     pipeline, assumed = loaded.pipeline, list(loaded.assumed)
 
     def run(pipeline: Any, prompt: str, **more: Any) -> Reference:
-        return run_reference(pipeline, prompt, bundle, settings.steps, settings.guidance, settings.seed, **more)
+        try:
+            with quiet():
+                return run_reference(pipeline, prompt, bundle, settings.steps, settings.guidance, settings.seed, **more)
+        except Exception as error:  # a pipeline raises whatever its settings run into
+            raise CheckpointError(
+                f"diffusers' pipeline of the model does not draw: {first_line(error):.200}"
+            ) from error
 
     first, hint, size = settings.prompts[0], drawn_hint(bundle), own_size(pipeline)
     if size is None:

@@ -31,7 +31,7 @@ from stepforge.export.models.source import Source
 from stepforge.export.parity.adapters import merge_adapters
 from stepforge.export.parity.components import component_errors
 from stepforge.export.parity.control import exported_controls
-from stepforge.export.parity.loaders import load_pipeline
+from stepforge.export.parity.loaders import Loaded, load_pipeline
 from stepforge.export.parity.measures import psnr, relative_error
 from stepforge.export.parity.reference import Reference, References, Settings, run_references
 from stepforge.runtime.arrays import Float32
@@ -116,7 +116,7 @@ def verify(
     runs = list(_configurations(bundle, backends, precisions))
     settings = Settings(tuple(prompts), steps, guidance, seed)
 
-    def references() -> References:
+    def load_reference() -> Loaded:
         progress("reference: loading")
         loaded = load_pipeline(
             model,
@@ -125,10 +125,9 @@ def verify(
             prediction_type=prediction_type,
             config=None if config is None else Path(config),
         )
-        loaded = loaded.assuming(*merge_adapters(loaded.pipeline, loras, merged))
-        return run_references(loaded, [(net, places[net.name]) for net in nets], bundle, settings, progress)
+        return loaded.assuming(*merge_adapters(loaded.pipeline, loras, merged))
 
-    known = references()
+    known = run_references(load_reference(), [(net, places[net.name]) for net in nets], bundle, settings, progress)
     release()  # SDXL's pipeline and an engine of it do not fit 24 GB together
     checks: list[Check] = []
     for backend, precision in runs:

@@ -459,6 +459,26 @@ def test_adapters_are_merged_by_diffusers(tiny_sd1: Path, tmp_path: Path) -> Non
     )
 
 
+def test_a_file_that_diffusers_reads_in_part(tiny_sd1: Path, tmp_path: Path) -> None:
+    """transformers may refuse PEFT's version after diffusers has changed the denoiser: all is as the exporter merges it."""
+    torch.manual_seed(0)
+    file = low_rank(tiny_sd1, tmp_path / "a.safetensors")
+    layer = "text_encoder.encoder.layers.0.self_attn.q_proj"
+    pairs = {f"{layer}.lora_A.weight": torch.randn(2, 32), f"{layer}.lora_B.weight": torch.randn(32, 2)}
+    save_file(load_file(file) | pairs, file)
+    source = load(tiny_sd1)
+    merged = read_all(source, [(file, 0.5)])
+    pipeline = load_pipeline(tiny_sd1, source).pipeline
+    assert len(merge_adapters(pipeline, [(file, 0.5)], merged)) <= 1
+    for component, network in ((UNET, source.unet), (TEXT_ENCODERS[0], source.text_encoders[0])):
+        layers = {path: layer for (where, path), layer in merged[0].adapter.layers.items() if where == component}
+        expected = merge(network(torch.float32), [(layers, 0.5)]).state_dict()
+        found = getattr(pipeline, component.name).state_dict()
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6)
+
+
 def ours(unet: Any, merged: list[Merged]) -> torch.Tensor:
     layers = [({path: layer for (_, path), layer in one.adapter.layers.items()}, one.strength) for one in merged]
     weight: torch.Tensor = merge(unet, layers).state_dict()[f"{ATTENTION}.to_q.weight"]
