@@ -63,7 +63,7 @@ def load_pipeline(
     with quiet():
         try:
             if model.is_dir():
-                loaded = _from_pretrained(model, source)
+                loaded = _from_pretrained(model, source, prediction_type)
             else:
                 loaded = _from_single_file(model, tokenizer, prediction_type, config)
             _check_complete(loaded.pipeline)
@@ -76,15 +76,11 @@ def load_pipeline(
                     f"{model} is not loaded by diffusers with the configs of {config}: {what}"
                 ) from error
             loaded = _from_source(model, source, error)
-        if prediction_type is not None and loaded.loader != "source":
-            loaded = _with_scheduler(
-                loaded, f"prediction type {prediction_type}, as given", prediction_type=prediction_type
-            )
     loaded.pipeline.set_progress_bar_config(disable=True)
     return loaded
 
 
-def _from_pretrained(model: Path, source: Source) -> Loaded:
+def _from_pretrained(model: Path, source: Source, prediction_type: str | None) -> Loaded:
     weights = list(source.provenance["sha256"])
     with tempfile.TemporaryDirectory(prefix="stepforge-") as place:
         stage_model(model, weights, Path(place))
@@ -95,7 +91,7 @@ def _from_pretrained(model: Path, source: Source) -> Loaded:
             local_files_only=True,
             variant="fp16" if any(".fp16." in file for file in weights) else None,
         )
-    return Loaded(pipeline, "from_pretrained")
+    return _given(Loaded(pipeline, "from_pretrained"), prediction_type)
 
 
 def _from_single_file(model: Path, tokenizer: Path | None, prediction_type: str | None, config: Path | None) -> Loaded:
@@ -123,10 +119,12 @@ def _from_single_file(model: Path, tokenizer: Path | None, prediction_type: str 
     if held != (wanted := sum(parameter.numel() for parameter in pipeline.unet.parameters())):
         raise CheckpointError(f"the UNet has {held:,} weights, diffusers' config for it {wanted:,}")
     loaded = Loaded(pipeline, "from_single_file")
-    if prediction_type is None and config is None:
-        loaded = _stated(loaded, kind, set(shapes), metadata, step)
+    if config is not None:
+        return _given(loaded, prediction_type)
+    loaded = _stated(loaded, kind, set(shapes), metadata, step, prediction_type)
     if kind == "v2" and loaded.pipeline.scheduler.config.prediction_type == "epsilon":
         loaded.pipeline.unet.register_to_config(sample_size=SD2_BASE_SIZE)
+        loaded = loaded.assuming("image size 512x512, as SD 2's epsilon models; diffusers takes all for 768x768")
     return loaded
 
 
@@ -150,22 +148,31 @@ def _add_tokenizers(folder: Path, index: Mapping[str, Any], tokenizer: Path) -> 
                     (folder / name / file).symlink_to((tokenizer / file).resolve())
 
 
-def _stated(loaded: Loaded, kind: str, keys: set[str], metadata: Mapping[str, str], step: int | None) -> Loaded:
+def _given(loaded: Loaded, prediction_type: str | None) -> Loaded:
+    if prediction_type is None:
+        return loaded
+    return _with_scheduler(loaded, f"prediction type {prediction_type}: it was given", prediction_type=prediction_type)
+
+
+def _stated(
+    loaded: Loaded, kind: str, keys: set[str], metadata: Mapping[str, str], step: int | None, given: str | None
+) -> Loaded:
     """The prediction type and noise schedule that a single file states where diffusers' loader does not look.
 
     Marks: ComfyUI's keys v_pred and ztsnr; modelspec's prediction_type and predict_key.
     """
     said = str(metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key") or "").lower()
     scheduler = loaded.pipeline.scheduler
-    default = scheduler.config.prediction_type
-    if "v_pred" in keys or said.startswith("v"):
+    if given is not None:
+        found, why = given, "it was given"
+    elif "v_pred" in keys or said.startswith("v"):
         found, why = "v_prediction", "a mark in the file says so"
     elif said:
-        found, why = said.replace("eps", "epsilon") if said == "eps" else said, "its metadata say so"
+        found, why = "epsilon" if said.startswith("eps") else said, "its metadata say so"
     elif kind == "v2" and step == SD2_BASE_STEP:
         found, why = "epsilon", f"global_step is {step}"
     else:
-        found, why = default, "nothing in the file states it"
+        found, why = scheduler.config.prediction_type, "nothing in the file states it"
     loaded = _with_scheduler(loaded, f"prediction type {found}: {why}", prediction_type=found)
     if "ztsnr" in keys and found == "v_prediction":
         if "rescale_betas_zero_snr" not in scheduler.config:  # PNDM; DDIM is what diffusers' documentation names
