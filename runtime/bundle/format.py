@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from stepforge.runtime.bundle.preset import Preset
+from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import RequestError
 
 FORMAT = 4
@@ -218,7 +219,7 @@ class Bundle:
 
     path: Path
     card: ModelCard
-    scheduler: Mapping[str, Any]  # schedules.SchedulerCard.to_dict()
+    scheduler: SchedulerCard
     components: Mapping[ComponentId, Component]
     precision: str
     versions: Mapping[str, str]
@@ -259,7 +260,7 @@ def to_dict(bundle: Bundle) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": asdict(bundle.card),
-        "scheduler": dict(bundle.scheduler),
+        "scheduler": bundle.scheduler.to_dict(),
         "components": [{**asdict(key), **asdict(component)} for key, component in bundle.components.items()],
         "precision": bundle.precision,
         "versions": dict(bundle.versions),

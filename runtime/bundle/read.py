@@ -28,6 +28,7 @@ from stepforge.runtime.bundle.format import (
     TextEncoder,
 )
 from stepforge.runtime.bundle.preset import Preset
+from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import BundleError
 
 PARTIAL = re.compile(r"\.[0-9a-f]{16}\.tmp")  # a manifest that is being written, see `files.written`; nobody reads it
@@ -61,7 +62,7 @@ def _parse(path: Path, data: Mapping[str, Any]) -> Bundle:
     bundle = Bundle(
         path=path,
         card=ModelCard(**model),
-        scheduler=data["scheduler"],
+        scheduler=SchedulerCard.from_dict(data["scheduler"]),
         components=_components(path, data["components"]),
         precision=data["precision"],
         versions=data["versions"],
