@@ -235,7 +235,7 @@ class _Export:
         return Bundle(
             path=self.folder,
             card=card,
-            scheduler=scheduler_card(self.source.scheduler).to_dict(),
+            scheduler=scheduler_card(self.source.scheduler),
             components=self.components,
             precision=self.precision,
             versions={library: importlib.metadata.version(library) for library in ("stepforge", *LIBRARIES)},
