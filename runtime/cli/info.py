@@ -25,7 +25,9 @@ def info(bundle: options.BundlePath, as_json: options.Json = False) -> None:
     print(f"{name}: {family}, {opened.precision}, digest {opened.digest[:16]}")
     for key in opened.components:
         print(f"  {printable(key):20} {_described(opened, key)}")
-    print(f"  scheduler: {_listed({key: value for key, value in opened.scheduler.items() if value is not None})}")
+    print(
+        f"  scheduler: {_listed({key: value for key, value in opened.scheduler.to_dict().items() if value is not None})}"
+    )
     print(f"  exported with: {_listed(opened.versions)}")
     for name, preset in opened.presets.items():
         stated = {key: value for key, value in preset.to_dict().items() if key != "found"}
@@ -52,7 +54,7 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "digest": bundle.digest,
         "precision": bundle.precision,
         "model": asdict(bundle.card),
-        "scheduler": dict(bundle.scheduler),
+        "scheduler": bundle.scheduler.to_dict(),
         "source": dict(bundle.source),
         "versions": dict(bundle.versions),
         "components": {str(key): component.graph for key, component in bundle.components.items()},
