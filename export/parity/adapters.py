@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from stepforge.export.lora.merge import Merged, merge
+from stepforge.export.models.files import read_json
 from stepforge.export.models.networks import named_modules
-from stepforge.export.models.weights import first_line, opened, read_json
+from stepforge.export.models.weights import first_line, opened
 from stepforge.export.parity.loaders import quiet
 from stepforge.export.parity.staging import write_json
 from stepforge.runtime.bundle import ComponentId

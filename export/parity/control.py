@@ -15,7 +15,7 @@ from stepforge.export.build import read_controls
 from stepforge.export.models.controlnet import ControlSource
 from stepforge.export.models.source import Source
 from stepforge.export.models.weights import first_line
-from stepforge.export.parity.loaders import FP32, check_complete, quiet
+from stepforge.export.parity.loaders import FP32, check_complete, quiet, variant_among
 from stepforge.export.parity.staging import stage_component, write_json
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.errors import CheckpointError
@@ -67,7 +67,7 @@ def _load(path: Path, net: ControlSource, unet: Any) -> Any:
                 torch_dtype=FP32,
                 use_safetensors=True,
                 local_files_only=True,
-                variant="fp16" if any(".fp16." in file for file in files) else None,
+                variant=variant_among(files),
             )
         else:
             with init_empty_weights():

@@ -12,7 +12,7 @@ import contextlib
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ import transformers
 from transformers import CLIPTokenizer
 
 from stepforge.export.models.source import Source
-from stepforge.export.models.weights import first_line, opened, shapes_of
+from stepforge.export.models.weights import first_line, opened, read_header, variant_of
 from stepforge.export.parity.configs import MODELS, SD2_BASE_SIZE
-from stepforge.export.parity.staging import TOKENIZER, stage_model, write_json
+from stepforge.export.parity.staging import TOKENIZER, stage_component, stage_model, write_json
 from stepforge.runtime.errors import CheckpointError
 
 UNET = "model.diffusion_model."
@@ -89,15 +89,22 @@ def _from_pretrained(model: Path, source: Source, prediction_type: str | None) -
             torch_dtype=FP32,
             use_safetensors=True,
             local_files_only=True,
-            variant="fp16" if any(".fp16." in file for file in weights) else None,
+            variant=variant_among(weights),
         )
     return _given(Loaded(pipeline, "from_pretrained"), prediction_type)
 
 
+def variant_among(files: Iterable[str]) -> str | None:
+    """The variant of weights that a loader must be asked for; None: the plain ones."""
+    return next((variant for file in files if (variant := variant_of([Path(file)]))), None)
+
+
 def _from_single_file(model: Path, tokenizer: Path | None, prediction_type: str | None, config: Path | None) -> Loaded:
-    with opened(model) as file:
-        shapes, metadata = shapes_of(file), file.metadata() or {}
-        step = int(file.get_tensor("global_step")) if "global_step" in shapes else None
+    header = read_header(model)
+    shapes, step = header.shapes, None
+    if shapes.get("global_step") in ((), (1,)):
+        with opened(model) as file:
+            step = int(file.get_tensor("global_step"))
     with tempfile.TemporaryDirectory(prefix="stepforge-") as place:
         folder = Path(place)
         kind = "" if config is not None else _kind(shapes)
@@ -121,7 +128,7 @@ def _from_single_file(model: Path, tokenizer: Path | None, prediction_type: str 
     loaded = Loaded(pipeline, "from_single_file")
     if config is not None:
         return _given(loaded, prediction_type)
-    loaded = _stated(loaded, kind, set(shapes), metadata, step, prediction_type)
+    loaded = _stated(loaded, kind, set(shapes), header.metadata, step, prediction_type)
     if kind == "v2" and loaded.pipeline.scheduler.config.prediction_type == "epsilon":
         loaded.pipeline.unet.register_to_config(sample_size=SD2_BASE_SIZE)
         loaded = loaded.assuming("image size 512x512, as SD 2's epsilon models; diffusers takes all for 768x768")
@@ -205,7 +212,7 @@ def _from_source(model: Path, source: Source, error: Exception) -> Loaded:
 
 def source_pipeline(source: Source) -> Any:
     """diffusers' own pipeline in fp32, from the source's networks."""
-    tokenizers = [CLIPTokenizer.from_pretrained(folder, local_files_only=True) for folder in source.tokenizers]
+    tokenizers = [_tokenizer(folder, pad) for folder, pad in zip(source.tokenizers, source.pads, strict=True)]
     encoders = [loader(FP32) for loader in source.text_encoders]
     config = dict(source.scheduler)
     parts = {
@@ -229,6 +236,16 @@ def source_pipeline(source: Source) -> Any:
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _tokenizer(folder: Path, pad: str | None) -> Any:
+    """A tokenizer that fills up with its end of text ("end"), with id 0 ("zero") or as its folder says (None)."""
+    with tempfile.TemporaryDirectory(prefix="stepforge-") as place:
+        stage_component(folder, (), Path(place))
+        tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
+    if pad is not None:
+        tokenizer.pad_token = tokenizer.eos_token if pad == "end" else tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
 
 
 def settings_of(pipeline: Any, source: Source) -> Iterator[str]:

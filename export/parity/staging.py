@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stepforge.export.models.weights import read_json
+from stepforge.export.models.files import read_json
 from stepforge.runtime.errors import CheckpointError
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -56,9 +56,9 @@ def stage_component(folder: Path, weights: Iterable[str], out: Path) -> None:
     for name in CONFIGS:
         if (folder / name).is_file():
             write_json(out / name, {key: value for key, value in read_json(folder / name).items() if harmless(key)})
-    for file in sorted(folder.glob("*.safetensors.index*.json")):
+    for file in sorted(folder.glob("*.safetensors*.json")):
         shards = read_json(file).get("weight_map", {})
-        if len(names) > 1 and set(shards.values()) <= names:
+        if len(names) > 1 and isinstance(shards, dict) and set(shards.values()) <= names:
             write_json(out / file.name, {"metadata": {}, "weight_map": shards})
 
 
