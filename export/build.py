@@ -221,7 +221,7 @@ class _Export:
             height=height * scale,
             latent_channels=unet.in_channels,
             vae_scale=scale,
-            size_multiple=scale * 2 ** (len(unet.block_out_channels) - 1),
+            size_multiple=scale,
             scaling_factor=vae.scaling_factor,
             text_encoders=encoders,
             zero_empty_negative=self.source.force_zeros_for_empty_prompt,
