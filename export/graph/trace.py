@@ -23,8 +23,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.export import Dim
+from torch.nn import functional
 
 from stepforge.export.graph.passes import clean, forget_shapes, name_weights
 from stepforge.runtime import bundle
