@@ -236,7 +236,7 @@ def test_fp16(tiny_sd1: Path, tiny_sd1_bundle: Path, tmp_path: Path) -> None:
 
     stages: list[tuple[str, int, int]] = []
     bundle = export_bundle(tiny_sd1, tmp_path / "half", precision="fp16", progress=lambda *at: stages.append(at))
-    assert stages[-1] == ("done", 4, 4)
+    assert stages[-1] == ("done", 5, 5)
     assert read(tmp_path / "half").digest == bundle.digest
     for component in (UNET, TEXT_ENCODERS[0], VAE_DECODER):
         data = f"{component.folder}/{trace.DATA}"
