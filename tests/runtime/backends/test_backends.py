@@ -126,7 +126,8 @@ def test_a_reason_is_never_empty():
         "[ONNXRuntimeError] : 1 : FAIL",
         "RuntimeError",
     ]
-    long = "Exception from a.cpp:8:\n-- Add-20:\nWhile validating ONNX node '<Node(Add): n>': Check 'x' failed:\nTypes differ.\n\nSummary:"
+    node = "While validating ONNX node '<Node(Add): n>': Check 'x' failed at b.cpp:3:"
+    long = f"Exception from a.cpp:8:\n-- Add-20:\n{node}\nTypes differ.\n\nSummary:"
     assert openvino.why(RuntimeError(long)) == "Add n: Types differ."
     assert openvino.why(RuntimeError("\n")) == "RuntimeError"
 
