@@ -16,7 +16,6 @@ import onnxruntime
 import pytest
 import torch
 
-from stepforge.export.build import export_bundle
 from stepforge.export.graph import trace
 from stepforge.export.models.load import load
 from stepforge.runtime.backends.openvino import core
@@ -230,17 +229,14 @@ def test_reading_a_bundle_needs_no_torch(tiny_sd1_bundle: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fp16(tiny_sd1: Path, tiny_sd1_bundle: Path, tmp_path: Path) -> None:
+def test_fp16(tiny_sd1: Path, tiny_sd1_bundle: Path, tiny_fp16: Callable[[str], Path]) -> None:
     """Half the bytes, float32 at the border, and the error of half precision."""
     from diffusers import UNet2DConditionModel
 
-    stages: list[tuple[str, int, int]] = []
-    bundle = export_bundle(tiny_sd1, tmp_path / "half", precision="fp16", progress=lambda *at: stages.append(at))
-    assert stages[-1] == ("done", 5, 5)
-    assert read(tmp_path / "half").digest == bundle.digest
+    bundle = read(tiny_fp16("sd1"))
     for component in (UNET, TEXT_ENCODERS[0], VAE_DECODER):
         data = f"{component.folder}/{trace.DATA}"
         assert bundle.files[data][0] <= 0.51 * (tiny_sd1_bundle / data).stat().st_size
     unet = UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet").eval()
     inputs = unet_inputs(unet, 2, 6, 10, 77)
-    check(tmp_path / "half", UNET, inputs, unet_reference(unet, inputs), FP16)
+    check(bundle.path, UNET, inputs, unet_reference(unet, inputs), FP16)
