@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from stepforge.runtime.bundle.scheduler import SCHEDULES, SchedulerCard, choose
 from stepforge.runtime.errors import BundleError
-from stepforge.runtime.plan.schedules import SCHEDULES, SchedulerCard, choose
 
 # class of scheduler_config.json -> our sampler
 CLASSES = {

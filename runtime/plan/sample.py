@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 
 from stepforge.runtime.arrays import Float64
+from stepforge.runtime.bundle.scheduler import SPACINGS, SchedulerCard
 from stepforge.runtime.checks import choice, shown, whole
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan.levels import SamplerOptions
 from stepforge.runtime.plan.linear import Linear, NoisePath
 from stepforge.runtime.plan.samplers import SAMPLERS, Sampler
-from stepforge.runtime.plan.schedules import SPACINGS, SchedulerCard, check_falling, check_timesteps
+from stepforge.runtime.plan.schedules import check_falling, check_timesteps
 from stepforge.runtime.plan.step import Step
 
 
