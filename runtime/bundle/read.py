@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,6 +30,7 @@ from stepforge.runtime.bundle.format import (
 )
 from stepforge.runtime.bundle.preset import Preset
 from stepforge.runtime.bundle.scheduler import SchedulerCard
+from stepforge.runtime.bundle.steps import MOST_BYTES, STEPS_FILE, StepTable
 from stepforge.runtime.errors import BundleError
 
 PARTIAL = re.compile(r"\.[0-9a-f]{16}\.tmp")  # a manifest that is being written, see `files.written`; nobody reads it
@@ -51,7 +53,20 @@ def read(path: str | Path, *, check: bool = True) -> Bundle:
     _check_tree(bundle)
     if check:
         _check_hashes(bundle)
-    return bundle
+    return _with_table(bundle)
+
+
+def _with_table(bundle: Bundle) -> Bundle:
+    """The bundle with the compiled steps of its sampler, if it has such."""
+    if not bundle.scheduler.is_compiled:
+        return bundle
+    if STEPS_FILE not in bundle.files:
+        raise BundleError(f"{bundle.path} has the sampler {bundle.scheduler.sampler} without {STEPS_FILE}")
+    size = bundle.files[STEPS_FILE][0]
+    if size > MOST_BYTES:
+        raise BundleError(f"{bundle.path}: {STEPS_FILE} has {size} bytes; at most {MOST_BYTES} are allowed")
+    table = StepTable.parse(bundle.file(STEPS_FILE).read_bytes())
+    return replace(bundle, scheduler=replace(bundle.scheduler, table=table))
 
 
 def _parse(path: Path, data: Mapping[str, Any]) -> Bundle:
