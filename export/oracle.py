@@ -7,6 +7,7 @@ schedulers for which stepforge has no formula.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -66,7 +67,7 @@ def step_table(scheduler: Any, counts: Iterable[int]) -> StepTable:
             found[count] = rows_of(trace, scheduler.order)
         except CheckpointError as error:
             reason = reason or error
-    if not found:
+    if not found or (reason and found.keys() == {1}):  # one step shows little: neither clipping nor what noise it draws
         raise reason or CheckpointError("no step counts were given")
     return StepTable.of(found)
 
@@ -111,9 +112,10 @@ def follow(
     timing = timing if steps is None else {"num_inference_steps": steps, **timing}
     exact = exact_copy(scheduler) if exact is None else deepcopy(exact)
     try:
-        plain = deepcopy(scheduler)
-        plain.set_timesteps(**timing)
-        with in_float64(type(scheduler)):
+        with silent():
+            plain = deepcopy(scheduler)
+            plain.set_timesteps(**timing)
+        with silent(), in_float64(type(scheduler)):
             return drive(exact, list(plain.timesteps), step_options or {}, timing)
     except CheckpointError:
         raise
@@ -123,7 +125,7 @@ def follow(
 
 def exact_copy(scheduler: Any) -> Any:
     """A copy whose tables are float64. Raises CheckpointError if the class cannot be made so."""
-    with in_float64(type(scheduler)):
+    with silent(), in_float64(type(scheduler)):
         try:
             return type(scheduler).from_config(scheduler.config)
         except Exception as error:
@@ -131,7 +133,7 @@ def exact_copy(scheduler: Any) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    return clipped(" ".join(str(error).split()) or type(error).__name__)
+    return clipped(error) or type(error).__name__
 
 
 def drive(scheduler: Any, times: list[Any], options: Mapping[str, Any], timing: Mapping[str, Any]) -> Trace:
@@ -200,6 +202,18 @@ class Double:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Within, schedulers' advice is not logged: of options that they ignore, or change for some step counts."""
+    log = logging.getLogger("diffusers")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 @contextmanager

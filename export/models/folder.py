@@ -9,6 +9,7 @@ from typing import Any
 
 from stepforge.export.models import tokenizer
 from stepforge.export.models.networks import empty_clip, empty_unet, empty_vae
+from stepforge.export.models.scheduler import read_scheduler
 from stepforge.export.models.source import Source
 from stepforge.export.models.weights import Loader, fill, read_json, read_weights, refuse_code, weight_files
 from stepforge.runtime.bundle import UNET, ComponentId, sha256
@@ -44,9 +45,10 @@ def read_folder(path: Path, prediction_type: str | None) -> Source:
         if not folder.is_dir():
             raise CheckpointError(f"{path} lacks the component {folder.name}")
     files = {name: weight_files(path / name) for name in ("unet", "vae", *texts)}
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    config = read_json(path / "scheduler" / "scheduler_config.json")
     if prediction_type is not None:
-        scheduler["prediction_type"] = prediction_type
+        config["prediction_type"] = prediction_type
+    scheduler, assumed, corrected = read_scheduler(config, index.get("scheduler"), pipeline)
     unet_config = read_json(path / "unet" / "config.json")
 
     def loader(name: str, build: Callable[[], Any]) -> Loader:
@@ -74,6 +76,8 @@ def read_folder(path: Path, prediction_type: str | None) -> Source:
             UNET: lambda: empty_unet(unet_config),
             **{ComponentId("text_encoder", name): build for name, build in encoders.items()},
         },
+        assumed=assumed,
+        corrected=corrected,
         vae_scale=2 ** (len(vae_config.get("block_out_channels", (64,))) - 1),
         # the pipeline class's default, where an SDXL model does not say
         force_zeros_for_empty_prompt=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
@@ -86,7 +90,7 @@ def _check_index(path: Path, index: Mapping[str, Any]) -> None:
         if not isinstance(entry, list) or name in NOT_NEEDED or entry == [None, None]:
             continue
         if name == "scheduler":
-            continue  # its class is judged with its options, by scheduler_card
+            continue  # judged with its options, by read_scheduler
         if name not in COMPONENTS:
             raise CheckpointError(f"{path} has the unknown component {name!r}; known: {', '.join(COMPONENTS)}")
         if entry[-1] not in COMPONENTS[name]:
