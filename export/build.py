@@ -25,7 +25,7 @@ from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source
-from stepforge.export.models.tokenizer import tokenizer_json
+from stepforge.export.models.tokenizer import Pad, tokenizer_json
 from stepforge.export.models.weights import Loader
 from stepforge.export.publish import check_out, staged
 from stepforge.runtime.bundle import (
@@ -144,7 +144,6 @@ class _Export:
         for control in self.controls:
             self.control(control)
         vae = self.decoder()
-        _check_fit(unet, vae, self.components)
         self.tell("manifest")
         bundle = self.bundle(self.card(name, encoders, unet, vae))
         write_manifest(bundle)
@@ -177,10 +176,10 @@ class _Export:
     def text_encoders(self) -> tuple[TextEncoder, ...]:
         """Tokenizers and text encoders; cards of both."""
         cards = []
-        networks = list(zip(self.source.text_encoders, self.source.tokenizers, strict=True))
-        for key, (loader, tokens) in zip(TEXT_ENCODERS, networks, strict=False):
-            card = _tokenizer(tokens, self.folder, key)
-            make = partial(_text_encoder, card=card, penultimate=self.source.family == "sdxl")
+        networks = list(zip(self.source.text_encoders, self.source.tokenizers, self.source.pads, strict=True))
+        for key, (loader, tokens, pad) in zip(TEXT_ENCODERS, networks, strict=False):
+            card = _tokenizer(tokens, pad, self.folder, key)
+            make = partial(trace.text_encoder, length=card.max_length, penultimate=self.source.family == "sdxl")
             self.add(key, loader, make)
             cards.append(card)
         return tuple(cards)
@@ -260,12 +259,6 @@ def _hashed(folder: Path) -> dict[str, tuple[int, str]]:
     return {path.relative_to(folder).as_posix(): (path.stat().st_size, sha256(path)) for path in files}
 
 
-def _text_encoder(network: Any, card: TextEncoder, *, penultimate: bool) -> trace.Traced:
-    if card.max_length > (longest := network.config.max_position_embeddings):
-        raise CheckpointError(f"the tokenizer makes {card.max_length} tokens, the text encoder takes {longest}")
-    return trace.text_encoder(network, card.max_length, penultimate=penultimate)
-
-
 def _variants(
     folder: Path, components: Mapping[ComponentId, Component], names: Sequence[str]
 ) -> dict[ComponentId, Component]:
@@ -309,8 +302,8 @@ def prefixed(key: ComponentId, entry: Component) -> Component:
     return replace(entry, graph=f"{key.folder}/{entry.graph}", derived=derived)
 
 
-def _tokenizer(tokens: Path, folder: Path, encoder: ComponentId) -> TextEncoder:
-    text, card = tokenizer_json(tokens)
+def _tokenizer(tokens: Path, pad: Pad | None, folder: Path, encoder: ComponentId) -> TextEncoder:
+    text, card = tokenizer_json(tokens, pad)
     path = f"{encoder.name.replace('text_encoder', 'tokenizer')}/tokenizer.json"
     (folder / path).parent.mkdir()
     (folder / path).write_text(text, encoding="utf-8")
@@ -323,17 +316,6 @@ def _vae(source: Source, dtype: torch.dtype) -> Any:
         vae = source.vae(torch.float32)
         return vae if vae.config.force_upcast else vae.half()
     return source.vae(dtype)
-
-
-def _check_fit(unet: Any, vae: Any, components: Mapping[ComponentId, Component]) -> None:
-    if unet.in_channels != vae.latent_channels:
-        raise CheckpointError(f"the UNet takes {unet.in_channels} channels, the VAE makes {vae.latent_channels}")
-    widths = [entry.outputs[0].shape[-1] for key, entry in components.items() if key.role == "text_encoder"]
-    if sum(int(width) for width in widths) != unet.cross_attention_dim:
-        raise CheckpointError(
-            f"the text encoders make {' + '.join(map(str, widths))} numbers a token, the UNet takes "
-            f"{unet.cross_attention_dim}"
-        )
 
 
 def release() -> None:

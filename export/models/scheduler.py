@@ -17,6 +17,7 @@ import diffusers
 from stepforge.export.oracle import exact_copy, one_line, silent, step_table
 from stepforge.runtime.bundle.scheduler import BETA_SCHEDULES, SCHEDULES, SchedulerCard, choose
 from stepforge.runtime.errors import BundleError, CheckpointError
+from stepforge.runtime.files import printable
 from stepforge.runtime.plan.samplers import SAMPLERS
 
 COUNTS = range(1, 101)  # step counts that are compiled
@@ -99,18 +100,22 @@ def read_scheduler(
     entry: of model_index.json, [library, class]; the class counts, whatever the config says. Raises CheckpointError.
     """
     if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers":
-        raise CheckpointError(f"model_index.json has the scheduler {entry!r}; ['diffusers', class] is needed")
+        shown = printable(repr(entry), 80)
+        raise CheckpointError(f"model_index.json gives {shown} for scheduler; 'diffusers' and a class are expected")
     name = entry[1]
     given = {**config, "_class_name": name}
     known = defaults(name)
     assumed = []
-    if "prediction_type" in known and "prediction_type" not in config:
-        assumed.append(f"prediction_type is {known['prediction_type']}, {name}'s default: the scheduler does not say")
+    if "prediction_type" in known and config.get("prediction_type") is None:
+        assumed.append(
+            f"prediction_type: {known['prediction_type']}, {name}'s default, because scheduler_config.json states none"
+        )
     if ignored := sorted(key for key in config.keys() - known.keys() - every_option() if not key.startswith("_")):
-        assumed.append(f"{name} of diffusers {diffusers.__version__} knows no {', '.join(ignored)}: ignored")
+        unknown = printable(", ".join(ignored), 80)
+        assumed.append(f"scheduler: without {unknown}, which {name} of diffusers {diffusers.__version__} does not know")
     corrected = []
-    if config.get("_class_name", name) != name:
-        corrected.append(f"scheduler class {config['_class_name']} -> {name}, as model_index.json says")
+    if (said := config.get("_class_name", name)) != name:
+        corrected.append(f"scheduler: {name}, as model_index.json names it, instead of {printable(said, 80)}")
     if pipeline == "StableDiffusionPipeline":
         for option, right, wrong in (
             ("steps_offset", 1, lambda value: value != 1),
@@ -118,7 +123,8 @@ def read_scheduler(
         ):
             if wrong(value := given.get(option, known.get(option, right))):
                 given[option] = right
-                corrected.append(f"scheduler {option} {value!r} -> {right!r}, as {pipeline} sets it")
+                was = printable(repr(value), 80)
+                corrected.append(f"scheduler: {option} {right!r} instead of {was}, as {pipeline} sets it")
     return given, tuple(assumed), tuple(corrected)
 
 
