@@ -47,6 +47,7 @@ from stepforge.runtime.bundle import (
     sha256,
     write_manifest,
 )
+from stepforge.runtime.bundle.steps import STEPS_FILE, written
 from stepforge.runtime.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]  # stage, stages done, stages in all
@@ -234,6 +235,10 @@ class _Export:
 
     def bundle(self, card: ModelCard) -> Bundle:
         """The manifest of what the folder holds."""
+        scheduler = scheduler_card(self.source.scheduler)
+        if scheduler.table is not None:
+            (self.folder / STEPS_FILE).parent.mkdir()
+            (self.folder / STEPS_FILE).write_bytes(written(scheduler.table.counts))
         provenance = dict(self.source.provenance)
         provenance |= {"assumed": list(self.source.assumed), "corrected": list(self.source.corrected)}
         if self.controls:
@@ -241,7 +246,7 @@ class _Export:
         return Bundle(
             path=self.folder,
             card=card,
-            scheduler=scheduler_card(self.source.scheduler),
+            scheduler=scheduler,
             components=self.components,
             precision=self.precision,
             versions={library: importlib.metadata.version(library) for library in ("stepforge", *LIBRARIES)},
