@@ -129,7 +129,7 @@ class Case:
     edits: Mapping[str, Mapping[str, Any]] | None = None  # what the model's files say instead
 
 
-OFFSET = {"scheduler/scheduler_config.json": {"steps_offset": 0}}
+OFFSET = {"scheduler/scheduler_config.json": {"steps_offset": 0, "clip_sample": True}}
 EULER = {"model_index.json": {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}}
 CASES = {
     "padding": Case("tiny_sdxl", padded_with_end),
