@@ -254,7 +254,7 @@ def test_misread_graphs_fail(
 ) -> None:
     model, key, make = GRAPHS[name]
     bundle, traced = read(request.getfixturevalue(f"{model}_bundle")), make(request.getfixturevalue(model))
-    assert {"component", "image"} <= failed(retraced(bundle, tmp_path / "out", key, traced), references(model))
+    assert "component" in failed(retraced(bundle, tmp_path / "out", key, traced), references(model))
 
 
 # Single files
