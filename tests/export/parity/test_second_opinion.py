@@ -131,11 +131,14 @@ class Case:
 
 OFFSET = {"scheduler/scheduler_config.json": {"steps_offset": 0, "clip_sample": True}}
 EULER = {"model_index.json": {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}}
+PREDICTION = {"scheduler/scheduler_config.json": {"prediction_type": "v_prediction"}}
 CASES = {
     "padding": Case("tiny_sdxl", padded_with_end),
     "steps_offset": Case("tiny_sd1", partial(scheduler, steps_offset=0), edits=OFFSET),
     "scheduler class": Case("tiny_sd1", lambda bundle: bundle, edits=EULER),
-    "prediction type": Case("tiny_sd2v", partial(scheduler, prediction_type="epsilon")),
+    "prediction type": Case(
+        "tiny_sd1", lambda bundle: bundle, partial(scheduler, prediction_type="v_prediction"), PREDICTION
+    ),
     "zero terminal SNR": Case("tiny_sd2v", partial(scheduler, rescale_betas_zero_snr=False)),
     "zeros for an empty prompt": Case("tiny_sdxl", partial(card, zero_empty_negative=False)),
     "no zeros for an empty prompt": Case(
