@@ -63,7 +63,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises CheckpointError if there are none, or several variants of which none is known.
     """
     for stem in STEMS:
-        names = [file.name for file in folder.iterdir() if file.name.startswith(f"{stem}.") and file.is_file()]
+        names = [file.name for file in folder.iterdir() if file.name.startswith(f"{stem}.")]
         others = sorted({own for name in names if (own := _variant(name)) and own not in VARIANTS})
         for variant in ("", *(f".{name}" for name in (*VARIANTS, *others))):
             whole = f"{stem}{variant}.safetensors"
