@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from stepforge.export.models.files import read_json, read_text, reading
+from stepforge.export.models.files import read_json, read_small, reading
 from stepforge.export.models.weights import first_line
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.files import printable
@@ -88,4 +88,4 @@ def _copy(folder: Path, to: Path) -> None:
                 raise CheckpointError(f"{folder} holds a {named!r:.80}; only {' and '.join(CLASSES)} are supported")
             (to / name).write_text(json.dumps(data), encoding="utf-8")
         else:
-            (to / name).write_text(read_text(folder / name), encoding="utf-8", newline="")
+            (to / name).write_bytes(read_small(folder / name))

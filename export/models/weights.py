@@ -144,7 +144,7 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(file.read(8), "little")
             if length > MOST_HEADER:
                 raise CheckpointError(f"{path} has a header of {length} bytes; at most {MOST_HEADER} are read")
-            text = file.read(length).decode("utf-8", errors="replace")
+            text = file.read(length)
     with opened(path):  # the library's own checks: places of the weights, and the file's length
         pass
     entries = parse_json(text, f"{path}: its header")

@@ -100,10 +100,10 @@ def test_values_of_configs(model: Path, file: str, changes: dict[str, Any], text
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"[" * 100_000, "nested too deeply"),
-        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"[" * 100_000, "nests deeper than 32 levels"),
+        (b'{"a":' * 100_000, "nests deeper than 32 levels"),
         (b'{"act_fn": "silu", "act_fn": "gelu"}', "'act_fn' is given twice"),
-        (b'{"act_fn": "\xff"}', "it is not UTF-8 at byte 12"),
+        (b'{"act_fn": "\xff"}', "it is not UTF-8 text"),
         (b"[]", "does not hold a JSON object"),
         (b"", "is not readable JSON"),
         (b'{"a": ' + b"1" * 5000 + b"}", "is not readable JSON"),

@@ -188,10 +188,27 @@ def test_zero_terminal_snr(family: str, to_original: Original, request: pytest.F
     assert "noise schedule" in stated(source.assumed)
 
 
+def test_cosxl_is_read_as_diffusers_edm_scheduler(to_original: Original, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """Stability's scheduler of CosXL: the noise levels of the file's range, v-prediction over continuous time."""
+    from diffusers import EDMEulerScheduler
+
+    path = to_original(tiny_sdxl, tmp_path / "m.safetensors", v_pred=EMPTY, **EDM)
+    source = load(path, tokenizer=tiny_sdxl / "tokenizer")
+    assert source.scheduler["_class_name"] == "EDMEulerScheduler"
+    assert "prediction_type" not in stated(source.assumed)
+    ours = EDMEulerScheduler.from_config(dict(source.scheduler))
+    theirs = EDMEulerScheduler(0.002, 120.0, 1.0, "exponential", prediction_type="v_prediction")
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(20)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-6, atol=0)  # 0.002 is a float32 in the file
+    assert ours.config.prediction_type == "v_prediction"
+
+
 @pytest.mark.parametrize(
     ("keys", "metadata", "text"),
     [
-        (EDM, {}, "is an EDM v-prediction checkpoint such as CosXL"),
+        ({"edm_vpred.sigma_max": torch.tensor(float("nan"))}, {}, "with noise levels from 0.002 to None"),
+        ({**EDM, "edm_vpred.sigma_min": torch.tensor(0.0)}, {}, "with noise levels from 0 to 120.0"),
         ({"edm_mean": EMPTY}, {}, "is a Playground checkpoint"),
         ({}, {"modelspec.prediction_type": "flow"}, "states modelspec.prediction_type='flow'; known: v,"),
         ({}, {"modelspec.prediction_type": "v", "modelspec.predict_key": "epsilon"}, "states two prediction types"),
