@@ -11,11 +11,12 @@ from stepforge.export.models import tokenizer
 from stepforge.export.models.files import read_json, refuse_code
 from stepforge.export.models.ldm_config import WIDTHS
 from stepforge.export.models.networks import empty_clip, empty_unet, empty_vae, levels
+from stepforge.export.models.scheduler import read_scheduler
 from stepforge.export.models.source import Source
 from stepforge.export.models.stored import Stored, check_model
 from stepforge.export.models.weights import read_header, variant_of, weight_files
 from stepforge.runtime.bundle import UNET, ComponentId, sha256
-from stepforge.runtime.errors import CheckpointError
+from stepforge.runtime.errors import BundleError, CheckpointError
 from stepforge.runtime.files import printable
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -60,9 +61,15 @@ def read_folder(path: Path, prediction_type: str | None) -> Source:
     for name, found in files.items():
         if variant := variant_of(found):
             assumed.append(f"{name}: the weights of the variant {printable(variant, 40)}; there are no plain ones")
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    config = read_json(path / "scheduler" / "scheduler_config.json")
     if prediction_type is not None:
-        scheduler["prediction_type"] = prediction_type
+        config["prediction_type"] = prediction_type
+    try:
+        scheduler, *said = read_scheduler(config, index["scheduler"], pipeline)
+    except BundleError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    assumed += said[0]
+    corrected += said[1]
     configs = {name: read_json(path / name / "config.json") for name in ("unet", "vae", *texts)}
     family = "sdxl" if xl else _family(configs["unet"])
     _size(path, configs["unet"], family, scheduler, assumed, corrected)

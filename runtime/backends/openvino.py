@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
 # requests of many sizes its memory grows without end that anybody sees (benchmarks/soak_shapes.py). A network has fewer
 # primitives of one kind than half its layers, so that this many for each layer keep some four shapes ready.
 ENTRIES_PER_LAYER, LEAST_ENTRIES = 2, 128
+NODE = re.compile(r"<Node\((\w+)\): ([^>\n]*)>")  # as OpenVINO's ONNX reader names the node that it refuses
 
 
 @cache
@@ -32,6 +34,14 @@ def core() -> openvino.Core:
     (Ctrl-C) then ends the process with SIGSEGV (2026.4.1, tests/runtime/backends/test_exit.py).
     """
     return openvino.Core()
+
+
+def why(error: Exception) -> str:
+    """One line of OpenVINO's message, which is dozens: the last of its first paragraph, and the node if it names one."""
+    first = str(error).strip().split("\n\n")[0]
+    node = NODE.search(first)
+    found = reason(RuntimeError(first), -1)
+    return found if node is None else f"{node[1]} {node[2]}: {found}"
 
 
 class OpenVino:
@@ -81,7 +91,7 @@ class OpenVino:
                 network = self._with_bf16_inputs(path, banks) if banks and precision == "bf16" else path
                 compiled = core().compile_model(network, "CPU", config)
         except (RuntimeError, OSError) as error:
-            raise BackendError(f"openvino cannot load {entry.graph}: {reason(error, -1)}") from error
+            raise BackendError(f"openvino cannot load {entry.graph}: {why(error)}") from error
         return _Graph(compiled, [tensor.name for tensor in entry.outputs], banks or {})
 
     @staticmethod
