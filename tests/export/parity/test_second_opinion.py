@@ -104,16 +104,11 @@ def references(request: pytest.FixtureRequest) -> Callable[[str], References]:
 
 
 def scheduler(bundle: Bundle, **changes: Any) -> Bundle:
-    return replace(bundle, scheduler=changed(bundle.scheduler, **changes))
-
-
-def changed(card: Any, **changes: Any) -> Any:
-    return {**card, **changes} if isinstance(card, Mapping) else replace(card, **changes)
+    return replace(bundle, scheduler=replace(bundle.scheduler, **changes))
 
 
 def other_class(bundle: Bundle, name: str, config: Path) -> Bundle:
-    card = scheduler_card(json.loads(config.read_text("utf-8")) | {"_class_name": name})
-    return replace(bundle, scheduler=card.to_dict() if isinstance(bundle.scheduler, Mapping) else card)
+    return replace(bundle, scheduler=scheduler_card(json.loads(config.read_text("utf-8")) | {"_class_name": name}))
 
 
 def card(bundle: Bundle, **changes: Any) -> Bundle:
@@ -134,7 +129,7 @@ class Case:
     edits: Mapping[str, Mapping[str, Any]] | None = None  # what the model's files say instead
 
 
-OFFSET = {"scheduler/scheduler_config.json": {"steps_offset": 0, "clip_sample": True}}
+OFFSET = {"scheduler/scheduler_config.json": {"steps_offset": 0}}
 EULER = {"model_index.json": {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}}
 CASES = {
     "padding": Case("tiny_sdxl", padded_with_end),
