@@ -10,6 +10,7 @@ from typing import Literal
 
 from stepforge.export.models.files import read_json, read_small, reading
 from stepforge.export.models.weights import first_line
+from stepforge.export.oracle import silent
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.files import printable
 
@@ -50,7 +51,8 @@ def read_tokenizer(folder: Path, pad: Pad | None = None) -> Tokenizer:
     with reading(folder), TemporaryDirectory() as copy:
         _copy(folder, Path(copy))
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(copy, local_files_only=True)
+            with silent():
+                tokenizer = CLIPTokenizer.from_pretrained(copy, local_files_only=True)
         except Exception as error:  # tokenizers raises bare Exception, transformers a dozen others
             reason = printable(first_line(error).replace(copy, str(folder)))
             raise CheckpointError(f"{folder} cannot be read as a CLIP tokenizer: {reason}") from error
