@@ -274,3 +274,18 @@ def test_vae_without_encoder_decodes(single: bool, to_original: Original, tiny_s
     found: Any = source.vae(torch.float32)
     with torch.no_grad():  # other addresses of the same weights: a sum in another order
         torch.testing.assert_close(found.decode(latents).sample, expected.decode(latents).sample, rtol=0, atol=1e-5)
+
+
+def test_export_tells_what_was_assumed_and_corrected(
+    to_original: Original, tiny_sd1: Path, tiny_sdxl: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = to_original(tiny_sd1, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="ControlNet name"):  # what comes after the model, before any tracing
+        build.export_bundle(
+            path, tmp_path / "out", tokenizer=tiny_sdxl / "tokenizer_2", controls={"no name!": tmp_path}
+        )
+    assert (
+        "m: assumed prediction_type: epsilon, because neither the file's keys nor its metadata state one"
+        in caplog.messages
+    )
+    assert any(message.startswith("m: corrected text_encoder: pad_id ") for message in caplog.messages)
