@@ -89,6 +89,8 @@ def refuse(path: Path, text: str, tokenizer: Path | None = None) -> None:
         ("text_encoder/config.json", {"num_attention_heads": 0}, "cannot be built from its config"),
         ("text_encoder/config.json", {"hidden_act": ["gelu"]}, "hidden_act is ['gelu']; a name is expected"),
         ("text_encoder/config.json", {"hidden_size": {"a": 2}}, "hidden_size is {'a': 2}; a number is expected"),
+        ("tokenizer/vocab.json", {"cat</w>": 2**31}, "has an id that is no whole number from 0 to 1000000"),
+        ("tokenizer/tokenizer_config.json", {"added_tokens_decoder": {"-1": {"content": "x"}}}, "has an id that is no whole"),
         ("text_encoder/config.json", {"layer_norm_eps": "1e-5"}, "a number is expected"),
     ],
 )  # fmt: skip
