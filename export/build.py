@@ -106,7 +106,9 @@ def export_bundle(
     check_out(out, overwrite)
     source = load(model_path, tokenizer=tokenizer, prediction_type=prediction_type)
     source = with_adapters(source, read_all(source, loras))
-    check_fits(source, DTYPES[precision], out)
+    empty = {key: make() for key, make in source.empty.items()}
+    check_fits(empty, DTYPES[precision], out)
+    check_widths(empty)
     nets = read_controls(source, controls or {})
     with staged(out, overwrite=overwrite) as folder:
         bundle = _Export(source, nets, folder, precision, bank, reuse, progress).run(name or source.name)
@@ -147,7 +149,8 @@ class _Export:
         for control in self.controls:
             self.control(control)
         vae = self.decoder()
-        _check_fit(unet, vae, self.components)
+        if unet.in_channels != vae.latent_channels:
+            raise CheckpointError(f"the UNet takes {unet.in_channels} channels, the VAE makes {vae.latent_channels}")
         self.tell("manifest")
         bundle = self.bundle(self.card(name, encoders, unet, vae))
         self.tell("check")
@@ -327,14 +330,22 @@ def _vae(source: Source, dtype: torch.dtype) -> Any:
     return source.vae(dtype)
 
 
-def _check_fit(unet: Any, vae: Any, components: Mapping[ComponentId, Component]) -> None:
-    if unet.in_channels != vae.latent_channels:
-        raise CheckpointError(f"the UNet takes {unet.in_channels} channels, the VAE makes {vae.latent_channels}")
-    widths = [entry.outputs[0].shape[-1] for key, entry in components.items() if key.role == "text_encoder"]
-    if sum(int(width) for width in widths) != unet.cross_attention_dim:
+def check_widths(networks: Mapping[ComponentId, Any]) -> None:
+    """Raises CheckpointError unless the text encoders make what the UNet takes (networks: theirs, with or without weights)."""
+    unet = networks[UNET].config
+    encoders = [networks[key] for key in TEXT_ENCODERS if key in networks]
+    widths = [encoder.config.hidden_size for encoder in encoders]
+    if sum(widths) != unet.cross_attention_dim:
         raise CheckpointError(
             f"the text encoders make {' + '.join(map(str, widths))} numbers a token, the UNet takes "
             f"{unet.cross_attention_dim}"
+        )
+    pooled = [encoder.config.projection_dim for encoder in encoders if hasattr(encoder, "text_projection")]
+    taken = [shape[-1] for name, shape in trace.network_inputs(unet)[1].items() if name == "text_embeds"]
+    if taken and pooled != taken:
+        raise CheckpointError(
+            f"the UNet takes {taken[0]} numbers of pooled text beside six sizes, the text encoders make "
+            f"{' + '.join(map(str, pooled)) or 'none'}"
         )
 
 
