@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick aot test-gpu check bench train clean
+.PHONY: demo test quick test-soak aot test-gpu check bench train clean
 
 ADAPTERS := examples/emoji/adapters
 CONTROL := --control silhouette=examples/emoji/control/silhouette
@@ -33,6 +33,9 @@ test: $(STAMP)  ## the whole suite
 
 quick: $(STAMP)  ## without the slow tests
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
+
+test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, counts into benchmarks/results/soak.json
+	$(BIN)/python tests/fuzz/soak.py --json benchmarks/results/soak.json
 
 aot: $(STAMP)  ## every kernel compiled for six architectures, against golden.json (4 minutes on 2 cores)
 	$(BIN)/python -m stepforge.kernels.aot --check

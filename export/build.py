@@ -27,7 +27,7 @@ from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source
-from stepforge.export.models.tokenizer import tokenizer_json
+from stepforge.export.models.tokenizer import Pad, tokenizer_json
 from stepforge.export.models.weights import Loader
 from stepforge.export.publish import check_out, staged
 from stepforge.runtime.bundle import (
@@ -47,6 +47,7 @@ from stepforge.runtime.bundle import (
     sha256,
     write_manifest,
 )
+from stepforge.runtime.bundle.steps import STEPS_FILE, written
 from stepforge.runtime.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]  # stage, stages done, stages in all
@@ -106,9 +107,7 @@ def export_bundle(
     check_out(out, overwrite)
     source = load(model_path, tokenizer=tokenizer, prediction_type=prediction_type)
     source = with_adapters(source, read_all(source, loras))
-    empty = {key: make() for key, make in source.empty.items()}
-    check_fits(empty, DTYPES[precision], out)
-    check_widths(empty)
+    check_fits({key: make() for key, make in source.empty.items()}, DTYPES[precision], out)
     nets = read_controls(source, controls or {})
     with staged(out, overwrite=overwrite) as folder:
         bundle = _Export(source, nets, folder, precision, bank, reuse, progress).run(name or source.name)
@@ -149,8 +148,6 @@ class _Export:
         for control in self.controls:
             self.control(control)
         vae = self.decoder()
-        if unet.in_channels != vae.latent_channels:
-            raise CheckpointError(f"the UNet takes {unet.in_channels} channels, the VAE makes {vae.latent_channels}")
         self.tell("manifest")
         bundle = self.bundle(self.card(name, encoders, unet, vae))
         self.tell("check")
@@ -185,10 +182,10 @@ class _Export:
     def text_encoders(self) -> tuple[TextEncoder, ...]:
         """Tokenizers and text encoders; cards of both."""
         cards = []
-        networks = list(zip(self.source.text_encoders, self.source.tokenizers, strict=True))
-        for key, (loader, tokens) in zip(TEXT_ENCODERS, networks, strict=False):
-            card = _tokenizer(tokens, self.folder, key)
-            make = partial(_text_encoder, card=card, penultimate=self.source.family == "sdxl")
+        networks = list(zip(self.source.text_encoders, self.source.tokenizers, self.source.pads, strict=True))
+        for key, (loader, tokens, pad) in zip(TEXT_ENCODERS, networks, strict=False):
+            card = _tokenizer(tokens, pad, self.folder, key)
+            make = partial(trace.text_encoder, length=card.max_length, penultimate=self.source.family == "sdxl")
             self.add(key, loader, make)
             cards.append(card)
         return tuple(cards)
@@ -238,6 +235,10 @@ class _Export:
 
     def bundle(self, card: ModelCard) -> Bundle:
         """The manifest of what the folder holds."""
+        scheduler = scheduler_card(self.source.scheduler)
+        if scheduler.table is not None:
+            (self.folder / STEPS_FILE).parent.mkdir()
+            (self.folder / STEPS_FILE).write_bytes(written(scheduler.table.counts))
         provenance = dict(self.source.provenance)
         provenance |= {"assumed": list(self.source.assumed), "corrected": list(self.source.corrected)}
         if self.controls:
@@ -245,7 +246,7 @@ class _Export:
         return Bundle(
             path=self.folder,
             card=card,
-            scheduler=scheduler_card(self.source.scheduler).to_dict(),
+            scheduler=scheduler,
             components=self.components,
             precision=self.precision,
             versions={library: importlib.metadata.version(library) for library in ("stepforge", *LIBRARIES)},
@@ -262,12 +263,6 @@ def _hashed(folder: Path) -> dict[str, tuple[int, str]]:
     """Relative path -> (bytes, sha256) of every file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): (path.stat().st_size, sha256(path)) for path in files}
-
-
-def _text_encoder(network: Any, card: TextEncoder, *, penultimate: bool) -> trace.Traced:
-    if card.max_length > (longest := network.config.max_position_embeddings):
-        raise CheckpointError(f"the tokenizer makes {card.max_length} tokens, the text encoder takes {longest}")
-    return trace.text_encoder(network, card.max_length, penultimate=penultimate)
 
 
 def _variants(
@@ -314,8 +309,8 @@ def prefixed(key: ComponentId, entry: Component) -> Component:
     return replace(entry, graph=f"{key.folder}/{entry.graph}", derived=derived)
 
 
-def _tokenizer(tokens: Path, folder: Path, encoder: ComponentId) -> TextEncoder:
-    text, card = tokenizer_json(tokens)
+def _tokenizer(tokens: Path, pad: Pad | None, folder: Path, encoder: ComponentId) -> TextEncoder:
+    text, card = tokenizer_json(tokens, pad)
     path = f"{encoder.name.replace('text_encoder', 'tokenizer')}/tokenizer.json"
     (folder / path).parent.mkdir()
     (folder / path).write_text(text, encoding="utf-8")
@@ -328,25 +323,6 @@ def _vae(source: Source, dtype: torch.dtype) -> Any:
         vae = source.vae(torch.float32)
         return vae if vae.config.force_upcast else vae.half()
     return source.vae(dtype)
-
-
-def check_widths(networks: Mapping[ComponentId, Any]) -> None:
-    """Raises CheckpointError unless the text encoders make what the UNet takes (networks: theirs, with or without weights)."""
-    unet = networks[UNET].config
-    encoders = [networks[key] for key in TEXT_ENCODERS if key in networks]
-    widths = [encoder.config.hidden_size for encoder in encoders]
-    if sum(widths) != unet.cross_attention_dim:
-        raise CheckpointError(
-            f"the text encoders make {' + '.join(map(str, widths))} numbers a token, the UNet takes "
-            f"{unet.cross_attention_dim}"
-        )
-    pooled = [encoder.config.projection_dim for encoder in encoders if hasattr(encoder, "text_projection")]
-    taken = [shape[-1] for name, shape in trace.network_inputs(unet)[1].items() if name == "text_embeds"]
-    if taken and pooled != taken:
-        raise CheckpointError(
-            f"the UNet takes {taken[0]} numbers of pooled text beside six sizes, the text encoders make "
-            f"{' + '.join(map(str, pooled)) or 'none'}"
-        )
 
 
 def release() -> None:

@@ -41,7 +41,7 @@ def check_fits(networks: Mapping[ComponentId, Any], dtype: torch.dtype, out: Pat
 
 
 def weight_bytes(network: Any, dtype: torch.dtype) -> int:
-    return sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
+    return sum(int(parameter.numel()) for parameter in network.parameters()) * int(dtype.itemsize)
 
 
 def available() -> int | None:

@@ -236,8 +236,7 @@ def _export(
     digest = hashlib.sha256(repr((sorted(controls or ()), sorted(options.items()))).encode())
     places = (
         (ROOT / "export").rglob("*.py"),
-        (ROOT / "runtime" / "bundle").glob("*.py"),
-        [ROOT / "runtime/plan/schedules.py"],
+        [ROOT / "runtime/bundle" / name for name in ("format.py", "scheduler.py", "store.py")],
     )
     code = [file for place in places for file in sorted(place)]
     weights = [file for folder in (model, *(controls or {}).values()) for file in folder.rglob("*") if file.is_file()]

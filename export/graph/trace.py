@@ -220,8 +220,6 @@ def network_inputs(config: Any) -> tuple[dict[str, Tensor], dict[str, tuple[int 
     }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        if pooled < 1:
-            raise CheckpointError(f"the UNet's projection_class_embeddings_input_dim leaves {pooled} for pooled text")
         example |= {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
         inputs |= {"text_embeds": ("rows", pooled), "time_ids": ("rows", 6)}
     return example, inputs, least

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from stepforge import Engine, GenerationError, Request, RequestError, load
 from stepforge.export.build import export_bundle
 from stepforge.export.models.load import load as load_model
+from stepforge.export.parity.loaders import source_pipeline
 from stepforge.export.parity.measures import psnr, relative_error
-from stepforge.export.parity.reference import reference_pipeline
 from stepforge.export.parity.verify import LIMITS
 from stepforge.runtime.backends import open_backend
 from stepforge.runtime.bundle import ComponentId, read
@@ -78,12 +78,12 @@ def reference(pipeline: Any, controlnet: Any, images: Any, size: tuple[int, int]
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_sd1: Path) -> Any:
-    return reference_pipeline(load_model(tiny_sd1))
+    return source_pipeline(load_model(tiny_sd1))
 
 
 @pytest.fixture(scope="module")
 def xl_pipeline(tiny_sdxl: Path) -> Any:
-    return reference_pipeline(load_model(tiny_sdxl))
+    return source_pipeline(load_model(tiny_sdxl))
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def lora(tiny_sd1: Path, engines: Callable[[str, str], Engine], tmp_path_factory
 
 @pytest.mark.slow
 def test_parity_with_a_lora_in_the_denoiser(engines, tiny_sd1, tiny_sd1_controls, lora):
-    adapted = reference_pipeline(load_model(tiny_sd1))
+    adapted = source_pipeline(load_model(tiny_sd1))
     adapted.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="style")
     adapted.set_adapters(["style"], [0.8])
     theirs = reference(adapted, nets(tiny_sd1_controls, "a"), HINTS[0])
