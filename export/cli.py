@@ -10,8 +10,10 @@ from typing import Annotated
 
 import typer
 
+from stepforge.runtime.bundle import NAME
 from stepforge.runtime.cli.inputs import file_and_strength
 from stepforge.runtime.errors import RequestError
+from stepforge.runtime.files import printable
 
 Tokenizer = Annotated[
     Path | None, typer.Option(help="Folder with vocab.json and merges.txt, for single files, which do not carry it.")
@@ -40,8 +42,10 @@ def parse_controls(texts: list[str] | None) -> dict[str, Path]:
     controls: dict[str, Path] = {}
     for text in texts or ():
         name, equals, path = text.partition("=")
-        if not equals or not path:
-            raise RequestError(f"--control {text!r} is not understood; give NAME=PATH, such as canny=models/canny")
+        if not equals or not path or not NAME.fullmatch(name):
+            raise RequestError(
+                f"--control {printable(text)} is not understood; give NAME=PATH, such as canny=models/canny"
+            )
         if name in controls:
             raise RequestError(f"--control {name} is given twice; choose another name for one of the two")
         controls[name] = Path(path)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -20,6 +21,15 @@ def printable(text: object, limit: int = 200) -> str:
         return plain
     tail = limit // 3
     return f"{plain[: limit - tail - 5]} ... {plain[-tail:]}"
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON text, for `object_pairs_hook`. Raises ValueError if a name is given twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{printable(twice, 100)!r} is given twice")
+    return found
 
 
 def is_lfs_pointer(source: str | Path | bytes) -> bool:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.errors import AdapterError
-from stepforge.runtime.files import LFS_POINTER, printable
+from stepforge.runtime.files import LFS_POINTER, once, printable
 from stepforge.runtime.lora.peft import PeftConfig, brief
 
 CONFIG = "adapter_config.json"
@@ -263,18 +263,9 @@ def _object(what: str, data: bytes | str) -> dict[str, Any]:
     """A JSON object in which no name is given twice."""
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        value = json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{what}: not readable JSON: {brief(error)}") from error
     if not isinstance(value, dict):
         raise AdapterError(f"{what}: not a JSON object")
     return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice[:100]!r} is given twice")
-    return found
