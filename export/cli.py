@@ -104,7 +104,8 @@ def export_command(
     if as_json:
         print(json.dumps({"bundle": str(out), "digest": bundle.digest, "bytes": size, "files": len(bundle.files)}))
     else:
-        print(f"{out}: {bundle.card.name}, {bundle.precision}, {size / 1e6:.1f} MB, digest {bundle.digest[:16]}")
+        what = f"{printable(out)}: {printable(bundle.card.name)}, {bundle.precision}"
+        print(f"{what}, {size / 1e6:.1f} MB, digest {bundle.digest[:16]}")
 
 
 def verify_command(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from stepforge.runtime.files import printable
+from stepforge.runtime.files import escaped, printable
 
 GAP = "  "  # between columns
 LONGEST = 1000  # letters of an error message
@@ -17,12 +19,13 @@ LONGEST = 1000  # letters of an error message
 class Stream:
     """A text stream whose failure does not fail the command: once it is closed or full, nothing more is written to it.
 
-    The work goes on when `head` has read enough. Lines are written as they come, letters that the stream has no code for as
-    escapes.
+    The work goes on when `head` has read enough. Lines are written as they come, control characters and letters that the
+    stream has no code for as escapes: names in files must not command the terminal.
     """
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
+        self.raw = inner  # for what draws on the terminal
         self.error: OSError | None = None
         if hasattr(inner, "reconfigure"):
             inner.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -33,7 +36,8 @@ class Stream:
     def write(self, text: str) -> int:
         if self.error is None:
             try:
-                self._inner.write(text)
+                start = "\r" if text.startswith("\r") else ""  # tqdm's bars, of libraries
+                self._inner.write(start + escaped(text.removeprefix(start)))
             except OSError as error:
                 self._fail(error)
         return len(text)
@@ -65,6 +69,32 @@ def streams() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+class _Warnings(logging.Handler):
+    """Warnings of ours, one line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(Exception):  # a wrong format string must not end a command
+            complain(f"warning: {record.getMessage()}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Warnings of stepforge's loggers go to standard error in the words of the commands; other libraries' logs and Python
+    warnings (NumPy's of overflows, torch's of its exporter) go nowhere, unless -W or PYTHONWARNINGS asks for these."""
+    ours, root = logging.getLogger("stepforge"), logging.getLogger()
+    handler, nothing = _Warnings(logging.WARNING), logging.NullHandler()
+    ours.addHandler(handler)
+    root.addHandler(nothing)  # logging's last resort prints what has no handler
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        ours.removeHandler(handler)
+        root.removeHandler(nothing)
 
 
 def lost_output() -> str | None:
@@ -121,7 +151,7 @@ def progress_bar(label: str, total: Callable[[], int]) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(file=getattr(sys.stderr, "raw", sys.stderr))
     if not console.is_terminal:
         yield None
         return

@@ -16,6 +16,7 @@ from pathlib import Path
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.bundle import ComponentId, Module
 from stepforge.runtime.errors import AdapterError
+from stepforge.runtime.files import escaped
 from stepforge.runtime.lora.file import Contents, Tensor, opened
 from stepforge.runtime.lora.layers import BIASES, Layer, check
 from stepforge.runtime.lora.names import Names, Place
@@ -83,7 +84,7 @@ class Adapter:
             total = len(self.refused) + len(self.layers)
             log.warning(
                 "%s: %d of %d layers are not used, such as %s: %s; see `stepforge lora inspect`",
-                self.file, len(self.refused), total, brief(name), why,
+                self.file, len(self.refused), total, brief(name), escaped(why),
             )  # fmt: skip
 
 

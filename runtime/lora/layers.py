@@ -44,8 +44,9 @@ def low_rank(layer: Layer, shape: Shape) -> tuple[Float32, Float32] | None:
     """
     if layer.kind != "lora" or layer.magnitude is not None or layer.tensors.keys() & BIASES:
         return None
-    up = layer.tensors["up"].reshape(shape[0], -1) * np.float32(layer.scale)
-    return _down(layer.tensors, shape), up
+    with np.errstate(over="ignore", invalid="ignore"):  # callers refuse what is infinite
+        up = layer.tensors["up"].reshape(shape[0], -1) * np.float32(layer.scale)
+        return _down(layer.tensors, shape), up
 
 
 def _down(tensors: Tensors, shape: Shape) -> Float32:
