@@ -35,7 +35,6 @@ from stepforge.runtime.engine.text import Condition, Conditioner
 from stepforge.runtime.imaging.png import to_pil, to_uint8
 from stepforge.runtime.plan.compile import compile_plan
 from stepforge.runtime.plan.guiders import alignment
-from stepforge.runtime.plan.schedules import SchedulerCard
 from stepforge.runtime.tune.distance import distance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +57,7 @@ class Tables:
 
     def start(self, request: Request) -> Slot:
         """The first image of a request, before its first step."""
-        plan = compile_plan(request, SchedulerCard.from_dict(self.bundle.scheduler))
+        plan = compile_plan(request, self.bundle.scheduler)
         job = Job(request, plan, self.bundle.card.size(request.width, request.height), None)
         job.cond, job.uncond = self.conditioner(request.prompt, request.negative, request.prompt_syntax)
         return Slot(job, 0, job.size.latents(self.bundle.card))
@@ -214,7 +213,7 @@ def measure(path: Path, model: Path | None, args: argparse.Namespace) -> dict[st
     def mean(rows: Any) -> list[Any]:
         return np.round(np.mean(rows, axis=0), 4).tolist()
 
-    plan = compile_plan(Request(prompt="", **common), SchedulerCard.from_dict(tables.bundle.scheduler))
+    plan = compile_plan(Request(prompt="", **common), tables.bundle.scheduler)
     shares = np.mean([[(tables.kinds(line) == kind).mean() for kind in range(len(TOKENS))] for line in lines], axis=0)
     report: dict[str, Any] = {
         "bundle": tables.bundle.digest,

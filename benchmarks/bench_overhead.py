@@ -33,7 +33,6 @@ from stepforge import Bundle, Engine, Request
 from stepforge.runtime.backends.fake import Fake, fake_bundle
 from stepforge.runtime.bundle import Module
 from stepforge.runtime.plan.compile import compile_plan
-from stepforge.runtime.plan.schedules import SchedulerCard
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, FILES = 900, 1500  # modules and files of one network; the SD1.5 UNet has 686 tensors
@@ -82,7 +81,7 @@ class Timed(Fake):
 
 
 def plan_microseconds(sampler: str, steps: int, runs: int = 40) -> dict[str, list[float]]:
-    card = SchedulerCard.from_dict(fake_bundle().scheduler)
+    card = fake_bundle().scheduler
     requests = [Request(prompt="x", sampler=sampler, steps=steps, guidance=7.5 + k / 1000) for k in range(runs)]
     return {
         "cold": timed([lambda request=request: compile_plan(request, card) for request in requests]),  # type: ignore[misc]

@@ -219,9 +219,14 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
 
 
 def reason(error: BaseException, line: int = 0) -> str:
-    """One line of an error's text, 0 the first and -1 the last; never empty."""
+    """One line of an error's text, 0 the first and -1 the last, with the next ones where it ends in a colon; never empty."""
     lines = [text.strip() for text in str(error).splitlines() if text.strip()]
-    return lines[line] if lines else type(error).__name__
+    found = " ".join(lines[line:][:1])
+    for more in lines[line:][1:]:
+        if not found.endswith(":"):
+            break
+        found += f" {more}"
+    return found.rstrip(": ") or type(error).__name__
 
 
 def check_threads(threads: object) -> None:

@@ -22,7 +22,8 @@ from stepforge.runtime.bundle import (
     ModelCard,
     TextEncoder,
 )
-from stepforge.runtime.plan.schedules import SchedulerCard, alphas_cumprod
+from stepforge.runtime.bundle.scheduler import SchedulerCard
+from stepforge.runtime.plan.schedules import alphas_cumprod
 
 SPREAD = 0.5
 DIM = 16  # width of the pretended text embedding
@@ -45,7 +46,7 @@ def fake_bundle(size: int = 512) -> Bundle:
         ),
         scheduler=SchedulerCard(
             sampler="ddim", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
-        ).to_dict(),
+        ),
         components={key: Component("", (), ()) for key in (TEXT_ENCODERS[0], UNET, VAE_DECODER)},
         precision="fp32",
         versions={},
@@ -63,7 +64,7 @@ class Fake:
     def __init__(self, bundle: Bundle, *, precision: str = "auto", threads: int = 1) -> None:
         self.versions: dict[str, str] = {}
         self._bundle = bundle
-        self._alphas = alphas_cumprod(SchedulerCard.from_dict(bundle.scheduler))
+        self._alphas = alphas_cumprod(bundle.scheduler)
 
     def bank_dtype(self, component: ComponentId) -> type[np.float32]:
         return np.float32

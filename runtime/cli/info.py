@@ -25,13 +25,27 @@ def info(bundle: options.BundlePath, as_json: options.Json = False) -> None:
     print(f"{name}: {family}, {opened.precision}, digest {opened.digest[:16]}")
     for key in opened.components:
         print(f"  {printable(key):20} {_described(opened, key)}")
-    print(f"  scheduler: {_listed({key: value for key, value in opened.scheduler.items() if value is not None})}")
+    print(
+        f"  scheduler: {_listed({key: value for key, value in opened.scheduler.to_dict().items() if value is not None})}"
+    )
     print(f"  exported with: {_listed(opened.versions)}")
     for name, preset in opened.presets.items():
         stated = {key: value for key, value in preset.to_dict().items() if key != "found"}
         print(f"  preset {printable(name)}: {_listed(stated)}")
+    for what in ("assumed", "corrected"):
+        for line in lines(opened.source.get(what)):
+            print(f"  {what} at export: {line}")
     verdict = opened.verdict
     print("  parity: " + (printable(verdict["summary"], 500) if verdict else "never verified; run `stepforge verify`"))
+    if verdict and isinstance(reference := verdict.get("reference"), Mapping):
+        print(f"  reference: {printable(str(reference.get('loader')), 80)}")
+        for line in lines(reference.get("assumed")):
+            print(f"  assumed by verify: {line}")
+
+
+def lines(value: Any) -> list[str]:
+    """The lines of a manifest's list as a terminal may have them; empty for what older bundles lack."""
+    return [printable(str(line), 300) for line in value] if isinstance(value, list | tuple) else []
 
 
 def facts(bundle: Bundle) -> dict[str, Any]:
@@ -40,7 +54,7 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "digest": bundle.digest,
         "precision": bundle.precision,
         "model": asdict(bundle.card),
-        "scheduler": dict(bundle.scheduler),
+        "scheduler": bundle.scheduler.to_dict(),
         "source": dict(bundle.source),
         "versions": dict(bundle.versions),
         "components": {str(key): component.graph for key, component in bundle.components.items()},

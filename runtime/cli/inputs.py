@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepforge.runtime.bundle import NAME
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.files import is_lfs_pointer, once, printable
+from stepforge.runtime.files import is_lfs_pointer, printable, strict_json
 from stepforge.runtime.lora.layers import MAX_STRENGTH
 
 if TYPE_CHECKING:
@@ -34,11 +33,11 @@ def read_requests(
     requests = []
     for number, line in read_lines(request_file):
         try:
-            values = json.loads(line, object_pairs_hook=once)
+            values = strict_json(line.encode())
             if not isinstance(values, dict):
                 raise ValueError("an object with the fields of a request is needed")
             requests.append(Request.of({**options, **canonical(_found_beside(request_file, values))}))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise RequestError(f"{printable(request_file)}, line {number}: {error}") from error
     return requests
 

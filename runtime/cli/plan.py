@@ -26,7 +26,6 @@ def plan(
     """Print the table of numbers that a request becomes."""
     from stepforge.runtime.load import open_bundle
     from stepforge.runtime.plan.compile import check_variants, compile_plan, describe
-    from stepforge.runtime.plan.schedules import SchedulerCard
     from stepforge.runtime.request import Request
     from stepforge.runtime.request.presets import resolve
 
@@ -36,7 +35,7 @@ def plan(
     )  # fmt: skip
     request = Request(prompt="", **fields)
     opened = open_bundle(bundle, check=False)
-    compiled = compile_plan(resolve(request, opened), SchedulerCard.from_dict(opened.scheduler))
+    compiled = compile_plan(resolve(request, opened), opened.scheduler)
     check_variants(compiled, opened)
     rows = describe(compiled)
     if as_json:

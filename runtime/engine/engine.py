@@ -26,7 +26,6 @@ from stepforge.runtime.engine.worker import Worker
 from stepforge.runtime.errors import Cancelled, QueueFull, RequestError
 from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.compile import Rows, check_variants, compile_plan
-from stepforge.runtime.plan.schedules import SchedulerCard
 from stepforge.runtime.request import Request, Result
 from stepforge.runtime.request.presets import resolve
 
@@ -73,7 +72,7 @@ class Engine:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise RequestError(f"{name} is {value!r}; it must be a whole number of at least {least}")
         self.bundle, self.backend, self.max_rows = bundle, backend, max_rows
-        self.scheduler_card = SchedulerCard.from_dict(bundle.scheduler)
+        self.scheduler_card = bundle.scheduler
         self.adapters = Adapters(bundle, backend)
         self._scheduler = Scheduler(max_rows=max_rows, max_pixels=max_pixels, queue_limit=queue_limit)
         self._worker = Worker(bundle, backend, self._scheduler, self.adapters)

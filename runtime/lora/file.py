@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.errors import AdapterError
-from stepforge.runtime.files import LFS_POINTER, once, printable
+from stepforge.runtime.files import LFS_POINTER, printable, strict_json
 from stepforge.runtime.lora.peft import PeftConfig, brief
 
 CONFIG = "adapter_config.json"
@@ -253,19 +252,18 @@ def _embedded(shown: str, metadata: Mapping[str, Any]) -> dict[str, PeftConfig]:
     if not isinstance(text, str):
         raise AdapterError(f"{what} is no text")
     options: dict[str, dict[str, Any]] = {}
-    for key, value in _object(what, text).items():
+    for key, value in _object(what, text.encode()).items():
         component, _, option = key.partition(".")
         options.setdefault(f"{component}.", {})[option] = value
     return {prefix: PeftConfig.parse(what, values) for prefix, values in options.items()}
 
 
-def _object(what: str, data: bytes | str) -> dict[str, Any]:
+def _object(what: str, data: bytes) -> dict[str, Any]:
     """A JSON object in which no name is given twice."""
     try:
-        text = data.decode("utf-8") if isinstance(data, bytes) else data
-        value = json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{what}: not readable JSON: {brief(error)}") from error
+        value = strict_json(data)
+    except ValueError as error:
+        raise AdapterError(f"{what}: {error}") from error
     if not isinstance(value, dict):
         raise AdapterError(f"{what}: not a JSON object")
     return value

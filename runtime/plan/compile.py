@@ -7,13 +7,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from stepforge.runtime.bundle import Bundle, ComponentId
+from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan.guidance import Guidance, weights
 from stepforge.runtime.plan.guiders import Guider
 from stepforge.runtime.plan.plan import Plan
 from stepforge.runtime.plan.reuse import Reuse, variants
 from stepforge.runtime.plan.sample import sample_steps
-from stepforge.runtime.plan.schedules import SchedulerCard
 from stepforge.runtime.plan.step import Step, rows_of
 from stepforge.runtime.plan.windows import Window
 

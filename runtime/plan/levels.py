@@ -10,17 +10,10 @@ from itertools import pairwise
 import numpy as np
 
 from stepforge.runtime.arrays import Float64
+from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan.linear import Level, NoisePath
-from stepforge.runtime.plan.schedules import (
-    RESPACE,
-    SchedulerCard,
-    alphas_cumprod,
-    check_timesteps,
-    ratio,
-    spaced,
-    times_of,
-)
+from stepforge.runtime.plan.schedules import RESPACE, alphas_cumprod, check_timesteps, ratio, spaced, times_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,108 +8,14 @@ from ours by about 1e-7.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from stepforge.runtime.arrays import Float64
+from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.checks import shown
-from stepforge.runtime.errors import BundleError, RequestError
-
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
-SPACINGS = ("linspace", "leading", "trailing")
-SCHEDULES = ("normal", "karras", "exponential", "beta")
-SAMPLER_NAMES = (  # keys of samplers.SAMPLERS, which is built on this file
-    "ddim",
-    "ddpm",
-    "deis",
-    "dpmpp_2m",
-    "dpmpp_2m_sde",
-    "dpmpp_3m",
-    "euler",
-    "euler_a",
-    "flow_euler",
-    "heun",
-    "kdpm2",
-    "lcm",
-    "lms",
-    "pndm",
-    "tcd",
-    "unipc",
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerCard:
-    """What a bundle stores of a model's scheduler; hashable.
-
-    `timestep_spacing` and `set_alpha_to_one` are None where the model's config is silent: each sampler then takes the
-    default of its diffusers class, as `Scheduler.from_config(pipe.scheduler.config)` does.
-    """
-
-    sampler: str  # used where a request names none
-    schedule: str = "normal"  # sigma schedule used where a request names none
-    prediction_type: str = "epsilon"
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"
-    trained_betas: tuple[float, ...] | None = None
-    rescale_betas_zero_snr: bool = False
-    timestep_spacing: str | None = None
-    steps_offset: int = 0
-    set_alpha_to_one: bool | None = None
-    shift: float = 1.0  # flow models' shift
-
-    def __post_init__(self) -> None:
-        choose("sampler", self.sampler, SAMPLER_NAMES)
-        choose("schedule", self.schedule, SCHEDULES)
-        choose("prediction_type", self.prediction_type, PREDICTIONS)
-        choose("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
-        choose("timestep_spacing", self.timestep_spacing, (None, *SPACINGS))
-        choose("rescale_betas_zero_snr", self.rescale_betas_zero_snr, (False, True))
-        choose("set_alpha_to_one", self.set_alpha_to_one, (None, False, True))
-        for name in ("num_train_timesteps", "steps_offset"):
-            if not isinstance(getattr(self, name), int):
-                raise BundleError(f"{name} is {shown(getattr(self, name))}; it must be a whole number")
-        if self.num_train_timesteps < 1:
-            raise BundleError(f"num_train_timesteps is {self.num_train_timesteps}; at least 1 is needed")
-        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
-            raise BundleError(
-                f"trained_betas has {len(self.trained_betas)} values for {self.num_train_timesteps} timesteps"
-            )
-        betas = self.trained_betas or (self.beta_start, self.beta_end)
-        if not all(0.0 < beta < 1.0 for beta in betas):
-            raise BundleError(f"betas must lie between 0 and 1, here from {min(betas)} to {max(betas)}")
-        if not 0.0 < self.shift < math.inf:
-            raise BundleError(f"shift is {self.shift}; it must be positive")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"trained_betas": None if self.trained_betas is None else list(self.trained_betas)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SchedulerCard:
-        """Reads what `to_dict` wrote; nothing may be missing or unknown."""
-        names = {field.name for field in fields(cls)}
-        if values.keys() != names:
-            wrong = ", ".join(sorted(values.keys() ^ names))
-            raise BundleError(f"scheduler card has missing or unknown fields: {wrong}")
-        betas = values["trained_betas"]
-        try:
-            return cls(**{**values, "trained_betas": None if betas is None else tuple(betas)})
-        except TypeError as error:
-            raise BundleError(f"scheduler card has a value of the wrong kind: {error}") from None
-
-
-def choose(what: str, value: object, choices: tuple[Any, ...]) -> None:
-    """Refuses a value of a card that is not among the choices."""
-    if value not in choices:
-        raise BundleError(f"{what} is {shown(value)}; choose one of {', '.join(dict.fromkeys(map(str, choices)))}")
+from stepforge.runtime.errors import RequestError
 
 
 def betas(card: SchedulerCard) -> Float64:

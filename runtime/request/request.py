@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
 
+from stepforge.runtime.bundle.scheduler import SAMPLER_NAMES, SCHEDULES, SPACINGS
 from stepforge.runtime.checks import MAX_NAME, choice, listed, real, shown, text, whole
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.imaging.read import MAX_SIDE
@@ -15,7 +16,6 @@ from stepforge.runtime.lora.layers import MAX_STRENGTH
 from stepforge.runtime.plan.guidance import MAX_WEIGHTS, Guidance, parse_guidance
 from stepforge.runtime.plan.guiders import Guider
 from stepforge.runtime.plan.reuse import Reuse
-from stepforge.runtime.plan.schedules import SAMPLER_NAMES, SCHEDULES, SPACINGS
 from stepforge.runtime.request.control import Control, controls_of
 
 MAX_STEPS = 1000

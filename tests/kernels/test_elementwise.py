@@ -159,8 +159,8 @@ def test_exact_guidance_is_of_two_rows():
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "unipc", "euler_a"])
 def test_follows_the_engine(sampler):
     """A whole plan through the kernel gives the latents of the rows in fp64, noise and guidance included."""
+    from stepforge.runtime.bundle.scheduler import SchedulerCard
     from stepforge.runtime.plan.sample import sample_steps
-    from stepforge.runtime.plan.schedules import SchedulerCard
 
     rows, start = sample_steps(SchedulerCard(sampler=sampler), sampler=sampler, steps=6)
     num_x, num_p = max(len(row.keep) for row in rows), max(len(row.gain) for row in rows)

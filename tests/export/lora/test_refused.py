@@ -320,9 +320,10 @@ def test_no_config(refuse, file: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ("", "not readable JSON"), ("[]", "not a JSON object"), ("[" * 100_000, "not readable JSON"),
-        ('{"lora_alpha": ' + "1" * 400 + "}", "no usable"), ({}, "no usable lora_alpha"), ({"lora_alpha": None}, "no usable"),
-        ({"lora_alpha": "x\n" * 999}, "no usable"), ({"lora_alpha": float("nan")}, "no usable lora_alpha"),
+        ("", "it is not JSON"), ("[]", "not a JSON object"), ("[" * 100_000, "it nests deeper"),
+       
+        ('{"lora_alpha": ' + "1" * 400 + "}", "a number of 400 digits"), ({}, "no usable lora_alpha"), ({"lora_alpha": None}, "no usable"),
+        ({"lora_alpha": "x\n" * 999}, "no usable"), ({"lora_alpha": float("nan")}, "it contains NaN"),
         ({"lora_alpha": 1e308}, "an alpha that is not below 1e+06"), ({"lora_alpha": "4"}, "no usable lora_alpha: '4'"),
         ({"lora_alpha": True}, "no usable lora_alpha"), ('{"lora_alpha": 4, "lora_alpha": 8}', "is given twice"),
         ({"alpha_pattern": [1]}, "no usable"), ({"alpha_pattern": "to_q"}, "no usable alpha_pattern: 'to_q'"),

@@ -12,7 +12,6 @@ from stepforge.runtime.bundle import Size
 from stepforge.runtime.engine.future import RequestFuture
 from stepforge.runtime.engine.state import Job, Trajectory
 from stepforge.runtime.plan.compile import compile_plan
-from stepforge.runtime.plan.schedules import SchedulerCard
 
 SIZE = 64
 MIXED = [
@@ -101,7 +100,7 @@ def test_guidance_is_linear_in_the_weight(engine):
 
 def test_update_equals_the_definition():
     """The ring of a trajectory against the sum written out, for every window length of the samplers."""
-    card = SchedulerCard.from_dict(fake_bundle().scheduler)
+    card = fake_bundle().scheduler
     random = np.random.RandomState(0)
     for sampler in ("ddim", "pndm", "unipc", "dpmpp_3m", "lms", "heun", "euler_a"):
         request = Request(prompt="", sampler=sampler, steps=8)

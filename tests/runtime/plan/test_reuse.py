@@ -17,12 +17,12 @@ from stepforge.export.parity.measures import relative_error
 from stepforge.export.parity.verify import LIMITS
 from stepforge.runtime.backends.fake import fake_bundle
 from stepforge.runtime.bundle import UNET, Bundle, ComponentId, read
+from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.imaging.preprocess import hint_of
 from stepforge.runtime.plan import Plan, Step
 from stepforge.runtime.plan.compile import compile_plan
 from stepforge.runtime.plan.reuse import Reuse, recordings, variants
-from stepforge.runtime.plan.schedules import SchedulerCard
 
 REAL = ("openvino", "onnxruntime", "torch")
 D, T = "deepcache", "tgate"
@@ -382,7 +382,7 @@ def test_a_bundle_without_variants_says_how_to_get_them(tiny_sd1_bundle):
 
 
 def test_adaptive_guidance_with_reuse_refuses_steps_of_guidance_0():
-    card = SchedulerCard.from_dict(fake_bundle().scheduler)
+    card = fake_bundle().scheduler
     request = Request(prompt="", steps=4, guidance=[3, 3, 3, 0], guider="adaptive", reuse="deepcache(2)")
     with pytest.raises(RequestError, match="do not go with steps of guidance 0"):
         compile_plan(request, card)

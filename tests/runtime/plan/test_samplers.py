@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepforge.export.oracle import Trace, follow
+from stepforge.runtime.bundle.scheduler import SCHEDULES, SPACINGS, SchedulerCard
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Step, expand
 from stepforge.runtime.plan.sample import sample_steps
 from stepforge.runtime.plan.samplers import SAMPLERS
-from stepforge.runtime.plan.schedules import SCHEDULES, SPACINGS, SchedulerCard
 
 STEPS = (1, 2, 3, 7, 20, 50)
 # 50 steps of float64 from sigma 4096 (zero SNR) lose 4 digits to cancellation; the largest seen is 2e-12, and 6e-10 for

@@ -12,15 +12,9 @@ import pytest
 import scipy.stats
 
 from stepforge.export.oracle import in_float64
+from stepforge.runtime.bundle.scheduler import BETA_SCHEDULES, SchedulerCard
 from stepforge.runtime.errors import BundleError
-from stepforge.runtime.plan.schedules import (
-    BETA_SCHEDULES,
-    SchedulerCard,
-    alphas_cumprod,
-    beta_quantile,
-    spaced,
-    times_of,
-)
+from stepforge.runtime.plan.schedules import alphas_cumprod, beta_quantile, spaced, times_of
 
 
 @pytest.mark.parametrize("zero_snr", [False, True], ids=["", "zero_snr"])

@@ -19,11 +19,11 @@ from PIL import Image
 
 from stepforge import Control, Request, RequestError
 from stepforge.runtime.backends.fake import fake_bundle
+from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.imaging.preprocess import hint_of
 from stepforge.runtime.plan.compile import compile_plan
 from stepforge.runtime.plan.guiders import Guider
 from stepforge.runtime.plan.reuse import Reuse
-from stepforge.runtime.plan.schedules import SchedulerCard
 from stepforge.runtime.request.request import ALIASES, MAX_CONTROLS, MAX_PROMPT, MAX_STEPS
 
 ARRAY = np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8)
@@ -219,7 +219,7 @@ def test_echoes_never_fail(value: object):
 
 
 def test_requests_that_decide_the_same_steps_share_one_plan():
-    card = SchedulerCard.from_dict(fake_bundle().scheduler)
+    card = fake_bundle().scheduler
     asked = {"steps": 9, "guidance": "linear(7.5)", "guider": "rescale", "controls": [{**CONTROL, "end": 0.5}]}
     plan = compile_plan(Request(prompt="a", **asked), card)
     again = Request(prompt="b", seed=4, images=2, width=64, adapters={"a": 1}, **{**asked, "guidance": "linear( 7.5 )"})
