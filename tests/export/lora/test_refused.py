@@ -321,8 +321,8 @@ def test_no_config(refuse, file: Path) -> None:
     ("config", "text"),
     [
         ("", "it is not JSON"), ("[]", "not a JSON object"), ("[" * 100_000, "it nests deeper"),
-       
-        ('{"lora_alpha": ' + "1" * 400 + "}", "a number of 400 digits"), ({}, "no usable lora_alpha"), ({"lora_alpha": None}, "no usable"),
+        ('{"lora_alpha": ' + "1" * 400 + "}", "a number of 400 digits"), ({}, "no usable lora_alpha"),
+        ({"lora_alpha": None}, "no usable"),
         ({"lora_alpha": "x\n" * 999}, "no usable"), ({"lora_alpha": float("nan")}, "it contains NaN"),
         ({"lora_alpha": 1e308}, "an alpha that is not below 1e+06"), ({"lora_alpha": "4"}, "no usable lora_alpha: '4'"),
         ({"lora_alpha": True}, "no usable lora_alpha"), ('{"lora_alpha": 4, "lora_alpha": 8}', "is given twice"),
@@ -391,7 +391,7 @@ def test_worst_expressions_that_are_allowed(sd1, file: Path) -> None:
     assert {layer.scale for layer in sd1.read(file).layers.values()} == {4.0}
     state = {f"base_model.model.{'a' * 99}{i}.lora_A.weight": floats(1, 1) for i in range(9_999)}
     save_file(state, file)
-    with pytest.raises(AdapterError, match="patterns that are too complex for 10"):
+    with pytest.raises(AdapterError, match=r"patterns that are too complex for \d+ letters"):
         survey(file)
 
 
