@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,8 +15,8 @@ from numpy.typing import NDArray
 
 from stepforge.runtime.backends.gpu import torch_on_gpu
 from stepforge.runtime.bundle import Bundle, ComponentId, Role
-from stepforge.runtime.checks import shown
-from stepforge.runtime.errors import BackendError
+from stepforge.runtime.checks import whole
+from stepforge.runtime.errors import BackendError, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -231,11 +230,11 @@ def reason(error: BaseException, line: int = 0) -> str:
 
 def check_threads(threads: object) -> None:
     """Raise BackendError unless it is None or a whole number of threads that this machine can bear."""
-    most = THREADS_PER_CORE * (os.cpu_count() or 1)
-    if threads is None:
-        return
-    if isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= threads <= most:
-        raise BackendError(f"threads is {shown(threads)}; it must be a whole number from 1 to {most}")
+    try:
+        if threads is not None:
+            whole("threads", threads, 1, THREADS_PER_CORE * (os.cpu_count() or 1))
+    except RequestError as error:
+        raise BackendError(str(error)) from None
 
 
 def available_threads() -> int:

@@ -148,7 +148,9 @@ def _beside(path: Path) -> bytes:
 
 def _sha256(file: BinaryIO, beside: bytes) -> str:
     file.seek(0)
-    digest = hashlib.file_digest(file, "sha256")
+    digest = hashlib.sha256()
+    while data := file.read(CHUNK):
+        digest.update(data)
     digest.update(beside)
     return digest.hexdigest()
 

@@ -15,7 +15,7 @@ from mutate import NAMES
 
 from stepforge.runtime.cli.main import main
 
-QUICK, SOAK = 120, 1000
+QUICK, SOAK = 100, 1000
 SECONDS = 30.0
 
 
@@ -26,19 +26,20 @@ class Refused(Exception):
 ERRORS = (Refused,)
 COMMANDS = {
     "plan": ["fake"], "generate": ["fake", "a cat"], "info": ["fake"], "lora inspect": ["{lora}"], "tune": ["fake"],
-    "": [], "nothing": [], "lora": [], "export": ["{missing}", "-o", "{out}"], "verify": ["{missing}", "{missing}"],
-    "lora convert": ["{lora}", "{out}", "--model", "{missing}"],
+    "": [], "nothing": [], "lora": [], "info  ": ["{missing}"],
 }  # fmt: skip
 OPTIONS = {
     "--steps": ["1", "3", "0", "1001", "1e3"], "--sampler": ["ddim", "euler", "dpmpp_2m"], "--schedule": ["karras", "beta"],
-    "--spacing": ["trailing"], "--timesteps": ["999,500,1", "1,2", ","], "--sigmas": ["14,7,0", "nan", "-1,0"], "--eta": ["0.5"],
+    "--spacing": ["trailing"], "--timesteps": ["999,500,1", "1,2", ","], "--sigmas": ["14,7,0", "nan", "-1,0"],
+    "--eta": ["0.5"],
     "--guidance": ["7.5", "linear(1..12)", "1,2,3", "interval(7, steps=0..1)"], "--guider": ["apg", "rescale(0.7)"],
     "--reuse": ["tgate(0.5)", "deepcache(3)"], "--plan": ["fast"], "--control": ["a=b.png", "a"], "--preprocessor": ["canny"],
     "--control-window": ["0..1", "1..0", "..", "a..b"], "--seed": ["1", "-1", str(2**64)], "--images": ["1", "0", "65"],
     "--width": ["64", "65", "0", "99999"], "--height": ["64"], "--prompt-syntax": ["plain", "a1111", "x"], "--json": [""],
     "--backend": ["fake", "nothing", "auto"], "--precision": ["fp32", "fp64"], "--threads": ["1", "0", "-1", "1000000", "1e3"],
     "--columns": ["1", "0"], "--no-metadata": [""], "--overwrite": [""], "--adapter": ["{lora}", "x={lora}:2", "{missing}"],
-    "--prompts": ["{prompts}", "{missing}"], "--requests": ["{requests}", "{prompts}"], "--negative": ["bad"], "--limit": ["0.1"],
+    "--prompts": ["{prompts}", "{missing}"], "--requests": ["{requests}", "{prompts}"], "--negative": ["bad"],
+    "--limit": ["0.1"],
     "--budget": ["2"], "--name": ["fast"], "--bundle": ["{missing}", "fake"], "--help": [""], "--version": [""],
 }  # fmt: skip
 SMALL = ["--width", "64", "--height", "64", "--steps", "1", "-o", "{out}"]

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mutate import NAMES, flipped, json_text, mutated
 from ml_dtypes import bfloat16
+from mutate import NAMES, flipped, json_text, mutated
 from safetensors import deserialize
 
 from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, Module
@@ -29,12 +29,14 @@ QUICK, SOAK = 250, 4000
 
 Q, K = (f"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_{name}" for name in "qk")
 MODULES = {
-    UNET: (Module(Q, "linear", (8, 8), False), Module(K, "linear", (8, 8), False), Module("conv_in", "conv", (8, 4, 3, 3), True),
-           Module("conv_norm_out", "norm", (8,), True), Module("time_embedding.linear_1", "linear", (16, 8), True)),
+    UNET: (Module(Q, "linear", (8, 8), False), Module(K, "linear", (8, 8), False),
+           Module("conv_in", "conv", (8, 4, 3, 3), True), Module("conv_norm_out", "norm", (8,), True),
+           Module("time_embedding.linear_1", "linear", (16, 8), True)),
     TEXT_ENCODERS[0]: (Module("encoder.layers.0.self_attn.q_proj", "linear", (8, 8), True),),
 }  # fmt: skip
-STEMS = [f"lora_unet_{Q.replace('.', '_')}", f"unet.{K}", f"base_model.model.{Q}", "lora_unet_conv_in", "lora_unet_conv_norm_out",
-         "lora_unet_time_embedding_linear_1", "lora_te_text_model_encoder_layers_0_self_attn_q_proj", "other", ""]  # fmt: skip
+STEMS = [f"lora_unet_{Q.replace('.', '_')}", f"unet.{K}", f"base_model.model.{Q}", "lora_unet_conv_in",
+         "lora_unet_conv_norm_out", "lora_unet_time_embedding_linear_1",
+         "lora_te_text_model_encoder_layers_0_self_attn_q_proj", "other", ""]  # fmt: skip
 ENDINGS = ["lora_down.weight", "lora_up.weight", "lora_mid.weight", "lora_A.weight", "lora_B.weight", "lora_B.bias", "alpha",
            "dora_scale", "lora_magnitude_vector", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
            "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "weight", "on_input", "diff",
