@@ -105,10 +105,9 @@ def control_calls(name: str, recorder: Recorder) -> Iterator[Call]:
     for index in places(len(calls)):
         down, mid = calls[index][2]
         residuals = [_array(value) for value in (*down, mid)]
-        inputs = _denoiser_inputs(calls[index]) | {
-            "hint": hint,
-            "scale": np.ones((2, len(residuals)), np.float32),
-        }
+        inputs = _denoiser_inputs(calls[index])
+        # a pipeline runs a ControlNet with pooled residuals on the conditional row alone
+        inputs |= {"hint": hint, "scale": np.ones((len(inputs["sample"]), len(residuals)), np.float32)}
         outputs = {f"{RESIDUAL}{number}": value for number, value in enumerate(residuals)}
         yield Call(key, f"{key} t={inputs['timestep'][0]:g}", inputs, outputs)
 
