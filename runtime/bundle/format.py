@@ -48,6 +48,7 @@ Text = Annotated[str, Between(1, 1000)]
 Word = Annotated[str, Matches(WORD, "a name of letters, digits, - and _")]
 Named = Annotated[str, Matches(NAME, "a name of letters, digits, ., - and _")]
 File = Annotated[str, Matches(re.compile(rf"({NAME.pattern}/){{0,8}}{NAME.pattern}"), "a plain relative path")]
+Variant = Annotated[str, Matches(re.compile(rf"({WORD.pattern})?"), "a name of letters, digits, - and _, or empty")]
 Pixels = Annotated[int, Between(1, 1 << 16)]
 Channels = Annotated[int, Between(1, 1 << 20)]
 TokenId = Annotated[int, Between(0, 1 << 24)]
@@ -64,7 +65,7 @@ class ComponentId:
 
     role: Role
     name: Word
-    variant: Word | Literal[""] = ""
+    variant: Variant = ""
 
     @property
     def whole(self) -> ComponentId:
