@@ -52,6 +52,7 @@ setup(
         "dev": [
             *EXPORT,
             "pytest>=8",  # test runner
+            "pytest-xdist>=3.6",  # the suite on all cores; MIT, kept by pytest's own organisation
             "pytest-timeout>=2.3",  # no test may hang CI
             "hypothesis>=6.100",  # property tests
             "scipy>=1.11",  # diffusers' beta and LMS schedules, the oracle of ours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
 ENTRIES_PER_LAYER, LEAST_ENTRIES = 2, 128
 
 
+@cache
+def core() -> openvino.Core:
+    """The only Core of the process, never let go of.
+
+    OpenVINO's CPU plugin replaces the signal stack of the thread that loads it (for AMX), and unmaps it when its Core goes.
+    If that happens in another thread, or while a second Core lives, the stack stays set: the next signal that Python handles
+    (Ctrl-C) then ends the process with SIGSEGV (2026.4.1, tests/runtime/backends/test_exit.py).
+    """
+    return openvino.Core()
+
+
 class OpenVino:
     """`precision="auto"` is bf16 where the processor computes it natively, else fp32."""
 
@@ -29,8 +41,7 @@ class OpenVino:
 
     def __init__(self, bundle: Bundle, *, precision: str, threads: int) -> None:
         self._bundle = bundle
-        self._core = openvino.Core()
-        has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        has_bf16 = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "auto":
             precision = "bf16" if has_bf16 else "fp32"
         if precision == "bf16" and not has_bf16:
@@ -68,14 +79,15 @@ class OpenVino:
                 if folder is not None:
                     config["CACHE_DIR"] = str(folder)
                 network = self._with_bf16_inputs(path, banks) if banks and precision == "bf16" else path
-                compiled = self._core.compile_model(network, "CPU", config)
+                compiled = core().compile_model(network, "CPU", config)
         except (RuntimeError, OSError) as error:
             raise BackendError(f"openvino cannot load {entry.graph}: {reason(error, -1)}") from error
         return _Graph(compiled, [tensor.name for tensor in entry.outputs], banks or {})
 
-    def _with_bf16_inputs(self, graph: Path, names: Iterable[str]) -> openvino.Model:
+    @staticmethod
+    def _with_bf16_inputs(graph: Path, names: Iterable[str]) -> openvino.Model:
         """Float32 banks would be converted as a whole in every call, all slots of them."""
-        steps = openvino.preprocess.PrePostProcessor(self._core.read_model(graph))
+        steps = openvino.preprocess.PrePostProcessor(core().read_model(graph))
         for name in names:
             steps.input(name).tensor().set_element_type(openvino.Type.bf16)
         return steps.build()

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-import openvino
 import pytest
 import torch
 
 from stepforge.export.build import export_bundle
 from stepforge.export.graph import trace
 from stepforge.export.models.load import load
+from stepforge.runtime.backends.openvino import core
 from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, VAE_DECODER, ComponentId, read
 
 FAMILIES = ("tiny_sd1", "tiny_sd2v", "tiny_sdxl")
@@ -43,7 +43,7 @@ def onnxruntime_session(graph: Path) -> Callable[[dict[str, Any]], dict[str, Any
 @cache
 def openvino_compiled(graph: Path) -> Any:
     config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    return openvino.Core().compile_model(graph, "CPU", config)
+    return core().compile_model(graph, "CPU", config)
 
 
 def openvino_request(graph: Path, outputs: list[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
