@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from stepforge.runtime.backends.gpu import torch_on_gpu
 from stepforge.runtime.bundle import Bundle, ComponentId, Role
 from stepforge.runtime.errors import BackendError
+from stepforge.runtime.files import printable
 
 log = logging.getLogger(__name__)
 
@@ -217,9 +219,36 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
 
 
 def reason(error: BaseException, line: int = 0) -> str:
-    """One line of an error's text, 0 the first and -1 the last; never empty."""
-    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+    """One printable line of an error's text, 0 the first and -1 the last; never empty."""
+    text = str(error)
+    if isinstance(error, UnicodeDecodeError):  # an engine's own message, which its binding could not make text of
+        text = error.object.decode(errors="replace")
+    lines = [found for line in text.splitlines() if (found := printable(line, 300))]
     return lines[line] if lines else type(error).__name__
+
+
+@contextmanager
+def loading(backend: str, graph: str, line: int = 0) -> Iterator[None]:
+    """Whatever an engine library raises for a graph becomes BackendError. line: of its text, see `reason`."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except Exception as error:  # each library has classes of its own, some direct from Exception
+        raise BackendError(f"{backend} cannot load {graph}: {reason(error, line)}") from error
+
+
+@contextmanager
+def running(backend: str, component: ComponentId) -> Iterator[None]:
+    """Whatever an engine library raises in a call becomes BackendError, but for memory that ran out: see `engine.worker`."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise BackendError(f"{backend} cannot run {component}: {reason(error, -1)}") from error
 
 
 def available_threads() -> int:

@@ -11,8 +11,10 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from stepforge.runtime.backends import ALWAYS_FP32, Arrays, reason
+from stepforge.runtime.backends import ALWAYS_FP32, Arrays, loading, running
 from stepforge.runtime.backends.compile_cache import CompileCache
+from stepforge.runtime.backends.graph_file import checked_graph
+from stepforge.runtime.backends.signature import Signature
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
@@ -69,8 +71,8 @@ class OpenVino:
             "PERFORMANCE_HINT": "LATENCY",
             "CPU_RUNTIME_CACHE_CAPACITY": self._entries,
         }
-        path = self._bundle.file(entry.graph)
-        try:
+        path = checked_graph(self._bundle, component, entry.graph)
+        with loading("openvino", entry.graph, -1):
             # The key has the precision: OpenVINO takes a network compiled for f32 out of its cache for bf16 (2026.4.1,
             # LOADED_FROM_CACHE on the first bf16 compilation), whose results are then NaN, or the process ends. It has the
             # path and its time because OpenVINO's own has.
@@ -80,9 +82,7 @@ class OpenVino:
                     config["CACHE_DIR"] = str(folder)
                 network = self._with_bf16_inputs(path, banks) if banks and precision == "bf16" else path
                 compiled = core().compile_model(network, "CPU", config)
-        except (RuntimeError, OSError) as error:
-            raise BackendError(f"openvino cannot load {entry.graph}: {reason(error, -1)}") from error
-        return _Graph(compiled, [tensor.name for tensor in entry.outputs], banks or {})
+            return _Graph(compiled, component, [t.name for t in entry.outputs], banks or {}, self._bundle)
 
     @staticmethod
     def _with_bf16_inputs(graph: Path, names: Iterable[str]) -> openvino.Model:
@@ -94,7 +94,10 @@ class OpenVino:
 
 
 class _Graph:
-    def __init__(self, compiled: Any, outputs: list[str], banks: Arrays) -> None:
+    def __init__(
+        self, compiled: Any, component: ComponentId, outputs: list[str], banks: Arrays, bundle: Bundle
+    ) -> None:
+        self._component, self._signature = component, Signature(bundle, component)
         self._request = compiled.create_infer_request()
         self._outputs = outputs
         self._banks = banks  # their memory is shared, not copied
@@ -107,5 +110,8 @@ class _Graph:
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         # share_outputs: views of the request's own tensors, valid until the next call (saves a copy of each output)
-        results = self._request.infer(dict(inputs), share_inputs=True, share_outputs=True)
-        return {name: results[name] for name in self._outputs}
+        with running("openvino", self._component):
+            results = self._request.infer(dict(inputs), share_inputs=True, share_outputs=True)
+            found = {name: results[name] for name in self._outputs}
+        self._signature.check(inputs, found)
+        return found

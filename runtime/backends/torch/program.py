@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import torch
 
+from stepforge.runtime.backends import reason
 from stepforge.runtime.errors import BackendError
 
 HOST_FLOATS = {"Resize": (1, 2)}  # operands that are numbers for the host, although they are not whole
@@ -86,7 +87,7 @@ def read(graph: Path) -> Program:
     try:
         model = onnx.load(str(graph), load_external_data=False)
     except Exception as error:  # protobuf raises classes of its own
-        raise BackendError(f"torch cannot load {graph.name}: {str(error).splitlines()[0]}") from error
+        raise BackendError(f"torch cannot load {graph.name}: {reason(error)}") from error
     if not model.graph.node:
         raise BackendError(f"torch cannot load {graph.name}: it holds no graph")
     nodes = [_node(node, graph) for node in model.graph.node]
