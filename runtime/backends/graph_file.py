@@ -41,7 +41,11 @@ BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}  # an element,
 WHOLE = {6: "<i", 7: "<q"}
 IR_VERSIONS = range(8, 20)
 OPSETS = {"": range(18, 30), "ai.onnx": range(18, 30), "com.microsoft": range(1, 2)}
-LEAST_ONE = ("strides", "dilations", "kernel_shape", "group", "num_outputs", "num_heads")  # engines divide by them
+LIMITS = {  # engines divide by these, and make room for those
+    "strides": (1, 64), "dilations": (1, 64), "kernel_shape": (1, 64), "group": (1, 1 << 16), "num_outputs": (1, 1 << 10),
+    "num_heads": (1, 1 << 10), "pads": (0, 64),
+}  # fmt: skip
+MOST_SCALE = 64.0  # of Resize
 
 Span = tuple[int, int]
 
@@ -82,7 +86,7 @@ def _check(data: bytes, beside: Mapping[str, int], entry: Component) -> None:
             raise ValueError("it has functions or a training part")
     if len(graphs) != 1:
         raise ValueError(f"it holds {len(graphs)} graphs")
-    known: set[str] = set()
+    known: dict[str, tuple[float, ...]] = {}
     inputs, outputs, nodes = set(), [], []
     for field, value in _fields(data, graphs[0]):
         match field:
@@ -91,22 +95,25 @@ def _check(data: bytes, beside: Mapping[str, int], entry: Component) -> None:
                 if len(nodes) > MOST_NODES:
                     raise ValueError(f"it has more than {MOST_NODES} nodes")
             case 5:
-                known.add(_tensor(data, _span(value), beside))
+                known |= _tensor(data, _span(value), beside)
             case 11:
                 inputs.add(_name(data, _span(value)))
             case 12:
                 outputs.append(_name(data, _span(value)))
             case 15:
                 raise ValueError("it has sparse weights")
-    _check_names("input", inputs - known, {tensor.name for tensor in entry.inputs}, exactly=True)
+    _check_names("input", inputs - known.keys(), {tensor.name for tensor in entry.inputs}, exactly=True)
     _check_names("output", set(outputs), {tensor.name for tensor in entry.outputs}, exactly=False)
-    known |= inputs
+    known |= dict.fromkeys(inputs, ())
     for node in nodes:
         if missing := [name for name in node.inputs if name and name not in known]:
             raise ValueError(f"operator {node.op} reads {shown(missing[0])}, which nothing before it gives")
         if twice := [name for name in node.outputs if name in known]:
             raise ValueError(f"operator {node.op} gives {shown(twice[0])} a second time")
-        known.update(name for name in node.outputs if name)
+        scales = known[node.inputs[2]] if node.op == "Resize" and len(node.inputs) > 2 and node.inputs[2] else (1.0,)
+        if not scales or not all(0 < scale <= MOST_SCALE for scale in scales):
+            raise ValueError(f"operator Resize has the scales {shown(scales)}; up to {MOST_SCALE} is possible")
+        known |= dict.fromkeys((name for name in node.outputs if name), ())
     if missing := [name for name in outputs if name not in known]:
         raise ValueError(f"nothing gives its output {shown(missing[0])}")
 
@@ -162,12 +169,13 @@ def _check_attribute(data: bytes, span: Span, op: str) -> None:
             _tensor(data, _span(value), {})
         elif field not in (2, 7, 9, 13, 20):
             raise ValueError(f"an attribute of operator {shown(op)} is a graph or a reference")
-    if name in LEAST_ONE and any(not 1 <= number <= 1 << 20 for number in numbers):
-        raise ValueError(f"operator {shown(op)} has {name} {shown(numbers)}; at least 1 is needed")
+    low, high = LIMITS.get(name, (-MOST_NUMBER, MOST_NUMBER))
+    if not all(low <= number <= high or (number in ENDS and name not in LIMITS) for number in numbers):
+        raise ValueError(f"operator {shown(op)} has {shown(name)} {shown(numbers)}; from {low} to {high} is possible")
 
 
-def _tensor(data: bytes, span: Span, beside: Mapping[str, int]) -> str:
-    """Name of a tensor whose numbers are where they should be."""
+def _tensor(data: bytes, span: Span, beside: Mapping[str, int]) -> dict[str, tuple[float, ...]]:
+    """Name of a tensor whose numbers are where they should be, and these if they are few and no whole ones."""
     dims: list[int] = []
     kind, name, raw, external, is_external = 0, "", None, {}, False
     for field, value in _fields(data, span):
@@ -201,7 +209,7 @@ def _tensor(data: bytes, span: Span, beside: Mapping[str, int]) -> str:
             for (number,) in struct.iter_unpack(WHOLE[kind], data[start:end]):
                 if abs(number) > MOST_NUMBER and number not in ENDS:
                     raise ValueError(f"weight {shown(name)} has the number {number}; up to {MOST_NUMBER} is possible")
-        return name
+        return {name: struct.unpack(f"<{count}f", data[start:end]) if kind == 1 and count <= 8 else ()}
     location = external.get("location", "")
     if location not in beside:
         raise ValueError(f"weight {shown(name)} lies in {shown(location)}, which is no listed file beside the graph")
@@ -210,7 +218,7 @@ def _tensor(data: bytes, span: Span, beside: Mapping[str, int]) -> str:
         raise ValueError(
             f"weight {shown(name)} has {size} bytes; {shown(location)} gives {length} at {offset} of {beside[location]}"
         )
-    return name
+    return {name: ()}
 
 
 def _decimal(entries: Mapping[str, str], name: str, default: int) -> int:

@@ -15,7 +15,7 @@ from stepforge.runtime.bundle import MANIFEST, Bundle, read
 from stepforge.runtime.errors import BundleError
 
 ERRORS = (BundleError,)
-QUICK, SOAK = 200, 4000
+QUICK, SOAK = 40, 1500
 
 
 def start(folder: Path) -> tuple[Path, Bundle]:
@@ -164,7 +164,7 @@ def file_for_folder(path: Path, rng: random.Random) -> None:
 
 
 def many(path: Path, rng: random.Random) -> None:
-    for index in range(rng.choice((10, 5000))):
+    for index in range(rng.choice((10, 300))):
         (path / f"f{index}").touch()
 
 
