@@ -17,15 +17,17 @@ import torch
 
 from stepforge.export.graph import trace
 from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, used_modules
+from stepforge.export.graph.check import open_graphs
 from stepforge.export.graph.control import split
 from stepforge.export.graph.rewire import RESIDUAL, Variants, cut_variants, resolve_probes, variant
 from stepforge.export.lora.merge import read_all, with_adapters
+from stepforge.export.memory import check_fits
 from stepforge.export.models.controlnet import ControlSource, load_control
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source
-from stepforge.export.models.tokenizer import tokenizer_json
+from stepforge.export.models.tokenizer import Pad, tokenizer_json
 from stepforge.export.models.weights import Loader
 from stepforge.export.publish import check_out, staged
 from stepforge.runtime.bundle import (
@@ -45,6 +47,7 @@ from stepforge.runtime.bundle import (
     sha256,
     write_manifest,
 )
+from stepforge.runtime.bundle.steps import STEPS_FILE, written
 from stepforge.runtime.errors import CheckpointError
 
 Progress = Callable[[str, int, int], None]  # stage, stages done, stages in all
@@ -95,7 +98,8 @@ def export_bundle(
     controls: ControlNets by the name that requests use, see `models.controlnet.load_control`. reuse: variants of the
     denoiser for approximate plans. overwrite: replace a bundle at `out`; without it nothing is replaced, also not what appears
     there during the export. `out` appears complete or not at all.
-    Raises CheckpointError for the model and its ControlNets, AdapterError for a LoRA, BundleError for `out`.
+    Raises CheckpointError for the model and its ControlNets, for a graph that an installed engine does not load and for an
+    export that does not fit into memory or onto the disk, AdapterError for a LoRA, BundleError for `out`.
     """
     out = Path(out)
     if precision not in DTYPES:
@@ -103,6 +107,7 @@ def export_bundle(
     check_out(out, overwrite)
     source = load(model_path, tokenizer=tokenizer, prediction_type=prediction_type)
     source = with_adapters(source, read_all(source, loras))
+    check_fits(source, DTYPES[precision], out)
     nets = read_controls(source, controls or {})
     with staged(out, overwrite=overwrite) as folder:
         bundle = _Export(source, nets, folder, precision, bank, reuse, progress).run(name or source.name)
@@ -135,7 +140,7 @@ class _Export:
         self.source, self.controls, self.folder, self.precision = source, controls, folder, precision
         self.dtype, self.bank, self.reuse = DTYPES[precision], bank, reuse
         self.components: dict[ComponentId, Component] = {}
-        self.progress, self.done, self.stages = progress, 0, len(source.text_encoders) + len(controls) + 3
+        self.progress, self.done, self.stages = progress, 0, len(source.text_encoders) + len(controls) + 4
 
     def run(self, name: str) -> Bundle:
         encoders = self.text_encoders()
@@ -143,9 +148,10 @@ class _Export:
         for control in self.controls:
             self.control(control)
         vae = self.decoder()
-        _check_fit(unet, vae, self.components)
         self.tell("manifest")
         bundle = self.bundle(self.card(name, encoders, unet, vae))
+        self.tell("check")
+        open_graphs(bundle)
         write_manifest(bundle)
         self.tell("done")
         return bundle
@@ -176,10 +182,10 @@ class _Export:
     def text_encoders(self) -> tuple[TextEncoder, ...]:
         """Tokenizers and text encoders; cards of both."""
         cards = []
-        networks = list(zip(self.source.text_encoders, self.source.tokenizers, strict=True))
-        for key, (loader, tokens) in zip(TEXT_ENCODERS, networks, strict=False):
-            card = _tokenizer(tokens, self.folder, key)
-            make = partial(_text_encoder, card=card, penultimate=self.source.family == "sdxl")
+        networks = list(zip(self.source.text_encoders, self.source.tokenizers, self.source.pads, strict=True))
+        for key, (loader, tokens, pad) in zip(TEXT_ENCODERS, networks, strict=False):
+            card = _tokenizer(tokens, pad, self.folder, key)
+            make = partial(trace.text_encoder, length=card.max_length, penultimate=self.source.family == "sdxl")
             self.add(key, loader, make)
             cards.append(card)
         return tuple(cards)
@@ -221,7 +227,7 @@ class _Export:
             height=height * scale,
             latent_channels=unet.in_channels,
             vae_scale=scale,
-            size_multiple=scale * 2 ** (len(unet.block_out_channels) - 1),
+            size_multiple=scale,
             scaling_factor=vae.scaling_factor,
             text_encoders=encoders,
             zero_empty_negative=self.source.force_zeros_for_empty_prompt,
@@ -229,6 +235,10 @@ class _Export:
 
     def bundle(self, card: ModelCard) -> Bundle:
         """The manifest of what the folder holds."""
+        scheduler = scheduler_card(self.source.scheduler)
+        if scheduler.table is not None:
+            (self.folder / STEPS_FILE).parent.mkdir()
+            (self.folder / STEPS_FILE).write_bytes(written(scheduler.table.counts))
         provenance = dict(self.source.provenance)
         provenance |= {"assumed": list(self.source.assumed), "corrected": list(self.source.corrected)}
         if self.controls:
@@ -236,7 +246,7 @@ class _Export:
         return Bundle(
             path=self.folder,
             card=card,
-            scheduler=scheduler_card(self.source.scheduler),
+            scheduler=scheduler,
             components=self.components,
             precision=self.precision,
             versions={library: importlib.metadata.version(library) for library in ("stepforge", *LIBRARIES)},
@@ -253,12 +263,6 @@ def _hashed(folder: Path) -> dict[str, tuple[int, str]]:
     """Relative path -> (bytes, sha256) of every file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): (path.stat().st_size, sha256(path)) for path in files}
-
-
-def _text_encoder(network: Any, card: TextEncoder, *, penultimate: bool) -> trace.Traced:
-    if card.max_length > (longest := network.config.max_position_embeddings):
-        raise CheckpointError(f"the tokenizer makes {card.max_length} tokens, the text encoder takes {longest}")
-    return trace.text_encoder(network, card.max_length, penultimate=penultimate)
 
 
 def _variants(
@@ -294,6 +298,7 @@ def with_banks(plain: str | Path, out: str | Path, bank: BankOptions) -> Bundle:
         components |= _variants(folder, components, source.variants(UNET))
         (folder / MANIFEST).unlink()
         bundle = replace(source, path=folder, components=components, files=_hashed(folder), verdict=None)
+        open_graphs(bundle)
         write_manifest(bundle)
     return replace(bundle, path=out)
 
@@ -304,8 +309,8 @@ def prefixed(key: ComponentId, entry: Component) -> Component:
     return replace(entry, graph=f"{key.folder}/{entry.graph}", derived=derived)
 
 
-def _tokenizer(tokens: Path, folder: Path, encoder: ComponentId) -> TextEncoder:
-    text, card = tokenizer_json(tokens)
+def _tokenizer(tokens: Path, pad: Pad | None, folder: Path, encoder: ComponentId) -> TextEncoder:
+    text, card = tokenizer_json(tokens, pad)
     path = f"{encoder.name.replace('text_encoder', 'tokenizer')}/tokenizer.json"
     (folder / path).parent.mkdir()
     (folder / path).write_text(text, encoding="utf-8")
@@ -318,17 +323,6 @@ def _vae(source: Source, dtype: torch.dtype) -> Any:
         vae = source.vae(torch.float32)
         return vae if vae.config.force_upcast else vae.half()
     return source.vae(dtype)
-
-
-def _check_fit(unet: Any, vae: Any, components: Mapping[ComponentId, Component]) -> None:
-    if unet.in_channels != vae.latent_channels:
-        raise CheckpointError(f"the UNet takes {unet.in_channels} channels, the VAE makes {vae.latent_channels}")
-    widths = [entry.outputs[0].shape[-1] for key, entry in components.items() if key.role == "text_encoder"]
-    if sum(int(width) for width in widths) != unet.cross_attention_dim:
-        raise CheckpointError(
-            f"the text encoders make {' + '.join(map(str, widths))} numbers a token, the UNet takes "
-            f"{unet.cross_attention_dim}"
-        )
 
 
 def release() -> None:

@@ -1,16 +1,18 @@
 """Any linear diffusers scheduler as rows of numbers, by pushing basis vectors through it.
 
 A scheduler whose steps are linear in latent, predictions and noise is known exactly from what it does to unit vectors.
-So `expansion` is the reference for every sampler of `runtime/plan/samplers.py`, and `from_diffusers` compiles schedulers for
-which stepforge has no formula.
+So `expansion` is the reference for every sampler of `runtime/plan/samplers.py`, and `from_diffusers` and `step_table` compile
+schedulers for which stepforge has no formula.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -19,13 +21,18 @@ import numpy as np
 import torch
 
 from stepforge.runtime.arrays import Float64
+from stepforge.runtime.bundle.steps import LONGEST_WINDOW, Row, StepTable
+from stepforge.runtime.checks import clipped
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.plan import Step
 
 Window = tuple[tuple[float, ...], tuple[float, ...], float]  # keep, gain, noise
-LONGEST = 8  # latents or predictions of a window
 RESIDUAL = 1e-9  # relative error of a window; expansions are good to about 1e-12
 FAINT = 1e-9  # noise below this is none: diffusers' DDPM ends with a deviation of 1e-10 in place of 0
+# Coefficient of noise that is drawn and not used, while a later step draws too: the generator has to move on. The least
+# positive float32, so that its product with any noise changes no latent.
+UNUSED = 2.0**-149
+PROBES, AMPLITUDE = 4, 5.0  # random inputs that a linear scheduler sees besides the basis; so large that clipping shows
 
 
 def expansion(
@@ -45,22 +52,37 @@ def from_diffusers(
     scheduler: Any, steps: int | None = None, *, step_options: Mapping[str, Any] | None = None, **timing: Any
 ) -> tuple[tuple[Step, ...], float]:
     """The scheduler's steps as rows over the shortest windows that give them, and the factor of the first noise."""
-    trace = follow(scheduler, steps, step_options, timing)
+    init_noise, rows = rows_of(follow(scheduler, steps, step_options, timing), scheduler.order)
+    return tuple(Step(**row._asdict()) for row in rows), init_noise
+
+
+def step_table(scheduler: Any, counts: Iterable[int]) -> StepTable:
+    """The scheduler's steps for each count that it can run. Raises CheckpointError, with the first reason, if it runs none."""
+    found: dict[int, tuple[float, tuple[Row, ...]]] = {}
+    reason: CheckpointError | None = None
+    exact = exact_copy(scheduler)
+    for count in counts:
+        try:
+            trace = follow(scheduler, count, None, {}, exact)
+            found[count] = rows_of(trace, scheduler.order)
+        except CheckpointError as error:
+            reason = reason or error
+    if not found or (reason and found.keys() == {1}):  # one step shows little: neither clipping nor what noise it draws
+        raise reason or CheckpointError("no step counts were given")
+    return StepTable.of(found)
+
+
+def rows_of(trace: Trace, order: int) -> tuple[float, tuple[Row, ...]]:
+    """Factor of the first noise, and rows over the shortest windows that give the trace. order: evaluations a step."""
+    windows = shortest_windows(trace.latents)
+    last = max((k for k, (_, _, noise) in enumerate(windows) if noise), default=-1)
     rows = []
-    for k, (keep, gain, noise) in enumerate(shortest_windows(trace.latents)):
-        rows.append(
-            Step(
-                t=trace.t[k],
-                sigma=trace.sigma[k],
-                scale_in=trace.scale_in[k],
-                keep=keep,
-                gain=gain,
-                noise=noise,
-                denoised=trace.denoised[k],
-                index=k,
-            )
-        )
-    return tuple(rows), float(trace.latents[0, 0])
+    for k, (keep, gain, noise) in enumerate(windows):
+        if not noise and trace.drawn[k] and k < last:
+            noise = UNUSED
+        level = trace.t[k], trace.sigma[k], trace.scale_in[k]
+        rows.append(Row(k // order, *level, noise, trace.denoised[k], keep, gain))
+    return float(trace.latents[0, 0]), tuple(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,46 +90,66 @@ class Trace:
     """K evaluations of a scheduler: latents over its inputs, and what the network was given."""
 
     latents: Float64  # [K + 1, 1 + 2K]: coefficients of x_0, p_0..p_{K-1}, z_0..z_{K-1}
-    t: tuple[float, ...]
+    t: tuple[float, ...]  # as the scheduler rounds them to float32
     scale_in: tuple[float, ...]
     sigma: tuple[float, ...]  # noise-to-signal
     denoised: tuple[tuple[float, float], ...]
+    drawn: tuple[bool, ...]  # whether the step draws noise, used or not
 
 
 def follow(
-    scheduler: Any, steps: int | None, step_options: Mapping[str, Any] | None, timing: Mapping[str, Any]
+    scheduler: Any,
+    steps: int | None,
+    step_options: Mapping[str, Any] | None,
+    timing: Mapping[str, Any],
+    exact: Any = None,
 ) -> Trace:
-    """Runs unit vectors through a float64 copy of the scheduler; then checks with large numbers that it is linear."""
-    name, options = type(scheduler).__name__, step_options or {}
+    """Runs unit vectors through a float64 copy of the scheduler, and large numbers beside them to see that it is linear.
+
+    exact: its `exact_copy`, where there is one; neither is changed.
+    """
+    name = type(scheduler).__name__
     timing = timing if steps is None else {"num_inference_steps": steps, **timing}
-    with in_float64(type(scheduler)):
+    exact = exact_copy(scheduler) if exact is None else deepcopy(exact)
+    try:
+        with silent():
+            plain = deepcopy(scheduler)
+            plain.set_timesteps(**timing)
+        with silent(), in_float64(type(scheduler)):
+            return drive(exact, list(plain.timesteps), step_options or {}, timing)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{name} cannot run these steps: {one_line(error)}") from error
+
+
+def exact_copy(scheduler: Any) -> Any:
+    """A copy whose tables are float64. Raises CheckpointError if the class cannot be made so."""
+    with silent(), in_float64(type(scheduler)):
         try:
-            exact = type(scheduler).from_config(scheduler.config)
-            trace = drive(exact, np.eye, options, timing)
-            numbers = np.random.default_rng(0).normal(size=(trace.latents.shape[1], 4)) * 5.0  # so that clipping shows
-            check = drive(exact, lambda _: numbers, options, timing)
-        except CheckpointError:
-            raise
+            return type(scheduler).from_config(scheduler.config)
         except Exception as error:
-            raise CheckpointError(f"{name} cannot run these steps: {error}") from error
-    size = np.abs(trace.latents) @ np.abs(numbers)
-    if not (np.abs(check.latents - trace.latents @ numbers) <= 1e-9 * size).all():
-        raise CheckpointError(f"{name} is not linear in latent, predictions and noise: clipping or thresholding?")
-    return trace
+            raise CheckpointError(f"{type(scheduler).__name__} cannot be built: {one_line(error)}") from error
 
 
-def drive(
-    scheduler: Any, inputs_of: Callable[[int], Float64], options: Mapping[str, Any], timing: Mapping[str, Any]
-) -> Trace:
-    """Runs the scheduler. inputs_of(n) gives its n inputs x_0, p_0.., z_0.., each a vector of any length."""
+def one_line(error: Exception) -> str:
+    return clipped(error) or type(error).__name__
+
+
+def drive(scheduler: Any, times: list[Any], options: Mapping[str, Any], timing: Mapping[str, Any]) -> Trace:
+    """Runs a float64 scheduler, telling it the times that its float32 twin has."""
+    name = type(scheduler).__name__
     scheduler.set_timesteps(**timing)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else a repeated first timestep makes it skip one
-    times = list(scheduler.timesteps)
     count = len(times)
-    inputs = inputs_of(1 + 2 * count)
+    if count != len(scheduler.timesteps):
+        raise CheckpointError(f"{name} has {len(scheduler.timesteps)} timesteps in float64, {count} in float32")
+    size = 1 + 2 * count
+    numbers = np.random.default_rng(0).normal(size=(size, PROBES)) * AMPLITUDE
+    inputs = np.concatenate([np.eye(size), numbers], axis=1)
     latents = [inputs[0] * float(getattr(scheduler, "init_noise_sigma", 1.0))]
-    scales, levels, denoised = [], [], []
+    scales, levels, denoised, drawn = [], [], [], []
     sample = as_latent(latents[0])
     for k, t in enumerate(times):
         scale = 1.0
@@ -116,27 +158,30 @@ def drive(
         scales.append(scale)
         alpha, sigma = level_of(scheduler, t, k, scale)
         levels.append(sigma / alpha if alpha else math.inf)
-        with noise_of(type(scheduler), as_latent(inputs[1 + count + k])):
+        with noise_of(type(scheduler), as_latent(inputs[1 + count + k])) as draws:
             out = scheduler.step(as_latent(inputs[1 + k]), t, sample, **options)
+        drawn.append(not draws)
         if not torch.isfinite(out.prev_sample).all():
-            raise CheckpointError(
-                f"{type(scheduler).__name__} gives numbers that are not finite at timestep {float(t):g}"
-            )
+            raise CheckpointError(f"{name} gives numbers that are not finite at timestep {float(t):g}")
         estimate = getattr(out, "pred_original_sample", None)
         if estimate is None:
             denoised.append(clean_by_level(scheduler, k, alpha, sigma))
         else:
             basis = np.stack([latents[k], inputs[1 + k]], axis=1)
-            solved = np.linalg.lstsq(basis, as_vector(estimate), rcond=None)[0]
+            solved = np.linalg.lstsq(basis[:size], as_vector(estimate)[:size], rcond=None)[0]
             denoised.append((float(solved[0]), float(solved[1])))
         sample = out.prev_sample
         latents.append(as_vector(sample))
+    basis, probes = np.split(np.stack(latents), [size], axis=1)
+    if not (np.abs(probes - basis @ numbers) <= 1e-9 * (np.abs(basis) @ np.abs(numbers))).all():
+        raise CheckpointError(f"{name} is not linear in latent, predictions and noise: clipping or thresholding?")
     return Trace(
-        latents=np.stack(latents),
+        latents=basis,
         t=tuple(float(t) for t in times),
         scale_in=tuple(scales),
         sigma=tuple(levels),
         denoised=tuple(denoised),
+        drawn=tuple(drawn),
     )
 
 
@@ -160,6 +205,18 @@ class Double:
 
 
 @contextmanager
+def silent() -> Iterator[None]:
+    """Within, schedulers' advice is not logged: of options that they ignore, or change for some step counts."""
+    log = logging.getLogger("diffusers")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+@contextmanager
 def in_float64(scheduler_class: type) -> Iterator[None]:
     """Within, schedulers of this class keep tables and upcast samples in float64 where their code says float32.
 
@@ -180,8 +237,8 @@ def in_float64(scheduler_class: type) -> Iterator[None]:
 
 
 @contextmanager
-def noise_of(scheduler_class: type, noise: Any) -> Iterator[None]:
-    """Within, the module's `randn_tensor` gives this noise, once."""
+def noise_of(scheduler_class: type, noise: Any) -> Iterator[list[Any]]:
+    """Within, the module's `randn_tensor` gives this noise, once, and takes it from the list."""
     module: Any = sys.modules[scheduler_class.__module__]
     original = getattr(module, "randn_tensor", None)
     draws: list[Any] = [noise]
@@ -194,11 +251,11 @@ def noise_of(scheduler_class: type, noise: Any) -> Iterator[None]:
         return draws.pop()
 
     if original is None:
-        yield
+        yield draws
         return
     try:
         module.randn_tensor = given
-        yield
+        yield draws
     finally:
         module.randn_tensor = original
 
@@ -244,11 +301,11 @@ def clean_by_level(scheduler: Any, k: int, alpha: float, sigma: float) -> tuple[
 def shortest_windows(latents: Float64) -> list[Window]:
     """keep, gain and noise of every step, within the least number of latents and predictions that does for all."""
     steps = range(len(latents) - 1)
-    for total in range(2, 2 * LONGEST + 1):
-        for kept in range(max(1, total - LONGEST), min(LONGEST, total - 1) + 1):
+    for total in range(2, 2 * LONGEST_WINDOW + 1):
+        for kept in range(max(1, total - LONGEST_WINDOW), min(LONGEST_WINDOW, total - 1) + 1):
             if all(window(latents, k, kept, total - kept) for k in steps):
                 return [smallest(latents, k, kept, total - kept) for k in steps]
-    raise CheckpointError(f"a step needs more than {LONGEST} latents or predictions")
+    raise CheckpointError(f"a step needs more than {LONGEST_WINDOW} latents or predictions")
 
 
 def smallest(latents: Float64, k: int, most_kept: int, most_gained: int) -> Window:

@@ -11,26 +11,17 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
+from stepforge.export.models.files import read_json, reading, refuse_code
 from stepforge.export.models.ldm_names import HINT, diffusers_names
 from stepforge.export.models.networks import empty_network
-from stepforge.export.models.weights import (
-    Loader,
-    Shapes,
-    State,
-    fill,
-    opened,
-    read_json,
-    read_weights,
-    reading,
-    refuse_code,
-    shapes_of,
-    weight_files,
-)
+from stepforge.export.models.stored import Stored
+from stepforge.export.models.weights import Loader, Shapes, State, read_header, weight_files
 from stepforge.runtime.bundle import sha256
 from stepforge.runtime.errors import CheckpointError
 
@@ -111,14 +102,11 @@ def load_control(
         files, config = _folder(path) if path.is_dir() else ([path], _read_config(path, base_unet_config))
     _check_options(path, config)
     _check_fit(path, config, base_unet_config, vae_scale)
-    options = {key: value for key, value in _empty(config).config.items() if not key.startswith("_")}
-
-    def load(dtype: torch.dtype) -> Any:
-        return fill(_empty(options), _read_state(files, dtype), dtype, path.name)
-
+    stored = Stored(path.name, config, partial(_empty, config), files, rename=_renamed)
+    options = {key: value for key, value in stored.check().config.items() if not key.startswith("_")}
     return ControlSource(
         name=name or path.resolve().name.removesuffix(".safetensors"),
-        network=load,
+        network=stored.load,
         provenance={
             "kind": "diffusers" if path.is_dir() else "single-file",
             "file": path.resolve().name,
@@ -161,10 +149,9 @@ def read_class(folder: Path) -> Any:
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a ControlNet's weights, without its prefix; all weights if none has the prefix."""
-    with opened(path) as file:
-        shapes = shapes_of(file)
+    shapes = read_header(path).shapes
     own = {key.removeprefix(PREFIX): shape for key, shape in shapes.items() if key.startswith(PREFIX)}
-    return own | {key: shapes[key] for key in shapes if key == "difference"} if own else shapes
+    return own | {key: shapes[key] for key in shapes if key == "difference"} if own else dict(shapes)
 
 
 def refuse_other_kinds(path: Path, names: Iterable[str]) -> None:
@@ -234,14 +221,11 @@ def geometry(shapes: Shapes, base: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _read_state(files: list[Path], dtype: torch.dtype) -> State:
-    state: State = {}
-    for file in files:
-        with opened(file) as weights:
-            prefix = PREFIX if any(key.startswith(PREFIX) for key in weights.keys()) else ""  # noqa: SIM118 - not a dict
-        state |= {key.removeprefix(prefix): value for key, value in read_weights([file], dtype, prefix).items()}
-    names = diffusers_names(state)
-    return {names[key]: value for key, value in state.items()}
+def _renamed(state: State, network: nn.Module) -> State:
+    """Weights by diffusers' names; an original file may hold a base model beside its ControlNet."""
+    own = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)} or state
+    names = diffusers_names(own)
+    return {names[key]: value for key, value in own.items()}
 
 
 def _empty(config: Mapping[str, Any]) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stepforge.export.models.files import reading
 from stepforge.export.models.folder import read_folder
-from stepforge.export.models.scheduler import scheduler_card
+from stepforge.export.models.scheduler import EXAMINED, scheduler_card
 from stepforge.export.models.single_file import read_single_file
 from stepforge.export.models.source import Source
-from stepforge.export.models.weights import reading
 from stepforge.runtime.errors import BundleError, CheckpointError
 
 
@@ -28,7 +28,7 @@ def load(path: str | Path, *, tokenizer: str | Path | None = None, prediction_ty
         else:
             source = read_single_file(path, None if tokenizer is None else Path(tokenizer), prediction_type)
     try:
-        scheduler_card(source.scheduler)
-    except BundleError as error:
+        scheduler_card(source.scheduler, EXAMINED)
+    except (BundleError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     return source

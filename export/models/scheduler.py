@@ -1,17 +1,30 @@
-"""A diffusers scheduler_config.json to what a bundle stores of it, and every option that is refused."""
+"""A model's scheduler as diffusers' pipelines run it, and what a bundle keeps of it.
+
+Where `plan/samplers.py` has the formula of the class with these options, the bundle keeps the card alone. Otherwise the
+steps are compiled by the oracle, for each count of COUNTS, as long as diffusers runs them linearly.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
-from stepforge.runtime.bundle.scheduler import SCHEDULES, SchedulerCard, choose
-from stepforge.runtime.errors import BundleError
+import diffusers
 
-# class of scheduler_config.json -> our sampler
-CLASSES = {
+from stepforge.export.oracle import exact_copy, one_line, silent, step_table
+from stepforge.runtime.bundle.scheduler import BETA_SCHEDULES, SCHEDULES, SchedulerCard, choose
+from stepforge.runtime.errors import BundleError, CheckpointError
+from stepforge.runtime.files import printable
+from stepforge.runtime.plan.samplers import SAMPLERS
+
+COUNTS = range(1, 101)  # step counts that are compiled
+EXAMINED = (20, 4, 1)  # those of them that show early whether the steps can be compiled
+
+# class -> our sampler, for the options below
+FORMULAS = {
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
     "DEISMultistepScheduler": "deis",
@@ -27,19 +40,19 @@ CLASSES = {
     "TCDScheduler": "tcd",
     "UniPCMultistepScheduler": "unipc",
 }
+EDM = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
+FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+CLASSES = tuple(
+    sorted(
+        {
+            *FORMULAS, *EDM, *FLOW, "DDIMParallelScheduler", "DDPMParallelScheduler", "DPMSolverSinglestepScheduler",
+            "KDPM2AncestralDiscreteScheduler", "SASolverScheduler",
+        }
+    )
+)  # fmt: skip
 DPM_SOLVERS = {("dpmsolver++", 2): "dpmpp_2m", ("dpmsolver++", 3): "dpmpp_3m", ("sde-dpmsolver++", 2): "dpmpp_2m_sde"}
 
-# Defaults of classes whose configs are silent, other than beta 0.0001 to 0.02, "linear", no clipping.
-CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": {"clip_sample": True},
-    "DDPMScheduler": {"clip_sample": True},
-    "HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
-    "KDPM2DiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012},
-    "LCMScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
-    "TCDScheduler": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
-}
-
-# Options that change the numbers, and the values for which ours are right.
+# Options that change the numbers, and the values for which our formulas are right.
 REQUIRED: dict[str, tuple[Any, ...]] = {
     "clip_sample": (False,),
     "disable_corrector": ([],),
@@ -72,37 +85,121 @@ REQUIRED_OF_CLASS: dict[str, dict[str, tuple[Any, ...]]] = {
 # Options without effect once REQUIRED holds (euler_at_final is implied by a final sigma of zero).
 WITHOUT_EFFECT = {
     "base_image_seq_len", "base_shift", "clip_sample_range", "dynamic_thresholding_ratio", "euler_at_final",
-    "flow_shift", "max_image_seq_len", "max_shift", "sample_max_value", "skip_prk_steps", "solver_type",
-    "time_shift_type",
+    "flow_shift", "max_image_seq_len", "max_shift", "sample_max_value", "solver_type", "time_shift_type",
 }  # fmt: skip
+READ_BY_ALL = {"sigma_max", "sigma_min"}  # schedules of sigmas look for these in any config
+KEPT = {field.name for field in fields(SchedulerCard)} - {"sampler", "schedule", "shift", "table"}
+UNSAID = {"timestep_spacing", "set_alpha_to_one"}  # each sampler has its own default
 
 
-def scheduler_card(config: Mapping[str, Any]) -> SchedulerCard:
-    """The card of a diffusers scheduler_config.json; refuses what would change the numbers and is not known."""
-    name = config.get("_class_name")
-    choose("scheduler class", name, tuple(CLASSES))
-    given = {**CLASS_DEFAULTS.get(str(name), {}), **config}
-    schedules = {f"use_{schedule}_sigmas": schedule for schedule in SCHEDULES[1:]}
-    own = {field.name for field in fields(SchedulerCard)} - {"sampler", "schedule"}
-    required = {**REQUIRED, **REQUIRED_OF_CLASS.get(str(name), {})}
-    if name == "PNDMScheduler":
-        given.setdefault("skip_prk_steps", False)
-    known = own | required.keys() | schedules.keys() | WITHOUT_EFFECT | {"algorithm_type", "solver_order"}
-    for key, value in given.items():
-        if key in required and value not in required[key]:
-            choose(f"{name}: {key}", value, required[key])
-        if key not in known and not key.startswith("_"):
-            raise BundleError(f"{name}: option {key!r} is unknown to stepforge")
-    values = {key: given[key] for key in own if given.get(key) is not None}
-    if "trained_betas" in values:
-        values["trained_betas"] = tuple(float(beta) for beta in values["trained_betas"])
-        values.setdefault("num_train_timesteps", len(values["trained_betas"]))
-    sampler = CLASSES[str(name)]
-    if name == "DPMSolverMultistepScheduler":
-        solver = given.get("algorithm_type", "dpmsolver++"), given.get("solver_order", 2)
-        choose(f"{name}: (algorithm_type, solver_order)", solver, tuple(DPM_SOLVERS))
-        sampler = DPM_SOLVERS[solver]
-    if sampler == "flow_euler":
+def read_scheduler(
+    config: Mapping[str, Any], entry: Any, pipeline: str
+) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
+    """scheduler_config.json as diffusers' pipeline takes it; what it does not state, and what the pipeline corrects.
+
+    entry: of model_index.json, [library, class]; the class counts, whatever the config says. Raises CheckpointError.
+    """
+    if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers":
+        shown = printable(repr(entry), 80)
+        raise CheckpointError(f"model_index.json gives {shown} for scheduler; 'diffusers' and a class are expected")
+    name = entry[1]
+    given = {**config, "_class_name": name}
+    known = defaults(name)
+    assumed = []
+    if "prediction_type" in known and config.get("prediction_type") is None:
+        assumed.append(
+            f"prediction_type: {known['prediction_type']}, {name}'s default, because scheduler_config.json states none"
+        )
+    if ignored := sorted(key for key in config.keys() - known.keys() - every_option() if not key.startswith("_")):
+        unknown = printable(", ".join(ignored), 80)
+        assumed.append(f"scheduler: without {unknown}, which {name} of diffusers {diffusers.__version__} does not know")
+    corrected = []
+    if (said := config.get("_class_name", name)) != name:
+        corrected.append(f"scheduler: {name}, as model_index.json names it, instead of {printable(said, 80)}")
+    if pipeline == "StableDiffusionPipeline":
+        for option, right, wrong in (
+            ("steps_offset", 1, lambda value: value != 1),
+            ("clip_sample", False, lambda value: value is True),
+        ):
+            if wrong(value := given.get(option, known.get(option, right))):
+                given[option] = right
+                was = printable(repr(value), 80)
+                corrected.append(f"scheduler: {option} {right!r} instead of {was}, as {pipeline} sets it")
+    return given, tuple(assumed), tuple(corrected)
+
+
+def scheduler_card(config: Mapping[str, Any], counts: Iterable[int] = COUNTS) -> SchedulerCard:
+    """The card of a diffusers scheduler_config.json, with compiled steps for these counts where there is no formula.
+
+    Raises BundleError for what no scheduler can have, CheckpointError for what diffusers does not run, or not linearly.
+    """
+    name = str(config.get("_class_name"))
+    known = defaults(name)
+    read = {**known, **{key: value for key, value in config.items() if key in known.keys() | READ_BY_ALL}}
+    stated = {**{key: value for key, value in known.items() if key not in UNSAID}, **config}
+    values = {key: stated[key] for key in KEPT if stated.get(key) is not None}
+    schedules = [schedule for schedule in SCHEDULES[1:] if stated.get(f"use_{schedule}_sigmas")]
+    if name in EDM:
+        values["prediction_type"] = "edm"
+    elif name in FLOW or read.get("use_flow_sigmas"):
         values["prediction_type"] = "flow"
-    wanted = [schedule for key, schedule in schedules.items() if given.get(key)]
-    return SchedulerCard(sampler=sampler, schedule=wanted[0] if wanted else "normal", **values)
+        values["shift"] = stated.get("shift" if name in FLOW else "flow_shift", 1.0)
+    if values.get("prediction_type") == "original_sample":
+        values["prediction_type"] = "sample"
+    try:
+        other = False  # a schedule of betas that only diffusers knows
+        if "trained_betas" in values:
+            values["trained_betas"] = tuple(float(beta) for beta in values["trained_betas"])
+            values.setdefault("num_train_timesteps", len(values["trained_betas"]))
+        elif values.get("beta_schedule", "linear") not in BETA_SCHEDULES:
+            other = values.pop("beta_schedule") is not None
+        card = SchedulerCard(sampler=name, schedule=schedules[0] if schedules else "normal", **values)
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"{name} has a value of the wrong kind: {one_line(error)}") from None
+    formula = formula_of(name, read, card) if len(schedules) < 2 else None
+    scheduler = None if formula and not other else built(name, config)
+    if other:
+        card = replace(card, trained_betas=tuple(exact_copy(scheduler).betas.tolist()))
+    if formula:
+        return replace(card, sampler=formula)
+    return replace(card, table=step_table(scheduler, counts))
+
+
+def formula_of(name: str, read: Mapping[str, Any], card: SchedulerCard) -> str | None:
+    """Our sampler that does what the class does with these options, all of its own; None if there is none."""
+    sampler = FORMULAS.get(name)
+    if name == "DPMSolverMultistepScheduler":
+        sampler = DPM_SOLVERS.get((read["algorithm_type"], read["solver_order"]))
+    if sampler is None:
+        return None
+    required = {**REQUIRED, **REQUIRED_OF_CLASS.get(name, {})}
+    schedules = {f"use_{schedule}_sigmas" for schedule in SCHEDULES[1:]}
+    known = KEPT | {"shift"} | required.keys() | schedules | WITHOUT_EFFECT | {"algorithm_type", "solver_order"}
+    if any(value not in required[key] if key in required else key not in known for key, value in read.items()):
+        return None
+    kind = SAMPLERS[sampler]
+    fits = card.prediction_type in kind.predictions and (kind.zero_snr or not card.rescale_betas_zero_snr)
+    return sampler if fits else None
+
+
+def defaults(name: object) -> dict[str, Any]:
+    """Options of a scheduler class of diffusers and their defaults. Raises BundleError for an unknown class."""
+    if name == "DPMSolverSDEScheduler":
+        raise BundleError("DPMSolverSDEScheduler draws noise that no seed decides; name another class in the model")
+    choose("scheduler class", name, CLASSES)
+    parameters = inspect.signature(getattr(diffusers, str(name)).__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def every_option() -> set[str]:
+    """Options of any supported class: configs carry those of their relatives."""
+    return {option for name in CLASSES for option in defaults(name)} | {"skip_prk_steps"}
+
+
+def built(name: str, config: Mapping[str, Any]) -> Any:
+    """The scheduler of diffusers. Raises CheckpointError with its reason."""
+    try:
+        with silent():
+            return getattr(diffusers, name).from_config(dict(config))
+    except Exception as error:
+        raise CheckpointError(f"{name} of diffusers refuses its config: {one_line(error)}") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepforge.export.models.tokenizer import Pad
 from stepforge.export.models.weights import Loader
 from stepforge.runtime.bundle import ComponentId
 
@@ -21,6 +22,7 @@ class Source:
     vae: Loader  # AutoencoderKL
     text_encoders: tuple[Loader, ...]  # CLIPTextModel, or for SDXL CLIPTextModel and CLIPTextModelWithProjection
     tokenizers: tuple[Path, ...]  # folders, one for each text encoder
+    pads: tuple[Pad | None, ...]  # how each text encoder's prompts are filled up; None: as its tokenizer's folder says
     scheduler: Mapping[str, Any]  # scheduler_config.json, with _class_name
     provenance: Mapping[str, Any]  # kind, file, sha256 of each weight file
     empty: Mapping[ComponentId, Callable[[], Any]]  # networks that a LoRA may change, without weights

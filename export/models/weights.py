@@ -1,10 +1,11 @@
-"""Files of a model to weights: safetensors and JSON only, nothing that a model says is ever run or imported."""
+"""Files of a model to weights: safetensors only, nothing that a model says is ever run or imported."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from stepforge.export.models.files import check_file, parse_json, read_json, reading
 from stepforge.runtime.bundle import NAME
 from stepforge.runtime.errors import CheckpointError
-from stepforge.runtime.files import is_lfs_pointer
+from stepforge.runtime.files import printable
 
 Loader = Callable[[torch.dtype], Any]  # dtype of the weights -> network on the CPU, in eval mode
 State = dict[str, torch.Tensor]
@@ -26,71 +28,95 @@ FLOATS = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }  # safetensors' names
+CASTS = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}  # plain casts, as ComfyUI saves them
+WHOLE_NUMBERS = {
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64",
+    torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+TYPES = {name: dtype for dtype, name in (FLOATS | CASTS | WHOLE_NUMBERS).items()}
+# Scales beside float8 or integer weights: ComfyUI's and NVIDIA's names. Without them the weights are numbers of no meaning.
+SCALED = re.compile(r"(.*\.)?(scaled_fp8|comfy_quant|scale_weight|scale_input|weight_scale(_2)?|input_scale)")
+MOST_HEADER = 32 << 20  # bytes; that of SDXL has 0.3 MB
+MOST_WEIGHTS = 20_000  # in one file; SDXL has 2600 with its text encoders
+MOST_AXES, LONGEST_AXIS = 8, 1 << 40
+STEMS = ("diffusion_pytorch_model", "model")
+VARIANTS = ("fp16", "bf16")  # taken in this order, other ones if there is one only
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+NOT_READ = "only floating-point weights are read, float8 casts among them, no quantized ones"
 ONLY_SAFETENSORS = "only .safetensors weights are read, because pickle files can run code"
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.17
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Errors of the operating system inside the block become a CheckpointError of one line."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says before its weights."""
 
-
-def refuse_code(folder: Path) -> None:
-    """Raises CheckpointError if a model's folder holds Python files."""
-    if code := sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.py")):
-        raise CheckpointError(f"{folder} contains code ({code[0]}); models with code of their own are refused")
-
-
-def refuse_lfs_pointer(path: Path) -> None:
-    """Raises CheckpointError if Git has left its note in place of the file."""
-    if is_lfs_pointer(path):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        refuse_lfs_pointer(path)
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} lacks {path.name}") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return data
+    kinds: Mapping[str, str]  # name of a weight -> safetensors' name of its type
+    shapes: Shapes
+    metadata: Mapping[str, str]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one component: whole, fp16 variant, or the shards that an index names."""
-    stems = ("diffusion_pytorch_model", "model")
-    for stem in stems:
-        for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-            if (folder / name).is_file():
-                return [folder / name]
-        for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors.index.fp16.json"):
-            if (folder / name).is_file():
-                shards = sorted(set(read_json(folder / name).get("weight_map", {}).values()))
-                for shard in shards:
-                    if not NAME.fullmatch(shard) or not (folder / shard).is_file():
-                        raise CheckpointError(f"{folder / name} names the shard {shard!r}, which is not in its folder")
-                return [folder / shard for shard in shards]
+    """The safetensors files of one component: whole, or the shards that an index names, else those of a variant.
+
+    Raises CheckpointError if there are none, or several variants of which none is known.
+    """
+    for stem in STEMS:
+        names = [file.name for file in folder.iterdir() if file.name.startswith(f"{stem}.") and file.is_file()]
+        others = sorted({own for name in names if (own := _variant(name)) and own not in VARIANTS})
+        for variant in ("", *(f".{name}" for name in (*VARIANTS, *others))):
+            whole = f"{stem}{variant}.safetensors"
+            indices = [f"{stem}.safetensors.index{variant}.json", f"{stem}.safetensors{variant}.index.json"]
+            found = [name for name in (whole, *indices) if name in names]
+            if found and variant[1:] in others[:1] and others[1:]:
+                raise CheckpointError(
+                    f"{folder} has weights of several variants, {first_few(others)}; keep one of them"
+                )
+            if found:
+                return [folder / whole] if found[0] == whole else _shards(folder / found[0])
     if pickled := [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]:
         raise CheckpointError(f"{folder} has {pickled[0]} but no safetensors file; {ONLY_SAFETENSORS}")
-    raise CheckpointError(f"{folder} has no weights; expected {stems[0]}.safetensors or {stems[1]}.safetensors")
+    if odd := [file.name for file in sorted(folder.iterdir()) if file.suffix == ".safetensors"]:
+        raise CheckpointError(
+            f"{folder} has {printable(first_few(odd))}, none of it under a known name; expected "
+            f"{STEMS[0]}.safetensors or {STEMS[1]}.safetensors"
+        )
+    raise CheckpointError(f"{folder} has no weights; expected {STEMS[0]}.safetensors or {STEMS[1]}.safetensors")
+
+
+def _variant(name: str) -> str | None:
+    """The variant that a file of whole weights, or an index of shards, is named for."""
+    parts = SHARD.sub("", name).split(".")[1:]
+    parts = [part for part in parts if part not in ("safetensors", "index", "json")]
+    known = name.endswith((".safetensors", ".json")) and ".safetensors" in name and not SHARD.search(name)
+    return parts[0] if known and len(parts) == 1 else None
+
+
+def variant_of(files: Sequence[Path]) -> str | None:
+    """The variant of a component's files; None: the plain ones."""
+    parts = SHARD.sub("", files[0].name).split(".")
+    return parts[1] if len(parts) == 3 else None
+
+
+def _shards(index: Path) -> list[Path]:
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(shard, str) for shard in named.values()):
+        raise CheckpointError(f"{index} has no weight_map from the names of weights to those of shards")
+    shards = sorted(set(named.values()))
+    for shard in shards:
+        if not NAME.fullmatch(shard) or not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index} names the shard {shard!r:.80}, which is not in its folder")
+    return [index.parent / shard for shard in shards]
 
 
 def check_safetensors(path: Path) -> None:
     """Refuse pickle by its first bytes, whatever the file is called, and Git LFS pointers."""
-    refuse_lfs_pointer(path)
+    size = check_file(path)
     with path.open("rb") as file:
         magic = file.read(9)
     # safetensors begins with the length of its header in eight bytes, then {: any first byte is possible, 0x80 and PK as well
-    header = magic[8:] == b"{" and int.from_bytes(magic[:8], "little") < path.stat().st_size
+    header = magic[8:] == b"{" and int.from_bytes(magic[:8], "little") < size
     pickled = not header and (magic[:2] == b"PK" or magic[:1] == b"\x80")
     if pickled or path.suffix in PICKLES:
         raise CheckpointError(f"{path} is a pickle file; {ONLY_SAFETENSORS}")
@@ -110,16 +136,63 @@ def opened(path: Path) -> Iterator[Any]:
             raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from error
 
 
-def shapes_of(file: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of all weights of an opened file, from its header."""
-    return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
+def read_header(path: Path) -> Header:
+    """Names, types and shapes of all weights. Raises CheckpointError, also for a name that is given twice."""
+    with reading(path):
+        check_safetensors(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MOST_HEADER:
+                raise CheckpointError(f"{path} has a header of {length} bytes; at most {MOST_HEADER} are read")
+            text = file.read(length).decode("utf-8", errors="replace")
+    with opened(path):  # the library's own checks: places of the weights, and the file's length
+        pass
+    entries = parse_json(text, f"{path}: its header")
+    metadata = entries.pop("__metadata__", {})
+    if len(entries) > MOST_WEIGHTS:
+        raise CheckpointError(f"{path} holds {len(entries)} weights; at most {MOST_WEIGHTS} are read")
+    for name, entry in entries.items():
+        shape = entry["shape"]
+        if len(shape) > MOST_AXES or max(shape, default=0) > LONGEST_AXIS:
+            raise CheckpointError(f"{path}: {printable(name, 80)} has the shape {printable(shape, 80)}")
+    return Header(
+        {name: entry["dtype"] for name, entry in entries.items()},
+        {name: tuple(entry["shape"]) for name, entry in entries.items()},
+        metadata or {},
+    )
 
 
-def read_weights(files: list[Path], dtype: torch.dtype, prefix: str = "") -> State:
+def header_state(files: Sequence[Path], prefix: str = "") -> State:
+    """The weights under a prefix as their headers tell of them: tensors without contents, on the meta device.
+
+    Raises CheckpointError for types that torch does not know, scaled float8 weights, and names that two shards hold.
+    """
+    state: State = {}
+    for path in files:
+        header = read_header(path)
+        for name in header.shapes:
+            if not name.startswith(prefix):
+                continue
+            if name in state:
+                raise CheckpointError(f"{path} holds {printable(name, 80)}, and so does another shard")
+            if SCALED.fullmatch(name):
+                raise CheckpointError(
+                    f"{path} holds scaled weights ({printable(name, 80)}); only plain floating-point weights are read"
+                )
+            if header.kinds[name] not in TYPES:
+                raise CheckpointError(f"{path}: {printable(name, 80)} is stored as {header.kinds[name]}; {NOT_READ}")
+            try:
+                state[name] = torch.empty(header.shapes[name], dtype=TYPES[header.kinds[name]], device="meta")
+            except (RuntimeError, TypeError) as error:
+                raise CheckpointError(f"{path}: {printable(name, 80)}: {first_line(error)}") from error
+    return state
+
+
+def read_weights(files: Sequence[Path], dtype: torch.dtype, prefix: str = "") -> State:
     """The weights under a prefix, in `dtype`; those that are so in the file stay views of it.
 
     The file is mapped anew for each weight to convert: what was read through a mapping stays resident until it ends, and
-    would hold the whole file beside its copy.
+    would hold the whole file beside its copy. Whole numbers stay what they are.
     """
     state: State = {}
     for path in files:
@@ -128,7 +201,7 @@ def read_weights(files: list[Path], dtype: torch.dtype, prefix: str = "") -> Sta
                 if not name.startswith(prefix):
                     continue
                 kind = file.get_slice(name).get_dtype()
-                if kind == FLOATS[dtype] or kind not in FLOATS.values():
+                if kind == FLOATS[dtype] or TYPES.get(kind) in WHOLE_NUMBERS:
                     state[name] = file.get_tensor(name)
                 else:
                     with opened(path) as again:
@@ -136,23 +209,34 @@ def read_weights(files: list[Path], dtype: torch.dtype, prefix: str = "") -> Sta
     return state
 
 
-def fill(network: nn.Module, state: State, dtype: torch.dtype, what: str) -> nn.Module:
-    """Give an empty network its weights. Raises CheckpointError unless names and shapes are exactly the network's."""
-    wanted = {current_name(key): (key, value.shape) for key, value in network.state_dict().items()}
+def check_fit(network: nn.Module, state: State, what: str) -> None:
+    """Raises CheckpointError unless names and shapes are exactly the network's, and types floating-point."""
+    wanted = {current_name(key): value.shape for key, value in network.state_dict().items()}
     given = {current_name(key): value for key, value in state.items() if not key.endswith("position_ids")}
+    if len(given) < sum(not key.endswith("position_ids") for key in state):
+        raise CheckpointError(f"{what} has weights twice, under names of two layouts")
     if missing := sorted(wanted.keys() - given.keys()):
         raise CheckpointError(f"{what} lacks {first_few(missing)}")
     # a text encoder without projection may have been saved with one
     if unknown := sorted(given.keys() - wanted.keys() - {"text_projection.weight", "logit_scale"}):
-        raise CheckpointError(f"{what} has unexpected weights: {first_few(unknown)}")
+        raise CheckpointError(f"{what} has unexpected weights: {first_few([printable(name, 80) for name in unknown])}")
     if wrong := [
-        f"{k} {list(given[k].shape)} instead of {list(s)}" for k, (_, s) in wanted.items() if given[k].shape != s
+        f"{key} {list(given[key].shape)} instead of {list(shape)}"
+        for key, shape in wanted.items()
+        if given[key].shape != shape
     ]:
         raise CheckpointError(f"{what} has weights of the wrong shape: {first_few(wrong)}")
-    if odd := [k for k in wanted if given[k].dtype not in FLOATS]:
-        raise CheckpointError(f"{what}: {odd[0]} is stored as {given[odd[0]].dtype}; quantized weights are not read")
+    if odd := [key for key in wanted if given[key].dtype in WHOLE_NUMBERS]:
+        raise CheckpointError(f"{what}: {odd[0]} is stored as {WHOLE_NUMBERS[given[odd[0]].dtype]}; {NOT_READ}")
+
+
+def fill(network: nn.Module, state: State, dtype: torch.dtype, what: str) -> nn.Module:
+    """Give an empty network its weights. Raises CheckpointError unless names and shapes are exactly the network's."""
+    check_fit(network, state, what)
+    given = {current_name(key): value for key, value in state.items()}
     cast = {}
-    for name, (key, _) in wanted.items():
+    for key in network.state_dict():
+        name = current_name(key)
         cast[key] = given.pop(name).to(dtype)
         if not torch.isfinite(cast[key]).all():
             raise CheckpointError(f"{what}: {name} holds NaN or infinity{' in fp16' * (dtype == torch.float16)}")

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from stepforge.runtime.backends import Arrays, loading, running
+from stepforge.runtime.backends import Arrays, loading, reason, running
 from stepforge.runtime.backends.graph_file import checked_graph
 from stepforge.runtime.backends.signature import Signature
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
+
+PREFIX = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:\s*)?")
+
+
+def why(error: Exception) -> str:
+    """One line of ONNX Runtime's message, without its status code and the path that the caller names anyway."""
+    found = reason(error)
+    return PREFIX.sub("", found) or found
 
 
 class OnnxRuntime:
@@ -38,7 +48,7 @@ class OnnxRuntime:
         options.log_severity_level = 4  # what fails is raised, and told once
         # patterns are reused between equal shapes only; rows and sizes vary from tick to tick
         options.enable_mem_pattern = False
-        with loading("onnxruntime", graph):
+        with loading("onnxruntime", graph, why):
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             return _Graph(session, component, banks or {}, self._bundle)
 
@@ -55,7 +65,7 @@ class _Graph:
         self._arrays = banks  # the views do not keep their memory alive
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        with running("onnxruntime", self._component):
+        with running("onnxruntime", self._component, why):
             values = {
                 name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
                 for name, array in inputs.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from stepforge.runtime.backends import ALWAYS_FP32, Arrays, loading, running
+from stepforge.runtime.backends import ALWAYS_FP32, Arrays, loading, message, reason, running
 from stepforge.runtime.backends.compile_cache import CompileCache
 from stepforge.runtime.backends.graph_file import checked_graph
 from stepforge.runtime.backends.signature import Signature
@@ -23,6 +24,7 @@ PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
 # requests of many sizes its memory grows without end that anybody sees (benchmarks/soak_shapes.py). A network has fewer
 # primitives of one kind than half its layers, so that this many for each layer keep some four shapes ready.
 ENTRIES_PER_LAYER, LEAST_ENTRIES = 2, 128
+NODE = re.compile(r"<Node\((\w+)\): ([^>\n]*)>")  # as OpenVINO's ONNX reader names the node that it refuses
 
 
 @cache
@@ -34,6 +36,14 @@ def core() -> openvino.Core:
     (Ctrl-C) then ends the process with SIGSEGV (2026.4.1, tests/runtime/backends/test_exit.py).
     """
     return openvino.Core()
+
+
+def why(error: Exception) -> str:
+    """One line of OpenVINO's message, which is dozens: the last of its first paragraph, and the node if it names one."""
+    first = message(error).strip().split("\n\n")[0]
+    node = NODE.search(first)
+    found = reason(RuntimeError(first), -1)
+    return found if node is None else f"{node[1]} {node[2]}: {found}"
 
 
 class OpenVino:
@@ -72,7 +82,7 @@ class OpenVino:
             "CPU_RUNTIME_CACHE_CAPACITY": self._entries,
         }
         path = checked_graph(self._bundle, component, entry.graph)
-        with loading("openvino", entry.graph, -1):
+        with loading("openvino", entry.graph, why):
             # The key has the precision: OpenVINO takes a network compiled for f32 out of its cache for bf16 (2026.4.1,
             # LOADED_FROM_CACHE on the first bf16 compilation), whose results are then NaN, or the process ends. It has the
             # path and its time because OpenVINO's own has.
@@ -110,7 +120,7 @@ class _Graph:
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         # share_outputs: views of the request's own tensors, valid until the next call (saves a copy of each output)
-        with running("openvino", self._component):
+        with running("openvino", self._component, why):
             results = self._request.infer(dict(inputs), share_inputs=True, share_outputs=True)
             found = {name: results[name] for name in self._outputs}
         self._signature.check(inputs, found)

@@ -2,6 +2,7 @@
 
     bundle.json                 the manifest below
     tokenizer*/tokenizer.json   read by the `tokenizers` library
+    scheduler/steps.json        steps of the model's sampler where stepforge has no formula for it, see steps.py
     text_encoder*/model.onnx    ids [n, L] -> hidden states (SDXL: and pooled)
     denoiser/<name>/model.onnx  sample, timestep, encoder_hidden_states, ... -> prediction
     control/<name>/hint/model.onnx       image in 0..1 -> hint

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,8 @@ from stepforge.runtime.bundle.format import (
 )
 from stepforge.runtime.bundle.preset import Preset
 from stepforge.runtime.bundle.scheduler import SchedulerCard
+from stepforge.runtime.bundle.steps import MOST_BYTES as MOST_STEPS_BYTES
+from stepforge.runtime.bundle.steps import STEPS_FILE, StepTable
 from stepforge.runtime.bundle.typed import Between, Matches, parse, reader
 from stepforge.runtime.checks import shown
 from stepforge.runtime.errors import BundleError
@@ -82,7 +84,20 @@ def read(path: str | Path, *, check: bool = True) -> Bundle:
     _check_tree(bundle)
     if check:
         _check_hashes(bundle)
-    return bundle
+    return _with_table(bundle)
+
+
+def _with_table(bundle: Bundle) -> Bundle:
+    """The bundle with the compiled steps of its sampler, if it has such."""
+    if not bundle.scheduler.is_compiled:
+        return bundle
+    if STEPS_FILE not in bundle.files:
+        raise BundleError(f"{bundle.path} has the sampler {bundle.scheduler.sampler} without {STEPS_FILE}")
+    size = bundle.files[STEPS_FILE][0]
+    if size > MOST_STEPS_BYTES:
+        raise BundleError(f"{bundle.path}: {STEPS_FILE} has {size} bytes; at most {MOST_STEPS_BYTES} are allowed")
+    table = StepTable.parse(bundle.file(STEPS_FILE).read_bytes())
+    return replace(bundle, scheduler=replace(bundle.scheduler, table=table))
 
 
 def _bytes(manifest: Path) -> bytes:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from stepforge.runtime.bundle.steps import StepTable
 from stepforge.runtime.checks import shown
 from stepforge.runtime.errors import BundleError
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow", "edm")  # edm: a raw output that its own scheduler weighs
 SPACINGS = ("linspace", "leading", "trailing")
 SCHEDULES = ("normal", "karras", "exponential", "beta")
 SAMPLER_NAMES = (  # keys of plan.samplers.SAMPLERS
@@ -32,11 +34,15 @@ SAMPLER_NAMES = (  # keys of plan.samplers.SAMPLERS
     "tcd",
     "unipc",
 )
+COMPILED = re.compile(r"[A-Z][A-Za-z0-9]{0,63}Scheduler")  # name of a sampler whose steps the bundle carries
+MOST_TIMESTEPS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerCard:
     """What a bundle stores of a model's scheduler; hashable.
+
+    A sampler that is none of SAMPLER_NAMES is the class of diffusers whose steps were compiled at export: `table`.
 
     `timestep_spacing` and `set_alpha_to_one` are None where the model's config is silent: each sampler then takes the
     default of its diffusers class, as `Scheduler.from_config(pipe.scheduler.config)` does.
@@ -55,9 +61,11 @@ class SchedulerCard:
     steps_offset: int = 0
     set_alpha_to_one: bool | None = None
     shift: float = 1.0  # flow models' shift
+    table: StepTable | None = field(default=None, repr=False)  # a file of its own, see steps.py
 
     def __post_init__(self) -> None:
-        choose("sampler", self.sampler, SAMPLER_NAMES)
+        if not isinstance(self.sampler, str) or not COMPILED.fullmatch(self.sampler):
+            choose("sampler", self.sampler, SAMPLER_NAMES)
         choose("schedule", self.schedule, SCHEDULES)
         choose("prediction_type", self.prediction_type, PREDICTIONS)
         choose("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
@@ -67,8 +75,10 @@ class SchedulerCard:
         for name in ("num_train_timesteps", "steps_offset"):
             if not isinstance(getattr(self, name), int):
                 raise BundleError(f"{name} is {shown(getattr(self, name))}; it must be a whole number")
-        if self.num_train_timesteps < 1:
-            raise BundleError(f"num_train_timesteps is {self.num_train_timesteps}; at least 1 is needed")
+        if not 1 <= self.num_train_timesteps <= MOST_TIMESTEPS:
+            raise BundleError(
+                f"num_train_timesteps is {shown(self.num_train_timesteps)}; from 1 to {MOST_TIMESTEPS} are possible"
+            )
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise BundleError(
                 f"trained_betas has {len(self.trained_betas)} values for {self.num_train_timesteps} timesteps"
@@ -79,15 +89,20 @@ class SchedulerCard:
         if not 0.0 < self.shift < math.inf:
             raise BundleError(f"shift is {self.shift}; it must be positive")
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the sampler's steps come from a table."""
+        return self.sampler not in SAMPLER_NAMES
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        """Plain values for JSON, without the table."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "table"}
         return values | {"trained_betas": None if self.trained_betas is None else list(self.trained_betas)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SchedulerCard:
         """Reads what `to_dict` wrote; nothing may be missing or unknown."""
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - {"table"}
         if values.keys() != names:
             wrong = ", ".join(sorted(values.keys() ^ names))
             raise BundleError(f"scheduler card has missing or unknown fields: {wrong}")

@@ -33,6 +33,9 @@ def sample_steps(
     sigmas: in place of steps. Sigmas for euler include the one that the last step ends at, usually 0; sigmas for
     flow_euler end at 0 unsaid, and are shifted as the model asks.
     """
+    if sampler is None and card.is_compiled:
+        options = {"schedule": schedule, "spacing": spacing, "timesteps": timesteps, "sigmas": sigmas, "eta": eta}
+        return compiled_steps(card, steps, [name for name, value in options.items() if value is not None])
     name = choice("sampler", sampler or card.sampler, tuple(SAMPLERS))
     kind = SAMPLERS[name]
     _check_model(card, name)
@@ -48,7 +51,7 @@ def sample_steps(
         spacing=_spacing(card, name, spacing),
         timesteps=own_times,
         sigmas=own_sigmas,
-        eta=_eta(name, eta),
+        eta=_eta(card, name, eta),
         alpha_to_one=kind.alpha_to_one if card.set_alpha_to_one is None else card.set_alpha_to_one,
     )
     path = kind.levels(card, options)
@@ -62,6 +65,18 @@ def sample_steps(
         return found, 1.0
     first = max(level.sigma for level in path.at)
     return found, math.hypot(first, 1.0) if options.spacing == "leading" else first
+
+
+def compiled_steps(card: SchedulerCard, steps: int | None, given: Sequence[str]) -> tuple[tuple[Step, ...], float]:
+    """Steps from the bundle's table. given: options of the request that only samplers with a formula take."""
+    if given:
+        raise RequestError(
+            f"the model's sampler {card.sampler} takes steps only, not {given[0]}; {_those(card, lambda _: True)}"
+        )
+    if card.table is None:
+        raise RequestError(f"the steps of the model's sampler {card.sampler} are not at hand; read the bundle")
+    init_noise, rows = card.table.rows(card.sampler, whole("steps", steps, 1, card.num_train_timesteps))
+    return tuple(Step(**row._asdict()) for row in rows), init_noise
 
 
 def step_of(path: NoisePath, k: int, latent: Linear, index: int) -> Step:
@@ -84,18 +99,23 @@ def window(latent: Linear, symbol: str, k: int) -> tuple[float, ...]:
     return tuple(float(latent[symbol, j]) for j in range(k, oldest - 1, -1))
 
 
-def _those(fit: Callable[[Sampler], bool]) -> str:
-    """End of a refusal: which samplers would do."""
-    return f"choose one of {', '.join(name for name, sampler in SAMPLERS.items() if fit(sampler))}"
+def _those(card: SchedulerCard, fit: Callable[[Sampler], bool]) -> str:
+    """End of a refusal: which samplers would do on the model."""
+    names = [
+        name
+        for name, kind in SAMPLERS.items()
+        if fit(kind) and card.prediction_type in kind.predictions and (kind.zero_snr or not card.rescale_betas_zero_snr)
+    ]
+    return f"choose one of {', '.join(names)}" if names else "name no sampler: the model has one of its own"
 
 
 def _check_model(card: SchedulerCard, name: str) -> None:
     kind = SAMPLERS[name]
     if card.prediction_type not in kind.predictions:
-        fit = _those(lambda other: card.prediction_type in other.predictions)
+        fit = _those(card, lambda _: True)
         raise RequestError(f"sampler {name!r} cannot run a model that predicts {card.prediction_type}; {fit}")
     if card.rescale_betas_zero_snr and not kind.zero_snr:
-        fit = _those(lambda other: other.zero_snr and card.prediction_type in other.predictions)
+        fit = _those(card, lambda _: True)
         raise RequestError(f"sampler {name!r} cannot run a model of zero terminal SNR; {fit}")
 
 
@@ -105,7 +125,7 @@ def _count(card: SchedulerCard, name: str, steps: int | None, timesteps: Float64
     given = [what for what, values in own.items() if values is not None]
     for what in given:
         if what not in SAMPLERS[name].custom:
-            fit = _those(lambda other: what in other.custom)  # noqa: B023, called at once
+            fit = _those(card, lambda other: what in other.custom)  # noqa: B023, called at once
             raise RequestError(f"sampler {name!r} takes no {what} of a request; {fit}")
     if len(given) + (steps is not None) != 1:
         raise RequestError("give exactly one of steps, timesteps and sigmas")
@@ -146,12 +166,12 @@ def _spacing(card: SchedulerCard, name: str, spacing: str | None) -> str:
     return spacing or card.timestep_spacing or default or ""
 
 
-def _eta(name: str, eta: float | None) -> float:
+def _eta(card: SchedulerCard, name: str, eta: float | None) -> float:
     default = SAMPLERS[name].eta
     if eta is None:
         return default or 0.0
     if default is None:
-        raise RequestError(f"sampler {name!r} has no eta; {_those(lambda other: other.eta is not None)}")
+        raise RequestError(f"sampler {name!r} has no eta; {_those(card, lambda other: other.eta is not None)}")
     if not 0.0 <= eta <= 1.0:
         raise RequestError(f"eta is {eta}; it must lie in 0..1")
     return float(eta)
