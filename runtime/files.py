@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def escaped(text: str) -> str:
+    """A text whose lines and tabs are its only control characters: no escape sequences, no marks that turn the direction
+    of writing, no line separators of Unicode's."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def printable(text: object, limit: int = 200) -> str:
@@ -24,9 +32,10 @@ def printable(text: object, limit: int = 200) -> str:
     return f"{plain[: limit - tail - 5]} ... {plain[-tail:]}"
 
 
-def strict_json(data: bytes, *, depth: int = 32) -> Any:
+def strict_json(data: bytes, *, depth: int = 32, infinite: bool = False) -> Any:
     """JSON that means one thing: UTF-8, no key twice, finite numbers, valid Unicode, nested at most `depth` deep.
 
+    infinite: also what Python writes for floats that are not finite, as diffusers does in configs.
     Raises ValueError in one line for all else.
     """
 
@@ -47,7 +56,9 @@ def strict_json(data: bytes, *, depth: int = 32) -> Any:
         return int(digits)
 
     try:
-        value = json.loads(data.decode(), object_pairs_hook=once, parse_constant=refuse, parse_int=whole)
+        value = json.loads(
+            data.decode(), object_pairs_hook=once, parse_constant=None if infinite else refuse, parse_int=whole
+        )
     except RecursionError:
         raise ValueError(f"it nests deeper than {depth} levels") from None
     except UnicodeDecodeError:
@@ -62,7 +73,7 @@ def strict_json(data: bytes, *, depth: int = 32) -> Any:
                 raise ValueError(f"it nests deeper than {depth} levels")
             inner = [*one.keys(), *one.values()] if isinstance(one, dict) else one
             todo += [(other, level + 1) for other in inner]
-        elif isinstance(one, float) and not math.isfinite(one):
+        elif isinstance(one, float) and not infinite and not math.isfinite(one):
             raise ValueError("it contains a number beyond the largest float")
         elif isinstance(one, str) and not one.isascii():
             try:
