@@ -113,7 +113,7 @@ def export_bundle(
         for line in lines:
             log.warning("%s: %s %s", printable(source.name), kind, printable(line, 400))
     source = with_adapters(source, read_all(source, loras))
-    check_fits(source, DTYPES[precision], out)
+    check_fits({key: make() for key, make in source.empty.items()}, DTYPES[precision], out)
     nets = read_controls(source, controls or {})
     with staged(out, overwrite=overwrite) as folder:
         bundle = _Export(source, nets, folder, precision, bank, reuse, progress).run(name or source.name)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stepforge.runtime.bundle import NAME
 from stepforge.runtime.cli.inputs import file_and_strength
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.files import printable
@@ -42,8 +43,10 @@ def parse_controls(texts: list[str] | None) -> dict[str, Path]:
     controls: dict[str, Path] = {}
     for text in texts or ():
         name, equals, path = text.partition("=")
-        if not equals or not path:
-            raise RequestError(f"--control {text!r} is not understood; give NAME=PATH, such as canny=models/canny")
+        if not equals or not path or not NAME.fullmatch(name):
+            raise RequestError(
+                f"--control {printable(text)} is not understood; give NAME=PATH, such as canny=models/canny"
+            )
         if name in controls:
             raise RequestError(f"--control {name} is given twice; choose another name for one of the two")
         controls[name] = Path(path)
@@ -102,7 +105,8 @@ def export_command(
     if as_json:
         print(json.dumps({"bundle": str(out), "digest": bundle.digest, "bytes": size, "files": len(bundle.files)}))
     else:
-        print(f"{out}: {bundle.card.name}, {bundle.precision}, {size / 1e6:.1f} MB, digest {bundle.digest[:16]}")
+        what = f"{printable(out)}: {printable(bundle.card.name)}, {bundle.precision}"
+        print(f"{what}, {size / 1e6:.1f} MB, digest {bundle.digest[:16]}")
 
 
 def verify_command(

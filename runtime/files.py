@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def escaped(text: str) -> str:
+    """A text whose lines and tabs are its only control characters: no escape sequences, no marks that turn the direction
+    of writing, no line separators of Unicode's."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def printable(text: object, limit: int = 200) -> str:

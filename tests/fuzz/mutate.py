@@ -53,7 +53,8 @@ def mutated(value: Any, rng: random.Random, strange: tuple[Any, ...] = STRANGE) 
                 if isinstance(inner, dict):
                     inner[rng.choice((*NAMES, "extra"))] = copy.deepcopy(rng.choice(strange))
                 else:
-                    inner.extend(copy.deepcopy(inner or [rng.choice(strange)]) for _ in range(rng.choice((1, 1, 300))))
+                    more = copy.deepcopy(inner or [rng.choice(strange)])
+                    inner.extend(more * (rng.choice((1, 300)) if len(places(inner)) < 30 else 1))
             case 7 if isinstance(container[key], int | float) and not isinstance(container[key], bool):
                 container[key] = rng.choice(
                     (-container[key], container[key] + 1, container[key] * 2**20, container[key] / 3)
@@ -64,6 +65,32 @@ def mutated(value: Any, rng: random.Random, strange: tuple[Any, ...] = STRANGE) 
                 )
             case _:
                 container[key] = [container[key]]
+    return value
+
+
+def nudged(value: Any, rng: random.Random) -> Any:
+    """A copy of a JSON value in which one to three values became others of their kind, so that many of them are read."""
+    value = copy.deepcopy(value)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        container, key = rng.choice(places(value))
+        one = container[key]
+        if isinstance(one, bool):
+            container[key] = not one
+        elif isinstance(one, int):
+            container[key] = rng.choice((one - 1, one + 1, 2 * one, one // 2, 0, 1, 7, 1000, float(one)))
+        elif isinstance(one, float):
+            container[key] = one * rng.choice((0.5, 2.0, -1.0, 1e-3, 1e3, 1e-30, 0.0)) + rng.choice((0.0, 0.0, 1.0))
+        elif isinstance(one, str):
+            others = [other[name] for other, name in places(value) if isinstance(other[name], str)]
+            container[key] = rng.choice(
+                (*others, one.swapcase(), one + "x", "é😀", "karras", "euler", "v_prediction", "sample")
+            )
+        elif one is None:
+            container[key] = rng.choice((True, False, 1, 0.5, "trailing", "leading", "a", [], {}, [0.1], [1.0, 2.0]))
+        elif isinstance(one, list) and one:
+            at = rng.randrange(len(one))
+            one[at:at] = one[at : at + rng.choice((0, 1))]
+            del one[rng.randrange(len(one))]
     return value
 
 

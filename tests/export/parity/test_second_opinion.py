@@ -129,7 +129,7 @@ class Case:
     edits: Mapping[str, Mapping[str, Any]] | None = None  # what the model's files say instead
 
 
-OFFSET = {"scheduler/scheduler_config.json": {"steps_offset": 0}}
+OFFSET = {"scheduler/scheduler_config.json": {"steps_offset": 0, "clip_sample": True}}
 EULER = {"model_index.json": {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}}
 CASES = {
     "padding": Case("tiny_sdxl", padded_with_end),
@@ -254,7 +254,7 @@ def test_misread_graphs_fail(
 ) -> None:
     model, key, make = GRAPHS[name]
     bundle, traced = read(request.getfixturevalue(f"{model}_bundle")), make(request.getfixturevalue(model))
-    assert {"component", "image"} <= failed(retraced(bundle, tmp_path / "out", key, traced), references(model))
+    assert "component" in failed(retraced(bundle, tmp_path / "out", key, traced), references(model))
 
 
 # Single files

@@ -187,6 +187,9 @@ def test_a_gpu_is_found_by_its_driver(monkeypatch, tmp_path):
         ({"backend": "onnxruntime", "precision": "bf16"}, "onnxruntime has no bf16 kernels"),
         ({"backend": "openvino", "precision": "fp16"}, "'openvino' does not compute in fp16; use fp32 or bf16"),
         ({"threads": 0}, "threads is 0"),
+        ({"threads": 100_000}, "threads is 100000; it must be a whole number from 1 to"),
+        ({"threads": True}, "threads is True"),
+        ({"threads": 1.5}, "threads is 1.5"),
     ],
 )
 def test_refusals(tiny_sd1_bundle, options, message):
