@@ -1,6 +1,8 @@
 """What SECURITY.md says is never done, seen by the interpreter's audit events; and that the page names tests that exist."""
 
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ import sys
 forbidden = ("socket.connect", "socket.getaddrinfo", "socket.bind", "pickle.find_class", "os.system",
              "subprocess.Popen", "os.exec")
 def watch(event, args):
-    if event in forbidden or event == "open" and str(args[0]).endswith((".py", ".pyc")) and str(args[0]).startswith(FOLDER):
+    code = event == "open" and args[1] != "w" and str(args[0]).startswith(FOLDER) and str(args[0]).endswith((".py", ".pyc"))
+    if event in forbidden or code:
         print("FORBIDDEN", event, args, file=sys.stderr, flush=True)
         import os
         os._exit(9)
@@ -54,25 +57,30 @@ assert run(["plan", "fake"]) == 0
 
 
 @pytest.mark.slow
-def test_models_are_read_without_network_pickle_and_their_own_code(tiny_sd1, tmp_path):
-    """A folder with a pipeline of its own and pickles beside the weights: they are refused, or left alone."""
-    import shutil
-
+def test_models_are_read_without_network_and_pickle(tiny_sd1, tmp_path):
+    """A pickle beside the weights is left alone; alone, or with code in the folder, the model is refused."""
     model = Path(shutil.copytree(tiny_sd1, tmp_path / "model"))
-    for name in ("pipeline.py", "unet/unet.py", "tokenizer/tokenization_x.py"):
-        (model / name).write_text("raise SystemExit(7)")
+    (model / "unet/diffusion_pytorch_model.bin").write_bytes(pickle.dumps(print))
     watched(
         f"""
-import torch, diffusers, transformers, warnings
+import torch, diffusers, transformers
 from pathlib import Path
 from stepforge.export.models.load import load
-from stepforge.runtime.errors import StepforgeError
+from stepforge.runtime.errors import CheckpointError
 sys.addaudithook(watch)
-try:
-    source = load(Path({str(model)!r}))
-    source.unet(torch.float32)
-except StepforgeError as error:
-    print(error)
+model = Path({str(model)!r})
+source = load(model)
+source.unet(torch.float32)
+def refused():
+    try:
+        load(model).unet(torch.float32)
+    except CheckpointError:
+        return True
+(model / "x.py").write_text("raise SystemExit(7)")
+assert refused()
+(model / "x.py").unlink()
+(model / "unet/diffusion_pytorch_model.safetensors").unlink()
+assert refused()
 """,
         model,
     )
