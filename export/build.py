@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.metadata
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -49,7 +50,9 @@ from stepforge.runtime.bundle import (
 )
 from stepforge.runtime.bundle.steps import STEPS_FILE, written
 from stepforge.runtime.errors import CheckpointError
+from stepforge.runtime.files import printable
 
+log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # stage, stages done, stages in all
 
 DTYPES = dict(zip(WEIGHT_PRECISIONS, (torch.float32, torch.float16), strict=True))
@@ -106,8 +109,11 @@ def export_bundle(
         raise CheckpointError(f"precision {precision!r} is unknown; choose one of {', '.join(DTYPES)}")
     check_out(out, overwrite)
     source = load(model_path, tokenizer=tokenizer, prediction_type=prediction_type)
+    for kind, lines in (("assumed", source.assumed), ("corrected", source.corrected)):
+        for line in lines:
+            log.warning("%s: %s %s", printable(source.name), kind, printable(line, 400))
     source = with_adapters(source, read_all(source, loras))
-    check_fits(source, DTYPES[precision], out)
+    check_fits({key: make() for key, make in source.empty.items()}, DTYPES[precision], out)
     nets = read_controls(source, controls or {})
     with staged(out, overwrite=overwrite) as folder:
         bundle = _Export(source, nets, folder, precision, bank, reuse, progress).run(name or source.name)

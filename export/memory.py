@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stepforge.export.models.source import Source
+from stepforge.runtime.bundle import ComponentId
 from stepforge.runtime.errors import CheckpointError
 
 # Peak resident memory over the bytes of the largest network in the bundle's precision: 1.4 measured for SD 1.5 in fp32 and
@@ -21,9 +21,12 @@ CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 
 
-def check_fits(source: Source, dtype: torch.dtype, out: Path) -> None:
-    """Raises CheckpointError, with the figures, where an export to `out` certainly runs out of memory or disk."""
-    sizes = {str(key): weight_bytes(make(), dtype) for key, make in source.empty.items()}
+def check_fits(networks: Mapping[ComponentId, Any], dtype: torch.dtype, out: Path) -> None:
+    """Raises CheckpointError, with the figures, where an export to `out` certainly runs out of memory or disk.
+
+    networks: with or without their weights; the VAE, which is small, need not be among them.
+    """
+    sizes = {str(key): weight_bytes(network, dtype) for key, network in networks.items()}
     name, largest = max(sizes.items(), key=lambda item: item[1])
     free = available()
     if free is not None and free < largest + LIBRARIES:
@@ -38,7 +41,7 @@ def check_fits(source: Source, dtype: torch.dtype, out: Path) -> None:
 
 
 def weight_bytes(network: Any, dtype: torch.dtype) -> int:
-    return sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
+    return sum(int(parameter.numel()) for parameter in network.parameters()) * int(dtype.itemsize)
 
 
 def available() -> int | None:

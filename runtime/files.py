@@ -32,9 +32,10 @@ def printable(text: object, limit: int = 200) -> str:
     return f"{plain[: limit - tail - 5]} ... {plain[-tail:]}"
 
 
-def strict_json(data: bytes, *, depth: int = 32) -> Any:
+def strict_json(data: bytes, *, depth: int = 32, infinite: bool = False) -> Any:
     """JSON that means one thing: UTF-8, no key twice, finite numbers, valid Unicode, nested at most `depth` deep.
 
+    infinite: also what Python writes for floats that are not finite, as diffusers does in configs.
     Raises ValueError in one line for all else.
     """
 
@@ -55,7 +56,9 @@ def strict_json(data: bytes, *, depth: int = 32) -> Any:
         return int(digits)
 
     try:
-        value = json.loads(data.decode(), object_pairs_hook=once, parse_constant=refuse, parse_int=whole)
+        value = json.loads(
+            data.decode(), object_pairs_hook=once, parse_constant=None if infinite else refuse, parse_int=whole
+        )
     except RecursionError:
         raise ValueError(f"it nests deeper than {depth} levels") from None
     except UnicodeDecodeError:
@@ -70,7 +73,7 @@ def strict_json(data: bytes, *, depth: int = 32) -> Any:
                 raise ValueError(f"it nests deeper than {depth} levels")
             inner = [*one.keys(), *one.values()] if isinstance(one, dict) else one
             todo += [(other, level + 1) for other in inner]
-        elif isinstance(one, float) and not math.isfinite(one):
+        elif isinstance(one, float) and not infinite and not math.isfinite(one):
             raise ValueError("it contains a number beyond the largest float")
         elif isinstance(one, str) and not one.isascii():
             try:

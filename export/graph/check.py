@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def open_graphs(bundle: Bundle) -> None:
         for graph in (entry.graph, *entry.derived.values()):
             path = bundle.file(graph)
             _attempt(key, graph, "onnx", check_typing, path)
-            _attempt(key, graph, "onnx", lambda path, entry=entry: check_tensors(path, entry), path)
+            _attempt(key, graph, "onnx", partial(check_tensors, entry=entry), path)
         for engine, opens in engines.items():
             graph = entry.derived.get(engine, entry.graph)
             _attempt(key, graph, engine, opens, bundle.file(graph))

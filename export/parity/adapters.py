@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from stepforge.export.lora.merge import Merged, merge
+from stepforge.export.models.files import read_json
 from stepforge.export.models.networks import named_modules
-from stepforge.export.models.weights import first_line, opened, read_json
+from stepforge.export.models.weights import opened
 from stepforge.export.parity.loaders import quiet
-from stepforge.export.parity.staging import write_json
+from stepforge.export.parity.staging import reason, staging, write_json
 from stepforge.runtime.bundle import ComponentId
 from stepforge.runtime.errors import AdapterError
 
@@ -43,7 +43,7 @@ def merge_adapters(pipeline: Any, files: Sequence[tuple[Path, float]], merged: S
         except MemoryError:
             raise
         except Exception as error:  # diffusers and PEFT raise whatever a strange file runs into
-            assumed.append(f"LoRA {one.adapter.file} is merged as stepforge reads it: {first_line(error):.150}")
+            assumed.append(f"LoRA {one.adapter.file} is merged as stepforge reads it: {reason(error)}")
             _unload(pipeline)
             if not several_dora:
                 _merge_as_read(pipeline, [one])
@@ -77,10 +77,10 @@ def _merge_peft(pipeline: Any, folder: Path, strength: float, one: Merged) -> No
 
     [component] = one.adapter.components
     config = read_json(folder / PEFT_CONFIG)
-    with tempfile.TemporaryDirectory(prefix="stepforge-") as place:
-        write_json(Path(place) / PEFT_CONFIG, {key: config[key] for key in PEFT_OPTIONS if key in config})
-        (Path(place) / PEFT_FILE).symlink_to((folder / PEFT_FILE).resolve())
-        wrapped = PeftModel.from_pretrained(getattr(pipeline, component.name), place, local_files_only=True)
+    with staging() as place:
+        write_json(place / PEFT_CONFIG, {key: config[key] for key in PEFT_OPTIONS if key in config})
+        (place / PEFT_FILE).symlink_to((folder / PEFT_FILE).resolve())
+        wrapped = PeftModel.from_pretrained(getattr(pipeline, component.name), str(place), local_files_only=True)
     setattr(pipeline, component.name, wrapped.get_base_model())
     _check_coverage(pipeline, one)
     for module in wrapped.modules():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from diffusers import ControlNetModel
 from stepforge.export.build import read_controls
 from stepforge.export.models.controlnet import ControlSource
 from stepforge.export.models.source import Source
-from stepforge.export.models.weights import first_line
-from stepforge.export.parity.loaders import FP32, check_complete, quiet
-from stepforge.export.parity.staging import stage_component, write_json
+from stepforge.export.parity.loaders import FP32, check_complete, quiet, variant_among
+from stepforge.export.parity.staging import reason, stage_component, staging, write_json
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.errors import CheckpointError
 
@@ -49,8 +47,7 @@ def load_network(path: Path, net: ControlSource, unet: Any) -> tuple[Any, tuple[
         except MemoryError:
             raise
         except Exception as error:  # diffusers raises whatever a strange file runs into
-            why = first_line(error)
-            return net.network(FP32), (f"ControlNet {net.name} is loaded as stepforge reads it: {why:.150}",)
+            return net.network(FP32), (f"ControlNet {net.name} is loaded as stepforge reads it: {reason(error)}",)
     if path.is_file() and net.config.get(POOL):
         network.register_to_config(**{POOL: True})  # no single file states it
         return network, (f"ControlNet {net.name}: residuals are pooled, as its file's name says",)
@@ -58,23 +55,23 @@ def load_network(path: Path, net: ControlSource, unet: Any) -> tuple[Any, tuple[
 
 
 def _load(path: Path, net: ControlSource, unet: Any) -> Any:
-    with tempfile.TemporaryDirectory(prefix="stepforge-") as place:
+    with staging() as place:
         if path.is_dir():
             files = list(net.provenance["sha256"])
-            stage_component(path, files, Path(place))
+            stage_component(path, files, place)
             network = ControlNetModel.from_pretrained(
-                place,
+                str(place),
                 torch_dtype=FP32,
                 use_safetensors=True,
                 local_files_only=True,
-                variant="fp16" if any(".fp16." in file for file in files) else None,
+                variant=variant_among(files),
             )
         else:
             with init_empty_weights():
                 config = ControlNetModel.from_unet(unet, load_weights_from_unet=False).config
-            write_json(Path(place) / "config.json", {**config, "_class_name": "ControlNetModel"})
+            write_json(place / "config.json", {**config, "_class_name": "ControlNetModel"})
             network = ControlNetModel.from_single_file(
-                str(path.resolve()), config=place, local_files_only=True, torch_dtype=FP32
+                str(path.resolve()), config=str(place), local_files_only=True, torch_dtype=FP32
             )
     check_complete(network, net.name)
     return network

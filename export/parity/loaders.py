@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ import transformers
 from transformers import CLIPTokenizer
 
 from stepforge.export.models.source import Source
-from stepforge.export.models.weights import first_line, opened, shapes_of
+from stepforge.export.models.weights import opened, read_header, variant_of
 from stepforge.export.parity.configs import MODELS, SD2_BASE_SIZE
-from stepforge.export.parity.staging import TOKENIZER, stage_model, write_json
+from stepforge.export.parity.staging import TOKENIZER, reason, stage_component, stage_model, staging, write_json
 from stepforge.runtime.errors import CheckpointError
 
 UNET = "model.diffusion_model."
@@ -71,9 +70,8 @@ def load_pipeline(
             raise
         except Exception as error:  # diffusers and transformers raise whatever a strange file runs into
             if config is not None:
-                what = first_line(error)
                 raise CheckpointError(
-                    f"{model} is not loaded by diffusers with the configs of {config}: {what}"
+                    f"{model} is not loaded by diffusers with the configs of {config}: {reason(error)}"
                 ) from error
             loaded = _from_source(model, source, error)
     loaded.pipeline.set_progress_bar_config(disable=True)
@@ -82,38 +80,44 @@ def load_pipeline(
 
 def _from_pretrained(model: Path, source: Source, prediction_type: str | None) -> Loaded:
     weights = list(source.provenance["sha256"])
-    with tempfile.TemporaryDirectory(prefix="stepforge-") as place:
-        stage_model(model, weights, Path(place))
+    with staging() as place:
+        stage_model(model, weights, place)
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            place,
+            str(place),
             torch_dtype=FP32,
             use_safetensors=True,
             local_files_only=True,
-            variant="fp16" if any(".fp16." in file for file in weights) else None,
+            variant=variant_among(weights),
         )
     return _given(Loaded(pipeline, "from_pretrained"), prediction_type)
 
 
+def variant_among(files: Iterable[str]) -> str | None:
+    """The variant of weights that a loader must be asked for; None: the plain ones."""
+    return next((variant for file in files if (variant := variant_of([Path(file)]))), None)
+
+
 def _from_single_file(model: Path, tokenizer: Path | None, prediction_type: str | None, config: Path | None) -> Loaded:
-    with opened(model) as file:
-        shapes, metadata = shapes_of(file), file.metadata() or {}
-        step = int(file.get_tensor("global_step")) if "global_step" in shapes else None
-    with tempfile.TemporaryDirectory(prefix="stepforge-") as place:
-        folder = Path(place)
+    header = read_header(model)
+    shapes, step = header.shapes, None
+    if shapes.get("global_step") in ((), (1,)):
+        with opened(model) as file:
+            step = int(file.get_tensor("global_step"))
+    with staging() as place:
         kind = "" if config is not None else _kind(shapes)
         if config is not None:
-            stage_model(config, (), folder)
+            stage_model(config, (), place)
         else:
             for name, values in MODELS[kind].items():
-                write_json(folder / name, values)
-        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+                write_json(place / name, values)
+        index = json.loads((place / "model_index.json").read_text("utf-8"))
         if tokenizer is not None:
-            _add_tokenizers(folder, index, tokenizer)
+            _add_tokenizers(place, index, tokenizer)
         named = index.get("_class_name")
         if named not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
             raise CheckpointError(f"{config} is of a {named!r:.80}")
         pipeline = getattr(diffusers, named).from_single_file(
-            str(model.resolve()), config=place, local_files_only=True, torch_dtype=FP32
+            str(model.resolve()), config=str(place), local_files_only=True, torch_dtype=FP32
         )
     held = sum(_size(shape) for key, shape in shapes.items() if key.startswith(UNET))
     if held != (wanted := sum(parameter.numel() for parameter in pipeline.unet.parameters())):
@@ -121,7 +125,7 @@ def _from_single_file(model: Path, tokenizer: Path | None, prediction_type: str 
     loaded = Loaded(pipeline, "from_single_file")
     if config is not None:
         return _given(loaded, prediction_type)
-    loaded = _stated(loaded, kind, set(shapes), metadata, step, prediction_type)
+    loaded = _stated(loaded, kind, set(shapes), header.metadata, step, prediction_type)
     if kind == "v2" and loaded.pipeline.scheduler.config.prediction_type == "epsilon":
         loaded.pipeline.unet.register_to_config(sample_size=SD2_BASE_SIZE)
         loaded = loaded.assuming("image size 512x512, as SD 2's epsilon models; diffusers takes all for 768x768")
@@ -194,18 +198,17 @@ def _with_scheduler(loaded: Loaded, line: str, **options: Any) -> Loaded:
 def _from_source(model: Path, source: Source, error: Exception) -> Loaded:
     """diffusers' pipeline over networks and settings of the exporter's reading, all of them told as assumed."""
     pipeline = source_pipeline(source)
-    reason = first_line(error)
     return Loaded(
         pipeline,
         "source",
-        (f"diffusers does not load {model.name} ({reason:.150}): all settings are as stepforge reads them",
+        (f"diffusers does not load {model.name} ({reason(error)}): all settings are as stepforge reads them",
          *settings_of(pipeline, source), *source.assumed),
     )  # fmt: skip
 
 
 def source_pipeline(source: Source) -> Any:
     """diffusers' own pipeline in fp32, from the source's networks."""
-    tokenizers = [CLIPTokenizer.from_pretrained(folder, local_files_only=True) for folder in source.tokenizers]
+    tokenizers = [_tokenizer(folder, pad) for folder, pad in zip(source.tokenizers, source.pads, strict=True)]
     encoders = [loader(FP32) for loader in source.text_encoders]
     config = dict(source.scheduler)
     parts = {
@@ -229,6 +232,16 @@ def source_pipeline(source: Source) -> Any:
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _tokenizer(folder: Path, pad: str | None) -> Any:
+    """A tokenizer that fills up with its end of text ("end"), with id 0 ("zero") or as its folder says (None)."""
+    with staging() as place:
+        stage_component(folder, (), place)
+        tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
+    if pad is not None:
+        tokenizer.pad_token = tokenizer.eos_token if pad == "end" else tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
 
 
 def settings_of(pipeline: Any, source: Source) -> Iterator[str]:

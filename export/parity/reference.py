@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from stepforge.export.models.controlnet import ControlSource
-from stepforge.export.models.weights import first_line
 from stepforge.export.parity.control import control_pipeline, load_network
 from stepforge.export.parity.loaders import Loaded, quiet
 from stepforge.export.parity.recorder import Call, control_calls, control_recorder, plain_calls, plain_recorder
+from stepforge.export.parity.staging import reason
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.bundle import Bundle, Size
 from stepforge.runtime.errors import CheckpointError
@@ -70,9 +70,7 @@ def run_references(
             with quiet():
                 return run_reference(pipeline, prompt, bundle, settings.steps, settings.guidance, settings.seed, **more)
         except Exception as error:  # a pipeline raises whatever its settings run into
-            raise CheckpointError(
-                f"diffusers' pipeline of the model does not draw: {first_line(error):.200}"
-            ) from error
+            raise CheckpointError(f"diffusers' pipeline of the model does not draw: {reason(error)}") from error
 
     first, hint, size = settings.prompts[0], drawn_hint(bundle), own_size(pipeline)
     if size is None:

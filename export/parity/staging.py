@@ -8,14 +8,20 @@ configs without such keys. No other key is read, changed or added here, so that 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stepforge.export.models.weights import read_json
+from stepforge.export.models.files import read_json
+from stepforge.export.models.weights import first_line
 from stepforge.runtime.errors import CheckpointError
+from stepforge.runtime.files import printable
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+PREFIX = "stepforge-"  # of temporary folders
 LIBRARIES = ("diffusers", "transformers")  # the only ones that a model_index.json may name
 PUBLIC = ("_class_name", "_diffusers_version")  # keys with an underscore that are kept
 CODE = (  # keys that make a loader import, download or rewrite something
@@ -56,15 +62,27 @@ def stage_component(folder: Path, weights: Iterable[str], out: Path) -> None:
     for name in CONFIGS:
         if (folder / name).is_file():
             write_json(out / name, {key: value for key, value in read_json(folder / name).items() if harmless(key)})
-    for file in sorted(folder.glob("*.safetensors.index*.json")):
+    for file in sorted(folder.glob("*.safetensors*.json")):
         shards = read_json(file).get("weight_map", {})
-        if len(names) > 1 and set(shards.values()) <= names:
+        if len(names) > 1 and isinstance(shards, dict) and set(shards.values()) <= names:
             write_json(out / file.name, {"metadata": {}, "weight_map": shards})
 
 
 def harmless(key: str) -> bool:
     """Whether a key of a config selects no code."""
     return key not in CODE and (not key.startswith("_") or key in PUBLIC)
+
+
+@contextmanager
+def staging() -> Iterator[Path]:
+    """A temporary folder."""
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as place:
+        yield Path(place)
+
+
+def reason(error: Exception, limit: int = 150) -> str:
+    """A loader's error in one line, without the name of the temporary folder."""
+    return printable(re.sub(rf"\S*/{PREFIX}\w+", "MODEL", first_line(error)), limit)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ class StepTable:
                 if type(steps) is not int or not 1 <= steps <= MOST_STEPS or steps in counts:
                     raise ValueError(f"a step count is {shown(steps)}, or is given twice")
                 counts[steps] = _number(init_noise), tuple(_rows(steps, rows))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise BundleError(f"{STEPS_FILE} is damaged: {error}") from None
         return cls(hashlib.sha256(data).hexdigest(), counts)
 

@@ -6,6 +6,7 @@ Behind it the `Scheduler` says who runs next, and the `Worker`, on a thread of i
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import queue
 import threading
@@ -28,6 +29,8 @@ from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.compile import Rows, check_variants, compile_plan
 from stepforge.runtime.request import Request, Result
 from stepforge.runtime.request.presets import resolve
+
+log = logging.getLogger(__name__)
 
 MAX_ROWS = 8  # denoiser rows in one call; on a CPU more rows cost memory and gain nothing (reference: measured.md)
 MAX_PIXELS = 8 << 20  # pixels of all rows of a call: eight of 1024×1024
@@ -76,6 +79,7 @@ class Engine:
         self.adapters = Adapters(bundle, backend)
         self._scheduler = Scheduler(max_rows=max_rows, max_pixels=max_pixels, queue_limit=queue_limit)
         self._worker = Worker(bundle, backend, self._scheduler, self.adapters)
+        self._warned_of_guidance = False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._worker.run, name="stepforge-engine", daemon=True)
         self._thread.start()
@@ -210,10 +214,23 @@ class Engine:
         size = self.bundle.card.size(request.width, request.height)
         self._worker.check(request)  # unreadable prompts, unknown ControlNets
         plan = self._plan(request, rows)
+        self._warn(request)
         return Job(
             request, plan, size, RequestFuture(self._check_wait),
             on_step=on_step, adapters=self.adapters.choose(request.adapters),
         )  # fmt: skip
+
+    def _warn(self, request: Request) -> None:
+        """Once an engine: constant guidance below 1 is not what diffusers makes of it."""
+        w = request.guidance
+        if isinstance(w, float) and w < 1.0 and not self._warned_of_guidance:
+            self._warned_of_guidance = True
+            log.warning(
+                "guidance %g %s; diffusers runs the conditional row alone for a guidance_scale of 1 or less: "
+                "give 1.0 for that",
+                w,
+                "runs the unconditional row alone" if w == 0.0 else "leans to the negative prompt",
+            )
 
     def _outcomes(self, jobs: Sequence[Job]) -> Generator[Outcome, None, None]:
         """Queue jobs while there is room, and yield them as they end."""

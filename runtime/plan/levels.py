@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,15 @@ from stepforge.runtime.arrays import Float64
 from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan.linear import Level, NoisePath
-from stepforge.runtime.plan.schedules import RESPACE, alphas_cumprod, check_timesteps, ratio, spaced, times_of
+from stepforge.runtime.plan.schedules import (
+    RESPACE,
+    alphas_cumprod,
+    check_timesteps,
+    float32_table,
+    ratio,
+    spaced,
+    times_of,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,14 +130,16 @@ def sigma_points(card: SchedulerCard, options: SamplerOptions) -> tuple[Float64,
     """Timesteps and sigmas, with the end, of samplers that move in sigma."""
     table = sigma_table(card)
     if options.sigmas is not None:
-        return times_of(options.sigmas[:-1], table), options.sigmas
+        return times_of(options.sigmas[:-1].astype(np.float32), float32_table(card)), options.sigmas
     times = options.timesteps
     if times is None:
         times = spaced(options.spacing, options.steps, card.num_train_timesteps, offset=card.steps_offset)
     sigmas = sigmas_at(times, table)
     if options.schedule != "normal":
-        sigmas = RESPACE[options.schedule](float(sigmas[0]), float(sigmas[-1]), options.steps)
-        times = times_of(sigmas, table)
+        respace, rounded = RESPACE[options.schedule], float32_table(card)
+        sigmas = respace(float(sigmas[0]), float(sigmas[-1]), options.steps)
+        ends = np.interp(times[[0, -1]].astype(np.float32), np.arange(len(rounded)), rounded)
+        times = times_of(respace(float(ends[0]), float(ends[1]), options.steps), rounded)
     return times, np.append(sigmas, 0.0)
 
 
@@ -156,7 +167,7 @@ def kdpm2_levels(card: SchedulerCard, options: SamplerOptions) -> NoisePath:
     if options.schedule == "karras":
         times = np.round(times)
     middles = np.sqrt(sigmas[:-1] * sigmas[1:])
-    middle_times = times_of(middles, sigma_table(card))
+    middle_times = times_of(middles, float32_table(card))
     at: list[Level] = []
     moves: list[tuple[Level, ...]] = []
     for i, t in enumerate(times):
@@ -177,14 +188,14 @@ def ahead_levels(card: SchedulerCard, options: SamplerOptions) -> NoisePath:
         sigmas = sigmas_at(times, table)
         last = float(table[0]) if deis else 0.0
     else:
-        sigmas = RESPACE[options.schedule](float(table[-1]), float(table[0]), options.steps)
+        respace, rounded = RESPACE[options.schedule], float32_table(card)
+        sigmas = respace(float(table[-1]), float(table[0]), options.steps)
         last = float(sigmas[-1]) if deis else 0.0  # DEIS of diffusers ends with a step that moves nothing
         rounds = options.schedule == "karras" and (
             not options.sampler.startswith("dpmpp") or card.beta_schedule != "squaredcos_cap_v2"
         )
-        times = times_of(sigmas, table)
-        # Else cut. 1e-6: the first is the last timestep exactly; diffusers says that or one less, as its float32 falls.
-        times = np.round(times) if rounds else np.floor(times + 1e-6)
+        times = times_of(respace(float(rounded[-1]), float(rounded[0]), options.steps), rounded)
+        times = np.round(times) if rounds else np.floor(times)
     ends = np.append(sigmas, last)
     norms = np.hypot(ends, 1.0)
     triples = zip((*times, 0.0), 1 / norms, ends / norms, strict=True)
@@ -193,20 +204,28 @@ def ahead_levels(card: SchedulerCard, options: SamplerOptions) -> NoisePath:
 
 def flow_levels(card: SchedulerCard, options: SamplerOptions) -> NoisePath:
     """Flow sigmas, shifted: s·sigma / (1 + (s − 1)·sigma). As in diffusers the lowest of the grid is shifted twice."""
-    count, shift = card.num_train_timesteps, card.shift
+    count = card.num_train_timesteps
+    sigmas = flow_sigmas(card, options, np.float64)
+    times = options.timesteps
+    if times is None:
+        times = (flow_sigmas(card, options, np.float32).astype(np.float32) * np.float32(count)).astype(np.float64)
+    pairs = zip((*times, 0.0), (*sigmas, 0.0), strict=True)
+    return in_line(card, [Level(float(t), 1 - float(s), float(s)) for t, s in pairs], options)
 
-    def shifted(sigma: Float64) -> Float64:
-        return shift * sigma / (1 + (shift - 1) * sigma)
+
+def flow_sigmas(card: SchedulerCard, options: SamplerOptions, dtype: type[np.floating[Any]]) -> Float64:
+    """dtype: of the training sigmas, whose lowest ends the grid."""
+
+    def shifted(sigma: Any) -> Any:
+        return card.shift * sigma / (1 + (card.shift - 1) * sigma)
 
     if options.sigmas is not None:
-        grid = options.sigmas
+        grid = options.sigmas.astype(dtype)
     elif options.timesteps is not None:
-        grid = options.timesteps / count
+        grid = options.timesteps / card.num_train_timesteps
     else:
-        grid = np.linspace(1.0, float(shifted(np.array(1 / count))), options.steps)
+        grid = np.linspace(1.0, float(shifted(dtype(1) / dtype(card.num_train_timesteps))), options.steps)
     sigmas = shifted(grid)
     if options.schedule != "normal":
         sigmas = RESPACE[options.schedule](float(sigmas[0]), float(sigmas[-1]), options.steps)
-    times = sigmas * count if options.timesteps is None else options.timesteps
-    pairs = zip((*times, 0.0), (*sigmas, 0.0), strict=True)
-    return in_line(card, [Level(float(t), 1 - float(s), float(s)) for t, s in pairs], options)
+    return np.asarray(sigmas)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from stepforge.runtime.arrays import Float64
 from stepforge.runtime.bundle.scheduler import SPACINGS, SchedulerCard
 from stepforge.runtime.checks import choice, shown, whole
@@ -83,7 +85,7 @@ def step_of(path: NoisePath, k: int, latent: Linear, index: int) -> Step:
     """x_{k+1} as a step of the plan, of the sampler's step `index`; its windows end at the oldest coefficient that is not 0."""
     level, clean = path.at[k], path.x0(k)
     return Step(
-        t=level.t,
+        t=float(np.float32(level.t)),  # what the network is told
         sigma=level.ratio,
         scale_in=level.scale_in,
         keep=window(latent, "x", k),

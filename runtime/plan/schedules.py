@@ -1,8 +1,9 @@
 """Noise schedules: a model's betas, the timesteps taken through them, and the sigmas of those timesteps.
 
 sigma is always the noise-to-signal ratio √((1 − ᾱ)/ᾱ), ᾱ = Π(1 − beta), except for flow models, where a latent is
-(1 − sigma)·x0 + sigma·noise. Everything is float64: diffusers keeps these tables in float32, so its numbers differ
-from ours by about 1e-7.
+(1 − sigma)·x0 + sigma·noise. Coefficients come from float64: diffusers keeps these tables in float32, so its numbers differ
+from ours by about 1e-7. Timesteps come from float32 tables like diffusers' (`float32_table`): some are cut to whole
+numbers, and a last bit decides which.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from stepforge.runtime.arrays import Float64
+from stepforge.runtime.arrays import Float32, Float64
 from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.checks import shown
 from stepforge.runtime.errors import RequestError
 
 
-def betas(card: SchedulerCard) -> Float64:
+def betas_of(card: SchedulerCard) -> Float64:
     """Noise added at each training timestep. Cosine: Nichol and Dhariwal, arXiv:2102.09672, eq. 17, capped at 0.999."""
     count = card.num_train_timesteps
     if card.trained_betas is not None:
@@ -36,7 +37,7 @@ def alphas_cumprod(card: SchedulerCard) -> Float64:
 
     Lin et al., arXiv:2305.08891, algorithm 1.
     """
-    bar = np.cumprod(1.0 - betas(card))
+    bar = np.cumprod(1.0 - betas_of(card))
     if card.rescale_betas_zero_snr:
         root = np.sqrt(bar)
         bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
@@ -46,6 +47,45 @@ def alphas_cumprod(card: SchedulerCard) -> Float64:
 def ratio(alphas_bar: Float64) -> Float64:
     """sigma = √((1 − ᾱ)/ᾱ)."""
     return np.sqrt((1.0 - alphas_bar) / alphas_bar)
+
+
+def float32_table(card: SchedulerCard) -> Float32:
+    """sigma of every training timestep, through the roundings of diffusers' float32 tables.
+
+    Not to the last bit: torch's float32 `** 0.5`, where numpy's root stands here, is off by one unit for a fifth of all
+    timesteps, which moves a timestep between two whole numbers by as much.
+    """
+    one = np.float32(1.0)
+    if card.trained_betas is not None:
+        betas = np.array(card.trained_betas, np.float32)
+    elif card.beta_schedule == "linear":
+        betas = linspace32(card.beta_start, card.beta_end, card.num_train_timesteps)
+    elif card.beta_schedule == "scaled_linear":
+        betas = linspace32(card.beta_start**0.5, card.beta_end**0.5, card.num_train_timesteps) ** 2
+    else:
+        betas = betas_of(card).astype(np.float32)
+    if card.rescale_betas_zero_snr:
+        root = np.sqrt(cumprod32(one - betas))
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        bar = root**2
+        betas = one - np.concatenate([bar[:1], bar[1:] / bar[:-1]])
+    bar = cumprod32(one - betas)
+    if card.rescale_betas_zero_snr:
+        bar[-1] = 2.0**-24
+    return np.sqrt((one - bar) / bar)
+
+
+def cumprod32(values: Float32) -> Float32:
+    """torch.cumprod: products in float64, each rounded."""
+    return np.cumprod(values.astype(np.float64)).astype(np.float32)
+
+
+def linspace32(first: float, last: float, count: int) -> Float32:
+    """torch.linspace in float32: counted from the nearer end, product and sum rounded once together."""
+    start, end = np.float64(np.float32(first)), np.float64(np.float32(last))
+    step = np.float64((np.float32(last) - np.float32(first)) / np.float32(max(count - 1, 1)))
+    i = np.arange(count)
+    return np.where(i < count // 2, start + step * i, end - step * (count - 1 - i)).astype(np.float32)
 
 
 def spaced(spacing: str, steps: int, count: int, *, offset: int = 0, ahead: bool = False) -> Float64:
@@ -99,10 +139,15 @@ def beta_quantile(q: Float64, a: float) -> Float64:
     return np.where(q <= 0.5, low, 1.0 - low)
 
 
-def times_of(sigmas: Float64, table: Float64) -> Float64:
-    """Where sigmas lie in the rising table of all sigmas, in timesteps; linear in log sigma, held at the ends."""
-    logs = np.log(np.maximum(sigmas, 1e-10))
-    return np.interp(logs, np.log(table), np.arange(len(table), dtype=np.float64))
+def times_of(sigmas: Float64, table: Float32) -> Float64:
+    """Where sigmas lie in the rising `float32_table`, in timesteps: linear in log sigma, held at the ends.
+
+    As diffusers' `_sigma_to_t`: logs and their distances in the table's float32, the rest in float64.
+    """
+    known, logs = np.log(table), np.log(np.maximum(sigmas, 1e-10))
+    low = np.clip(np.searchsorted(known, logs, side="right") - 1, 0, len(known) - 2)
+    share = np.clip((known[low] - logs) / (known[low] - known[low + 1]), 0, 1)
+    return np.asarray((1 - share) * low + share * (low + 1), np.float64)
 
 
 def check_timesteps(values: Any, low: int, high: int) -> Float64:

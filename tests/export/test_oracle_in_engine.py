@@ -1,12 +1,23 @@
-"""Rows that the oracle compiled from a diffusers scheduler run in the engine like rows of our own."""
+"""Steps that the oracle compiled run in the engine like steps of our own formulas, and as diffusers' loop runs them."""
 
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import diffusers
 import numpy as np
 import pytest
-from diffusers import DDIMScheduler, SASolverScheduler
+import torch
 
 from stepforge import Engine, Request
+from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.oracle import from_diffusers
 from stepforge.runtime.backends.fake import Fake, fake_bundle
+from stepforge.runtime.bundle import ComponentId
+from stepforge.runtime.errors import RequestError
+from stepforge.runtime.plan.compile import describe
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 REQUEST = Request(prompt="x", sampler="ddim", steps=10, guidance=3.0)
@@ -19,17 +30,73 @@ def engine():
 
 
 def test_compiled_ddim_equals_our_ddim(engine):
-    rows = from_diffusers(DDIMScheduler(**BETAS, clip_sample=False), 10)
+    rows = from_diffusers(diffusers.DDIMScheduler(**BETAS, clip_sample=False), 10)
     ours = engine.generate(REQUEST).latents
     theirs = engine.submit(REQUEST, rows=rows).result().latents
     assert np.abs(ours - theirs).max() <= 1e-5  # float32 latents of size 1, ten updates
 
 
-def test_a_scheduler_without_a_formula_here_runs(engine):
-    """SA-Solver draws noise and keeps three predictions; its images near those of DDIM on the same analytic model."""
-    rows = from_diffusers(SASolverScheduler(**BETAS), 30)
-    result = engine.submit(Request(prompt="x", steps=30, guidance=1.0), rows=rows).result()
-    reference = engine.generate(Request(prompt="x", steps=200, sampler="ddim", guidance=1.0))
-    assert max(len(step.gain) for step in result.plan.steps) == 3
-    assert abs(result.latents.mean() - reference.latents.mean()) < 0.1
-    assert abs(result.latents.std() - reference.latents.std()) < 0.1
+def network(latent: Any, t: Any) -> Any:
+    """A fixed network that is not linear; t [rows]."""
+    return np.tanh(latent) + np.float32(0.3) * np.sin(3 * latent + np.float32(t).reshape(-1, 1, 1, 1) / 200)
+
+
+class Nonlinear(Fake):
+    def open(self, component: ComponentId, banks: Any = None) -> Any:
+        if component.role == "denoiser":
+            return lambda inputs: {"prediction": network(inputs["sample"], inputs["timestep"]).astype(np.float32)}
+        return super().open(component, banks)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SASolverScheduler", {}),  # draws noise in every step, also where it uses none
+        ("KDPM2AncestralDiscreteScheduler", {}),  # two evaluations a step, noise in the second
+        ("PNDMScheduler", {"skip_prk_steps": False}),  # Runge-Kutta steps: a window of thirteen predictions
+        ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++", "final_sigmas_type": "zero"}),
+        ("DDPMScheduler", {"variance_type": "fixed_large", "clip_sample": False}),
+        ("EDMEulerScheduler", {"sigma_data": 1.0, "sigma_max": 120.0, "prediction_type": "v_prediction"}),
+    ],
+)
+def test_a_models_own_sampler_draws_what_diffusers_draws(name: str, options: dict[str, Any]):
+    """Latents of a seed, noise and all, by an unmodified scheduler and by the engine."""
+    config = {"_class_name": name, **(BETAS if "EDM" not in name else {}), **options}
+    bundle = replace(fake_bundle(64), scheduler=scheduler_card(config, (12,)))
+    with Engine(bundle, Nonlinear(bundle)) as engine:
+        result = engine.generate("x", steps=12, guidance=1.0, seed=5)
+        with pytest.raises(RequestError, match="compiled for 12 steps, not for 13"):
+            engine.generate("x", steps=13)
+        guided = engine.plan("x", steps=12, guidance="interval(7.5, sigma=0.5..5)", adapter_schedule=0.5)
+        first = {step.index: step.sigma for step in reversed(guided.steps)}  # decides for the whole step
+        assert [step.guidance == 7.5 for step in guided.steps] == [
+            0.5 < first[step.index] <= 5 for step in guided.steps
+        ]
+        assert 2 <= sum(step.guidance == 7.5 for step in guided.steps) < len(guided.steps)
+        assert len(describe(guided)) == len(guided.steps)
+    scheduler = getattr(diffusers, name).from_config(config)
+    scheduler.set_timesteps(12)
+    generator = torch.Generator().manual_seed(5)
+    takes = {"generator": generator} if "PNDM" not in name else {}
+    latent = torch.randn((1, 4, 8, 8), generator=generator) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        seen = scheduler.scale_model_input(latent, t)
+        latent = scheduler.step(torch.from_numpy(network(seen.numpy(), float(t))), t, latent, **takes).prev_sample
+    assert [step.t for step in result.plan.steps] == scheduler.timesteps.float().tolist()
+    error = np.linalg.norm(result.latents[0] - latent[0].numpy()) / np.linalg.norm(latent.numpy())
+    assert error < 2e-5  # float32 on both sides: 6e-8 an operation, times the network's slope of 2, over up to 24 steps
+
+
+def test_constant_guidance_below_one_warns_once(engine, caplog):
+    with caplog.at_level(logging.WARNING, logger="stepforge"):
+        for w in (1.0, 7.5, [0.0] * 5 + [1.0] * 5):
+            engine.generate(with_guidance(w))
+        assert not caplog.records
+        for w in (0.0, 0.5):
+            engine.generate(with_guidance(w))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("guidance 0 runs the unconditional row alone; diffusers runs the conditional")
+
+
+def with_guidance(w: Any) -> Request:
+    return Request(prompt="x", sampler="ddim", steps=10, guidance=w)

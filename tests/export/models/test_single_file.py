@@ -188,10 +188,27 @@ def test_zero_terminal_snr(family: str, to_original: Original, request: pytest.F
     assert "noise schedule" in stated(source.assumed)
 
 
+def test_cosxl_is_read_as_diffusers_edm_scheduler(to_original: Original, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """Stability's scheduler of CosXL: the noise levels of the file's range, v-prediction over continuous time."""
+    from diffusers import EDMEulerScheduler
+
+    path = to_original(tiny_sdxl, tmp_path / "m.safetensors", v_pred=EMPTY, **EDM)
+    source = load(path, tokenizer=tiny_sdxl / "tokenizer")
+    assert source.scheduler["_class_name"] == "EDMEulerScheduler"
+    assert "prediction_type" not in stated(source.assumed)
+    ours = EDMEulerScheduler.from_config(dict(source.scheduler))
+    theirs = EDMEulerScheduler(0.002, 120.0, 1.0, "exponential", prediction_type="v_prediction")
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(20)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-6, atol=0)  # 0.002 is a float32 in the file
+    assert ours.config.prediction_type == "v_prediction"
+
+
 @pytest.mark.parametrize(
     ("keys", "metadata", "text"),
     [
-        (EDM, {}, "is an EDM v-prediction checkpoint such as CosXL"),
+        ({"edm_vpred.sigma_max": torch.tensor(float("nan"))}, {}, "with noise levels from 0.002 to None"),
+        ({**EDM, "edm_vpred.sigma_min": torch.tensor(0.0)}, {}, "with noise levels from 0 to 120.0"),
         ({"edm_mean": EMPTY}, {}, "is a Playground checkpoint"),
         ({}, {"modelspec.prediction_type": "flow"}, "states modelspec.prediction_type='flow'; known: v,"),
         ({}, {"modelspec.prediction_type": "v", "modelspec.predict_key": "epsilon"}, "states two prediction types"),
@@ -257,3 +274,18 @@ def test_vae_without_encoder_decodes(single: bool, to_original: Original, tiny_s
     found: Any = source.vae(torch.float32)
     with torch.no_grad():  # other addresses of the same weights: a sum in another order
         torch.testing.assert_close(found.decode(latents).sample, expected.decode(latents).sample, rtol=0, atol=1e-5)
+
+
+def test_export_tells_what_was_assumed_and_corrected(
+    to_original: Original, tiny_sd1: Path, tiny_sdxl: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = to_original(tiny_sd1, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="ControlNet name"):  # what comes after the model, before any tracing
+        build.export_bundle(
+            path, tmp_path / "out", tokenizer=tiny_sdxl / "tokenizer_2", controls={"no name!": tmp_path}
+        )
+    assert (
+        "m: assumed prediction_type: epsilon, because neither the file's keys nor its metadata state one"
+        in caplog.messages
+    )
+    assert any(message.startswith("m: corrected text_encoder: pad_id ") for message in caplog.messages)

@@ -104,16 +104,11 @@ def references(request: pytest.FixtureRequest) -> Callable[[str], References]:
 
 
 def scheduler(bundle: Bundle, **changes: Any) -> Bundle:
-    return replace(bundle, scheduler=changed(bundle.scheduler, **changes))
-
-
-def changed(card: Any, **changes: Any) -> Any:
-    return {**card, **changes} if isinstance(card, Mapping) else replace(card, **changes)
+    return replace(bundle, scheduler=replace(bundle.scheduler, **changes))
 
 
 def other_class(bundle: Bundle, name: str, config: Path) -> Bundle:
-    card = scheduler_card(json.loads(config.read_text("utf-8")) | {"_class_name": name})
-    return replace(bundle, scheduler=card.to_dict() if isinstance(bundle.scheduler, Mapping) else card)
+    return replace(bundle, scheduler=scheduler_card(json.loads(config.read_text("utf-8")) | {"_class_name": name}))
 
 
 def card(bundle: Bundle, **changes: Any) -> Bundle:
@@ -259,7 +254,7 @@ def test_misread_graphs_fail(
 ) -> None:
     model, key, make = GRAPHS[name]
     bundle, traced = read(request.getfixturevalue(f"{model}_bundle")), make(request.getfixturevalue(model))
-    assert {"component", "image"} <= failed(retraced(bundle, tmp_path / "out", key, traced), references(model))
+    assert "component" in failed(retraced(bundle, tmp_path / "out", key, traced), references(model))
 
 
 # Single files

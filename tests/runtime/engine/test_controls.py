@@ -87,13 +87,13 @@ def xl_pipeline(tiny_sdxl: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def engines(tiny_sd1_control_bundle: Path, tiny_sdxl_control_bundle: Path) -> Iterator[Callable[[str, str], Engine]]:
+def engines(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], Engine]]:
     opened: dict[tuple[str, str], Engine] = {}
-    paths = {"sd1": tiny_sd1_control_bundle, "sdxl": tiny_sdxl_control_bundle}
 
     def engine(family: str, backend: str) -> Engine:
         if (family, backend) not in opened:
-            opened[family, backend] = load(paths[family], backend=backend, precision="fp32", max_rows=16)
+            bundle = request.getfixturevalue(f"tiny_{family}_control_bundle")
+            opened[family, backend] = load(bundle, backend=backend, precision="fp32", max_rows=16)
         return opened[family, backend]
 
     yield engine
