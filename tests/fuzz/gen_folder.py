@@ -15,7 +15,7 @@ from stepforge.runtime.bundle import MANIFEST, Bundle, read
 from stepforge.runtime.errors import BundleError
 
 ERRORS = (BundleError,)
-QUICK, SOAK = 40, 1500
+QUICK, SOAK = 40, 600
 
 
 def start(folder: Path) -> tuple[Path, Bundle]:

@@ -30,7 +30,7 @@ from stepforge.runtime.bundle import (
 from stepforge.runtime.errors import BackendError, BundleError
 
 ERRORS = (BackendError, BundleError)
-QUICK, SOAK = 40, 3000
+QUICK, SOAK = 25, 2500
 SECONDS = 20.0
 BACKENDS = ("openvino", "onnxruntime", "torch")
 
