@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick aot test-gpu check bench train clean
+.PHONY: demo test quick test-soak aot test-gpu check bench train clean
 
 ADAPTERS := examples/emoji/adapters
 CONTROL := --control silhouette=examples/emoji/control/silhouette
@@ -25,11 +25,17 @@ demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw thre
 		--out out/control --sheet out/control.png --columns 5 --overwrite
 	@echo "look at out/emoji.png, out/adapters.png and out/control.png"
 
+# one process a core, each test file in one of them; a crash ends one process and names its test
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+
 test: $(STAMP)  ## the whole suite
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 quick: $(STAMP)  ## without the slow tests
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
+
+test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, counts into benchmarks/results/soak.json
+	$(BIN)/python tests/fuzz/soak.py --json benchmarks/results/soak.json
 
 aot: $(STAMP)  ## every kernel compiled for six architectures, against golden.json (4 minutes on 2 cores)
 	$(BIN)/python -m stepforge.kernels.aot --check

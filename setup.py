@@ -22,6 +22,7 @@ EXPORT = [
     "diffusers>=0.38",  # model classes and the parity reference; older ones run code from model folders (CVE-2026-44513)
     "transformers>=5.3",  # text encoders; older ones run code named in config.json (CVE-2026-4372)
     "accelerate>=1.0",  # diffusers loads weights without a second copy in memory
+    "peft>=0.18",  # diffusers merges LoRA files by it, for the parity reference; trains the demo's adapters
     "onnx>=1.19",  # graph checker
     "onnxscript>=0.5",  # torch.onnx's translation layer
     "onnx-ir>=0.1.12",  # graph passes and external data
@@ -52,10 +53,10 @@ setup(
         "dev": [
             *EXPORT,
             "pytest>=8",  # test runner
+            "pytest-xdist>=3.6",  # the suite on all cores; MIT, kept by pytest's own organisation
             "pytest-timeout>=2.3",  # no test may hang CI
             "hypothesis>=6.100",  # property tests
             "scipy>=1.11",  # diffusers' beta and LMS schedules, the oracle of ours
-            "peft>=0.18",  # trains the demo's adapters; the oracle of LoRA files
             "lycoris-lora>=3.4",  # the oracle of LyCORIS files
             "triton==3.7.1",  # kernels in its interpreter and ahead of time (golden.json); what torch 2.13 wants on CUDA
             "matplotlib>=3.8",  # as in the extra plot; plots of benchmarks

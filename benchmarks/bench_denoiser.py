@@ -114,9 +114,9 @@ def run_one(runner: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def prepare(work: Path) -> None:
     if not (work / "model/model_index.json").exists():
-        import sd15
+        import random_models
 
-        sd15.save(work / "model")
+        random_models.save(work / "model")
     if not (work / "bundle/bundle.json").exists():
         command = [sys.executable, "-m", "stepforge.runtime", "export", work / "model", "-o", work / "bundle"]
         subprocess.run(list(map(str, command)), check=True)

@@ -1,11 +1,11 @@
-"""Export of an SD1.5-shaped model with random weights: seconds, peak memory, and whether the engines open the result.
+"""Export of a model of real size with random weights: seconds, peak memory, and whether the engines open and run the result.
 
-    python benchmarks/bench_export.py                       4.3 GB of weights; writes 13 GB under --work
-    python benchmarks/bench_export.py --precision fp16
+    python benchmarks/bench_export.py                       SD 1.5: 4.3 GB of weights; writes 13 GB under --work
+    python benchmarks/bench_export.py --family sdxl --precision fp16      weights in fp16, as SDXL is held: writes 14 GB
     python benchmarks/bench_export.py --opsets              why opset 20: attention by opset and engine, 3-level UNet
 
-Peak memory is the exporter process's own, against the bytes of the UNet's and of the model's fp32 weights. Engines load in
-processes of their own.
+Peak memory is that of the exporter and its children, sampled: resident, and of that anonymous, which the system cannot let go
+of. Each engine opens every component and makes one step in a process of its own, or says that the memory here is too little.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -32,11 +33,42 @@ CONTEXT = 256
 
 
 def child(*arguments: object) -> dict[str, Any]:
-    """Run one of this file's tasks in a fresh process; its last line is JSON."""
+    """Run one of this file's tasks in a fresh process; its last line is JSON. Adds the peaks of its tree of processes."""
     command = [sys.executable, __file__, "--task", *map(str, arguments)]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    answer: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-    return answer
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peaks = [0, 0]
+
+    def sample() -> None:
+        while process.poll() is None:
+            peaks[:] = map(max, peaks, held(process.pid))
+            time.sleep(0.1)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    out = process.communicate()[0]
+    sampler.join()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, arguments))} ended with {process.returncode}")
+    answer: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return {**answer, "resident": peaks[0], "anonymous": peaks[1]}
+
+
+def held(root: int) -> tuple[int, int]:
+    """Resident and anonymous bytes of a process and its children."""
+    parents, sizes = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            rows = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+        except OSError:  # it has ended
+            continue
+        if "VmRSS" in rows:
+            parents[int(folder.name)] = int(rows["PPid"])
+            sizes[int(folder.name)] = [int(rows[name].split()[0]) << 10 for name in ("VmRSS", "RssAnon")]
+    tree = {root}
+    while more := {pid for pid, parent in parents.items() if parent in tree} - tree:
+        tree |= more
+    mine = [sizes[pid] for pid in tree if pid in sizes]
+    return sum(size[0] for size in mine), sum(size[1] for size in mine)
 
 
 def peak() -> int:
@@ -48,10 +80,11 @@ def processor_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def make(model: str) -> dict[str, Any]:
-    import sd15
+def make(model: str, family: str, precision: str) -> dict[str, Any]:
+    import random_models
+    import torch
 
-    sd15.save(Path(model))
+    random_models.save(Path(model), family, dtype=torch.float16 if precision == "fp16" else torch.float32)
     return {}
 
 
@@ -70,7 +103,7 @@ def export(model: str, out: str, precision: str) -> dict[str, Any]:
 
 
 def load(engine: str, bundle: str) -> dict[str, Any]:
-    """Open each component and run it once, smallest size."""
+    """Open each component and run it once on small latents."""
     import numpy as np
 
     from stepforge import open_bundle
@@ -158,24 +191,38 @@ def compare_opsets() -> None:
                     print(f"| {engine} | {graph} | {latent} | {found['processor']:.2f} | {memory} | {operators} |")
 
 
-def measure(work: Path, precision: str) -> None:
-    model, bundle = work / "model", work / f"bundle-{precision}"
+def measure(work: Path, family: str, precision: str) -> None:
+    from stepforge.export.memory import available
+
+    # SDXL is held in fp16: its weights in fp32 are 14 GB
+    stored = "fp16" if (family, precision) == ("sdxl", "fp16") else "fp32"
+    model, bundle = work / f"{family}-{stored}", work / f"{family}-bundle-{precision}"
     if not (model / "model_index.json").is_file():
-        child("make", model)
+        child("make", model, family, stored)
     sizes = {path.parent.name: path.stat().st_size for path in model.rglob("*.safetensors")}
-    unet, whole = sizes["unet"], sum(sizes.values())
+    unet, whole = (size / (2 if precision != stored else 1) for size in (sizes["unet"], sum(sizes.values())))
     found = child("export", model, bundle, precision)
     for stage, seconds, memory in found["stages"]:
         print(f"  {seconds:6.1f} s  peak {memory / 1e9:5.2f} GB before {stage}")
-    print(f"exported {precision} in {found['seconds']:.0f} s ({found['processor']:.0f} s of processor time)")
-    print(f"peak {found['peak'] / 1e9:.2f} GB ({found['imports'] / 1e9:.2f} GB before the export began)")
-    print(f"     {found['peak'] / unet:.2f} of the UNet's fp32 weights ({unet / 1e9:.2f} GB)")
-    print(f"     {found['peak'] / whole:.2f} of the model's fp32 weights ({whole / 1e9:.2f} GB)")
+    print(f"exported {family} {precision} in {found['seconds']:.0f} s ({found['processor']:.0f} s of processor time)")
+    print(
+        f"peak {found['resident'] / 1e9:.2f} GB resident, {found['anonymous'] / 1e9:.2f} GB of it anonymous "
+        f"({found['imports'] / 1e9:.2f} GB before the export began)"
+    )
+    print(f"     {found['resident'] / unet:.2f} of the UNet's weights in {precision} ({unet / 1e9:.2f} GB)")
+    print(f"     {found['resident'] / whole:.2f} of the model's weights in {precision} ({whole / 1e9:.2f} GB)")
     written = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
     print(f"bundle {written / 1e9:.2f} GB")
     for engine in ENGINES:
+        needed, free = 1.5 * unet * (1 + (precision == "fp16")), available()  # engines widen fp16 to fp32 on a CPU
+        if free is not None and free < needed:
+            print(f"{engine} was not run: it may take {needed / 1e9:.0f} GB, {free / 1e9:.1f} GB are available")
+            continue
         loaded = child("load", engine, bundle)
-        print(f"{engine} loads and runs {loaded['seconds']} s, peak {loaded['peak'] / 1e9:.2f} GB")
+        print(
+            f"{engine} loads and runs {loaded['seconds']} s, peak {loaded['resident'] / 1e9:.2f} GB resident, "
+            f"{loaded['anonymous'] / 1e9:.2f} GB of it anonymous"
+        )
 
 
 def main() -> None:
@@ -184,6 +231,7 @@ def main() -> None:
         print(json.dumps(tasks[sys.argv[2]](*sys.argv[3:])))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=("sd1", "sd2", "sdxl"), default="sd1")
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
     parser.add_argument("--opsets", action="store_true", help="compare opsets and engines on a small UNet instead")
     parser.add_argument("--work", type=Path, help="where the model and bundle are kept; default: a temporary folder")
@@ -194,7 +242,7 @@ def main() -> None:
         return
     work = options.work or Path(tempfile.mkdtemp(prefix="stepforge-export-"))
     try:
-        measure(work, options.precision)
+        measure(work, options.family, options.precision)
     finally:
         if options.work is None:
             shutil.rmtree(work)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.metadata
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,9 +18,11 @@ import torch
 
 from stepforge.export.graph import trace
 from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, used_modules
+from stepforge.export.graph.check import open_graphs
 from stepforge.export.graph.control import split
 from stepforge.export.graph.rewire import RESIDUAL, Variants, cut_variants, resolve_probes, variant
 from stepforge.export.lora.merge import read_all, with_adapters
+from stepforge.export.memory import check_fits
 from stepforge.export.models.controlnet import ControlSource, load_control
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
@@ -47,7 +50,9 @@ from stepforge.runtime.bundle import (
 )
 from stepforge.runtime.bundle.steps import STEPS_FILE, written
 from stepforge.runtime.errors import CheckpointError
+from stepforge.runtime.files import printable
 
+log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # stage, stages done, stages in all
 
 DTYPES = dict(zip(WEIGHT_PRECISIONS, (torch.float32, torch.float16), strict=True))
@@ -96,14 +101,19 @@ def export_bundle(
     controls: ControlNets by the name that requests use, see `models.controlnet.load_control`. reuse: variants of the
     denoiser for approximate plans. overwrite: replace a bundle at `out`; without it nothing is replaced, also not what appears
     there during the export. `out` appears complete or not at all.
-    Raises CheckpointError for the model and its ControlNets, AdapterError for a LoRA, BundleError for `out`.
+    Raises CheckpointError for the model and its ControlNets, for a graph that an installed engine does not load and for an
+    export that does not fit into memory or onto the disk, AdapterError for a LoRA, BundleError for `out`.
     """
     out = Path(out)
     if precision not in DTYPES:
         raise CheckpointError(f"precision {precision!r} is unknown; choose one of {', '.join(DTYPES)}")
     check_out(out, overwrite)
     source = load(model_path, tokenizer=tokenizer, prediction_type=prediction_type)
+    for kind, lines in (("assumed", source.assumed), ("corrected", source.corrected)):
+        for line in lines:
+            log.warning("%s: %s %s", printable(source.name), kind, printable(line, 400))
     source = with_adapters(source, read_all(source, loras))
+    check_fits({key: make() for key, make in source.empty.items()}, DTYPES[precision], out)
     nets = read_controls(source, controls or {})
     with staged(out, overwrite=overwrite) as folder:
         bundle = _Export(source, nets, folder, precision, bank, reuse, progress).run(name or source.name)
@@ -136,7 +146,7 @@ class _Export:
         self.source, self.controls, self.folder, self.precision = source, controls, folder, precision
         self.dtype, self.bank, self.reuse = DTYPES[precision], bank, reuse
         self.components: dict[ComponentId, Component] = {}
-        self.progress, self.done, self.stages = progress, 0, len(source.text_encoders) + len(controls) + 3
+        self.progress, self.done, self.stages = progress, 0, len(source.text_encoders) + len(controls) + 4
 
     def run(self, name: str) -> Bundle:
         encoders = self.text_encoders()
@@ -146,6 +156,8 @@ class _Export:
         vae = self.decoder()
         self.tell("manifest")
         bundle = self.bundle(self.card(name, encoders, unet, vae))
+        self.tell("check")
+        open_graphs(bundle)
         write_manifest(bundle)
         self.tell("done")
         return bundle
@@ -221,7 +233,7 @@ class _Export:
             height=height * scale,
             latent_channels=unet.in_channels,
             vae_scale=scale,
-            size_multiple=scale * 2 ** (len(unet.block_out_channels) - 1),
+            size_multiple=scale,
             scaling_factor=vae.scaling_factor,
             text_encoders=encoders,
             zero_empty_negative=self.source.force_zeros_for_empty_prompt,
@@ -292,6 +304,7 @@ def with_banks(plain: str | Path, out: str | Path, bank: BankOptions) -> Bundle:
         components |= _variants(folder, components, source.variants(UNET))
         (folder / MANIFEST).unlink()
         bundle = replace(source, path=folder, components=components, files=_hashed(folder), verdict=None)
+        open_graphs(bundle)
         write_manifest(bundle)
     return replace(bundle, path=out)
 

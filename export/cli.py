@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from stepforge.runtime.bundle import NAME
 from stepforge.runtime.cli.inputs import file_and_strength
 from stepforge.runtime.errors import RequestError
+from stepforge.runtime.files import printable
 
 Tokenizer = Annotated[
     Path | None, typer.Option(help="Folder with vocab.json and merges.txt, for single files, which do not carry it.")
@@ -40,8 +43,10 @@ def parse_controls(texts: list[str] | None) -> dict[str, Path]:
     controls: dict[str, Path] = {}
     for text in texts or ():
         name, equals, path = text.partition("=")
-        if not equals or not path:
-            raise RequestError(f"--control {text!r} is not understood; give NAME=PATH, such as canny=models/canny")
+        if not equals or not path or not NAME.fullmatch(name):
+            raise RequestError(
+                f"--control {printable(text)} is not understood; give NAME=PATH, such as canny=models/canny"
+            )
         if name in controls:
             raise RequestError(f"--control {name} is given twice; choose another name for one of the two")
         controls[name] = Path(path)
@@ -100,7 +105,8 @@ def export_command(
     if as_json:
         print(json.dumps({"bundle": str(out), "digest": bundle.digest, "bytes": size, "files": len(bundle.files)}))
     else:
-        print(f"{out}: {bundle.card.name}, {bundle.precision}, {size / 1e6:.1f} MB, digest {bundle.digest[:16]}")
+        what = f"{printable(out)}: {printable(bundle.card.name)}, {bundle.precision}"
+        print(f"{what}, {size / 1e6:.1f} MB, digest {bundle.digest[:16]}")
 
 
 def verify_command(
@@ -119,6 +125,10 @@ def verify_command(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     tokenizer: Tokenizer = None,
     prediction_type: PredictionType = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A diffusers folder whose configs hold for a single file of unusual geometry; no weights."),
+    ] = None,
     lora: Loras = None,
     control: Controls = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
@@ -133,6 +143,7 @@ def verify_command(
         model,
         tokenizer=tokenizer,
         prediction_type=prediction_type,
+        config=config,
         loras=[file_and_strength(text) for text in lora or ()],
         controls=parse_controls(control),
         backends=backend or (),
@@ -152,13 +163,23 @@ def verify_command(
             limit = f">= {check['limit']:g} dB" if image else f"<= {check['limit']:g}"
             print(
                 f"{'ok  ' if check['passed'] else 'FAIL'} {check['backend']:12}{check['precision']:6}{check['level']:11}"
-                f"{figure}  {limit:10}  {check['name']}"
+                f"{figure}  {limit:10}  {printable(check['name'], 200)}"
             )
         spread = verdict["spread"]
         print(f"reference against itself: trajectory {spread['trajectory']:.1e}, image {spread['psnr']:.1f} dB")
-        print(("PASSED: " if verdict["passed"] else "FAILED: ") + verdict["summary"])
+        print(f"reference: diffusers' pipeline, made by {verdict['reference']['loader']}")
+        for line in verdict["reference"]["assumed"]:
+            print(f"assumed: {printable(line, 300)}")
+        print(f"{outcome(verdict)}: {verdict['summary']}")
     if not verdict["passed"]:
         raise typer.Exit(1)
+
+
+def outcome(verdict: Mapping[str, Any]) -> str:
+    """PASSED or FAILED, and how many settings of the reference are stepforge's reading."""
+    count = len(verdict["reference"]["assumed"])
+    said = f" (with {count} assumed setting{'s' * (count > 1)})" if count else ""
+    return ("PASSED" if verdict["passed"] else "FAILED") + said
 
 
 def convert_command(

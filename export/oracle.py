@@ -206,14 +206,15 @@ class Double:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Within, schedulers' advice is not logged: of options that they ignore, or change for some step counts."""
-    log = logging.getLogger("diffusers")
-    before = log.level
-    log.setLevel(logging.ERROR)
+    """Within, the libraries' advice is not logged: of options that they ignore, or change for some step counts."""
+    before = {name: logging.getLogger(name).level for name in ("diffusers", "transformers")}
+    for name in before:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(before)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager

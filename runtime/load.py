@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepforge.runtime.backends import open_backend
+from stepforge.runtime.backends import check_threads, open_backend
 from stepforge.runtime.bundle import Bundle, read
 from stepforge.runtime.engine import MAX_PIXELS, MAX_ROWS, QUEUE_LIMIT, Engine
 
@@ -22,10 +22,11 @@ def load(
     """Check a bundle, open its networks and start the engine.
 
     backend: "auto" or a name from backends.BACKENDS; precision: "auto", "fp32", "bf16" or "fp16"; threads: processor
-    threads, all that the process may use by default; max_rows, max_pixels, queue_limit: see `Engine`.
+    threads, all that the process may use by default, at most four a core; max_rows, max_pixels, queue_limit: see `Engine`.
     The bundle "fake" is a test model without files, for the fake backend.
     Raises BundleError or BackendError.
     """
+    check_threads(threads)
     opened = open_bundle(bundle)
     if str(bundle) == "fake":
         backend = "fake"

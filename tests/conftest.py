@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +213,11 @@ def tiny_sd1_controls(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
+def tiny_sd2v_controls(tiny_sd2v: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return _controls(tiny_sd2v, tmp_path_factory.mktemp("sd2v-controls"), a={})
+
+
+@pytest.fixture(scope="session")
 def tiny_sdxl_controls(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The second one's residuals are means over height and width, and it reads blue first."""
     pooled = {"global_pool_conditions": True, "controlnet_conditioning_channel_order": "bgr"}
@@ -290,3 +297,29 @@ def tiny_sdxl_control_bundle(
     from stepforge.export.graph.rewire import Variants
 
     return _export(tiny_sdxl, request, tiny_sdxl_controls, reuse=Variants(0, True))
+
+
+@pytest.fixture(scope="session")
+def tiny_fp16(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """Plain bundles in fp16, by family: sd1, sd2v, sdxl."""
+    return cache(lambda family: _export(request.getfixturevalue(f"tiny_{family}"), request, precision="fp16"))
+
+
+@pytest.fixture(scope="session")
+def tiny_full(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Bundles with LoRA banks, ControlNets, DeepCache of branch 0 and T-GATE, by family and precision."""
+    from stepforge.export.build import BankOptions, with_banks
+    from stepforge.export.graph.rewire import Variants
+
+    @cache
+    def full(family: str, precision: str) -> Path:
+        if (family, precision) == ("sd1", "fp32"):
+            return Path(request.getfixturevalue("tiny_sd1_control_bundle"))
+        if (family, precision) == ("sdxl", "fp32"):
+            plain = request.getfixturevalue("tiny_sdxl_control_bundle")
+            return with_banks(plain, tmp_path_factory.mktemp("banks") / "tiny-sdxl", BankOptions(3, 8)).path
+        control = {"a": request.getfixturevalue(f"tiny_{family}_controls")["a"]}
+        options: dict[str, Any] = {"precision": precision, "reuse": Variants(0, True), "bank": BankOptions(3, 8)}
+        return _export(request.getfixturevalue(f"tiny_{family}"), request, control, **options)
+
+    return full

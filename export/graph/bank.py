@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -197,7 +198,7 @@ class _Rewrite:
         self.new.append(node)
         return node.outputs[0]
 
-    def input(self, name: str, dtype: str, shape: tuple[int | str, ...]) -> ir.Value:
+    def input(self, name: str, dtype: Literal["float32", "int64"], shape: tuple[int | str, ...]) -> ir.Value:
         kind = ir.DataType.INT64 if dtype == "int64" else ir.DataType.FLOAT
         value = ir.val(name, kind, shape)
         self.graph.inputs.append(value)

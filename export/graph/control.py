@@ -5,7 +5,7 @@
 
 diffusers' ControlNetModel computes the hint again in every step; here it is an input. `scale` multiplies each residual of
 each row, so that strength, guess mode and windows are numbers, not graphs. With `global_pool_conditions` the residuals are
-[rows, C, 1, 1].
+[rows, C, 1, 1]. In names of sizes, height/2 is rounded up.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Residuals(nn.Module):
         dtype = self.net.dtype
         extra = None
         if text_embeds is not None:
-            extra = {"text_embeds": text_embeds.to(dtype), "time_ids": time_ids}
+            extra = {"text_embeds": text_embeds, "time_ids": time_ids}
         down, mid = self.net(
             sample.to(dtype), timestep, encoder_hidden_states.to(dtype), hint.to(dtype), added_cond_kwargs=extra,
             return_dict=False,
@@ -72,7 +72,7 @@ def split(net: Any) -> tuple[Traced, Traced]:
     net.controlnet_cond_embedding = nn.Identity()
     net.register_to_config(controlnet_conditioning_channel_order="rgb")
     count = len(net.controlnet_down_blocks) + 1
-    example, inputs, multiple = network_inputs(config)
+    example, inputs, least = network_inputs(config)
     height, width_ = example["sample"].shape[2:]
     example |= {"hint": torch.zeros(2, width, height, width_), "scale": torch.ones(2, count)}
     inputs |= {"hint": ("rows", width, "height", "width"), "scale": ("rows", count)}
@@ -80,7 +80,7 @@ def split(net: Any) -> tuple[Traced, Traced]:
     shapes = [(module.out_channels, level) for module, level in _levels(net)]
     for index, (channels, level) in enumerate(shapes):
         outputs[f"{RESIDUAL}{index}"] = ("rows", channels, f"height/{2**level}", f"width/{2**level}")
-    return hint, Traced(Residuals(net), example, inputs, outputs, multiple, derive=True)
+    return hint, Traced(Residuals(net), example, inputs, outputs, least=least, derive=True)
 
 
 def _levels(net: Any) -> list[tuple[Any, int]]:

@@ -6,14 +6,17 @@
     VAE decoder   latents [rows, C, height, width], as the sampler leaves them -> pixels [rows, 3, s·height, s·width]
     ControlNet    see control.py
 
-All inputs and outputs are float32 but input_ids; a network in fp16 casts at its border.
+All inputs and outputs are float32 but input_ids; a network in fp16 casts at its border. What is embedded as sines, timesteps
+and SDXL's time_ids, stays float32 up to them, and pooled text joins those before the cast: no operator reads two types.
+Height and width of latents are any numbers of at least 2: see `Upsample`.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.nn import functional
 
 from stepforge.export.graph.passes import clean, forget_shapes, name_weights
 from stepforge.runtime import bundle
 from stepforge.runtime.bundle import Component
+from stepforge.runtime.errors import CheckpointError
 
 # Opset 20 writes attention as MatMul, Softmax, MatMul. OpenVINO and TensorRT fuse that, and `derive` does for ONNX
 # Runtime. Opset 23 has an Attention operator, but no engine was faster with it (benchmarks/bench_export.py --opsets),
@@ -35,6 +40,8 @@ GRAPH = "model.onnx"
 DATA = "model.onnx.data"
 DERIVED = "model.onnxruntime.onnx"
 INLINE = 1024  # bytes; smaller weights stand in the graph file, where engines can fold them
+
+NEVER_DIVIDES = 40  # levels: diffusers' UNet forwards the sizes of skip connections unless 2^levels divides all sides
 
 Axes = Mapping[str, tuple[int | str, ...]]
 
@@ -48,12 +55,47 @@ class Traced:
     inputs: Axes
     outputs: Axes
     multiple: int = 1  # height and width must be multiples of this
+    least: int = 2  # ... and at least this for the trace: torch.export takes a side of 1, also inside, for a constant
     derive: bool = False  # write a graph for ONNX Runtime as well
     probes: tuple[str, ...] = ()  # further outputs: inner values that rewrites of the graph need to find again
 
 
+class Upsample(nn.Module):
+    """diffusers' Upsample2D to a given size. Its own compares sides as numbers (a detour for 2^31 elements), which an export
+    cannot for a side that varies."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, hidden_states: Tensor, output_size: Any) -> Tensor:
+        result: Tensor = self.conv(functional.interpolate(hidden_states, size=output_size, mode="nearest"))
+        return result
+
+
+def for_any_size(unet: Any) -> None:
+    """Have a UNet upsample to the sizes of its skip connections, as diffusers' forward does for sides that are no multiples
+    of 2^levels; for those that are, both are the same. Changes the UNet. Raises CheckpointError for other upsamplers."""
+    from diffusers.models.upsampling import Upsample2D
+
+    for block in unet.up_blocks:
+        for index, layer in enumerate(block.upsamplers or ()):
+            if (
+                type(layer) is not Upsample2D
+                or layer.norm is not None
+                or layer.use_conv_transpose
+                or not layer.use_conv
+            ):
+                raise CheckpointError(
+                    f"the UNet upsamples by {type(layer).__name__}, which stepforge does not support; supported: "
+                    "nearest neighbours and a convolution"
+                )
+            block.upsamplers[index] = Upsample(layer.conv)
+    unet.num_upsamplers = NEVER_DIVIDES
+
+
 class Denoiser(nn.Module):
-    """A UNet, and the inner values that `probes` names.
+    """A UNet, which it changes (`for_any_size`), and the inner values that `probes` names.
 
     skip_i   the value that the i-th skip connection carries, in the order in which the down path makes them
     mid      what the middle block makes
@@ -62,6 +104,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, unet: Any, *, probe: bool = False) -> None:
         super().__init__()
+        for_any_size(unet)
         self.unet = unet
         self._text: list[Tensor] = []
         self._skips: list[tuple[Tensor, tuple[Tensor, ...]]] = []
@@ -96,7 +139,7 @@ class Denoiser(nn.Module):
         self._skips.clear()
         extra = None
         if text_embeds is not None:
-            extra = {"text_embeds": text_embeds.to(dtype), "time_ids": time_ids}  # up to 1024: embedded in fp32
+            extra = {"text_embeds": text_embeds, "time_ids": time_ids}  # cast by the UNet, behind time_ids' sines
         context = encoder_hidden_states.to(dtype)
         out = self.unet(sample.to(dtype), timestep, context, added_cond_kwargs=extra, return_dict=False)[0].float()
         if not self.probes:
@@ -154,19 +197,19 @@ class VaeDecoder(nn.Module):
 
 def denoiser(unet: Any, *, probe: bool = False) -> Traced:
     """probe: with the inner values that ControlNets and reuse variants need as further outputs, see `Denoiser`."""
-    example, inputs, multiple = network_inputs(unet.config)
+    example, inputs, least = network_inputs(unet.config)
     module = Denoiser(unet, probe=probe)
     outputs = {"prediction": ("rows", unet.config.out_channels, "height", "width")}
-    return Traced(module, example, inputs, outputs, multiple, derive=True, probes=module.probes)
+    return Traced(module, example, inputs, outputs, least=least, derive=True, probes=module.probes)
 
 
 def network_inputs(config: Any) -> tuple[dict[str, Tensor], dict[str, tuple[int | str, ...]], int]:
-    """Inputs of a UNet and its ControlNets: examples, shapes, and the multiple that height and width have."""
+    """Inputs of a UNet and its ControlNets: examples, shapes, and height and width of which 2 are left at the middle."""
     channels, dim = config.in_channels, config.cross_attention_dim
-    multiple = 2 ** (len(config.block_out_channels) - 1)
+    least = 2 ** len(config.block_out_channels)
     # Two rows, and height unequal to width: torch.export takes a 1, and two equal sizes, for constants.
     example = {
-        "sample": torch.zeros(2, channels, 4 * multiple, 6 * multiple),
+        "sample": torch.zeros(2, channels, 2 * least, 3 * least),
         "timestep": torch.zeros(2),
         "encoder_hidden_states": torch.zeros(2, 77, dim),
     }
@@ -179,7 +222,7 @@ def network_inputs(config: Any) -> tuple[dict[str, Tensor], dict[str, tuple[int 
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         example |= {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
         inputs |= {"text_embeds": ("rows", pooled), "time_ids": ("rows", 6)}
-    return example, inputs, multiple
+    return example, inputs, least
 
 
 def text_encoder(model: Any, length: int, *, penultimate: bool) -> Traced:
@@ -210,8 +253,9 @@ def trace(traced: Traced, opset: int = OPSET) -> ir.Model:
     # exporting twice. The ONNX graph is the same.
     sizes = {"rows": Dim("rows", max=63), "tokens": Dim("tokens")}
     for name in ("height", "width"):
-        # multiples stated as such: else torch.export finds that the UNet's skip connections do not fit every size
-        sizes[name] = traced.multiple * Dim(f"{name}_", min=2) if traced.multiple > 1 else Dim(name, min=2)
+        # multiples stated as such: else torch.export finds that a hint encoder does not fit every size
+        least = traced.least
+        sizes[name] = traced.multiple * Dim(f"{name}_", min=least) if traced.multiple > 1 else Dim(name, min=least)
     shapes = {
         name: {axis: sizes[size] for axis, size in enumerate(shape) if isinstance(size, str)}
         for name, shape in traced.inputs.items()
@@ -220,7 +264,7 @@ def trace(traced: Traced, opset: int = OPSET) -> ir.Model:
     level = logger.level
     logger.setLevel(logging.ERROR)  # silence torch.onnx: torchvision is optional
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), slice_rule_at_slices():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 traced.module.eval(),
@@ -236,6 +280,22 @@ def trace(traced: Traced, opset: int = OPSET) -> ir.Model:
         logger.setLevel(level)
     assert program is not None
     return program.model
+
+
+@contextmanager
+def slice_rule_at_slices() -> Iterator[None]:
+    """onnxscript's optimizer (0.7) lists the whole graph at every node, to see whether two Slices are a Split: the square of
+    SDXL's some 10,000 nodes. Inside the block it does so at Slices only."""
+    from onnxscript.rewriter.rules.common import slice_split_rule as rule
+
+    whole = rule.try_rewrite
+    rule.try_rewrite = lambda model, graph, node, **options: (
+        whole(model, graph, node, **options) if node.op_type == "Slice" else None
+    )
+    try:
+        yield
+    finally:
+        del rule.try_rewrite  # the class's own shows again
 
 
 def save(traced: Traced, folder: Path, opset: int = OPSET) -> Component:

@@ -71,10 +71,15 @@ def convert(file: Path, model: Path, out: Path, *, rank: int | None = None, **so
             if len(shape) < 2:
                 done.append(Converted(component, path, layer.name, None, 1.0, "left out: a norm has no low-rank form"))
                 continue
-            change, bias = delta(layer, *_weights(layers(component)[path]), 1.0)
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
+                change, bias = delta(layer, *_weights(layers(component)[path]), 1.0)
+            if not np.isfinite(change).all():
+                raise AdapterError(f"{adapter.file}: {component} {path} is infinite once it is scaled")
             pair, error = truncate(change.reshape(shape[0], -1), rank)
             note = "" if bias is None else "its bias is left out"
         down, up = pair
+        if not (np.isfinite(down).all() and np.isfinite(up).all()):  # after a cut, too
+            raise AdapterError(f"{adapter.file}: {component} {path} is infinite once it is scaled")
         stem = f"{component.name}.{path}"  # network as diffusers calls it, and layer
         tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(down.reshape(len(down), *shape[1:]))
         tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(up.reshape(shape[0], -1, *(1 for _ in shape[2:])))

@@ -17,6 +17,7 @@ SAID = {  # values in metadata: kohya's trainers and ComfyUI write "v" and "epsi
 STATED = ("modelspec.prediction_type", "modelspec.predict_key")  # kohya's trainers, ComfyUI
 V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"  # empty weights of these names, as ComfyUI and NoobAI's trainers write them
 EDM_V = ("edm_vpred.sigma_max", "edm_vpred.sigma_min")
+MOST_SIGMA = 1000.0  # what ComfyUI's editor of noise levels allows
 SD2_BASE_STEP = 875000  # global_step of the epsilon checkpoints of SD 2.0, the only mark they carry
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 SCHEDULERS: dict[str, dict[str, Any]] = {  # what the model cards of the three families name
@@ -33,20 +34,21 @@ ZERO_SNR: dict[str, dict[str, Any]] = {
 
 
 def read_marks(
-    path: Path, header: Header, family: str, given: str | None, step: Callable[[], int | None]
+    path: Path, header: Header, family: str, given: str | None, scalar: Callable[[str], float | None]
 ) -> tuple[dict[str, Any], list[str]]:
     """The scheduler's config, and what was assumed for it.
 
-    given: prediction type that the user states, which overrides the file's. step: reads the file's global_step.
+    given: prediction type that the user states, which overrides the file's. scalar: reads a weight of one number; None if
+    there is none of the name, or it is another kind of weight.
     Raises CheckpointError for kinds of models that are not supported.
     """
-    if any(key in header.shapes for key in EDM_V):
-        raise CheckpointError(
-            f"{path} is an EDM v-prediction checkpoint such as CosXL (it has {EDM_V[0]}), whose noise levels are not those "
-            "of SD 1, SD 2 and SDXL; it is not supported"
-        )
+    if EDM_V[0] in header.shapes or EDM_V[1] in header.shapes:
+        config = _edm(path, family, given, scalar)
+        return config, [
+            "scheduler: EDMEulerScheduler with sigma_data 1, as CosXL's; the file states its noise levels only"
+        ]
     assumed: list[str] = []
-    prediction = given or _prediction(path, header, family, step, assumed)
+    prediction = given or _prediction(path, header, family, scalar, assumed)
     config = dict(SCHEDULERS[family])
     if ZERO_SNR_KEY in header.shapes:
         if prediction == V:
@@ -61,7 +63,28 @@ def read_marks(
     return config | BETAS | {"prediction_type": prediction}, assumed
 
 
-def _prediction(path: Path, header: Header, family: str, step: Callable[[], int | None], assumed: list[str]) -> str:
+def _edm(path: Path, family: str, given: str | None, scalar: Callable[[str], float | None]) -> dict[str, Any]:
+    """Continuous noise levels of CosXL, as ComfyUI reads them: sigma_data 1, and the file's range, to 120 from 0.002."""
+    highest, lowest = (scalar(key) for key in EDM_V)
+    lowest = 0.002 if lowest is None else lowest
+    if family != "sdxl" or highest is None or not 0 < lowest < highest <= MOST_SIGMA:
+        raise CheckpointError(
+            f"{path} is an EDM v-prediction checkpoint of {family} with noise levels from {lowest:g} to {highest}; supported: "
+            f"SDXL's (CosXL), with levels above 0, to {MOST_SIGMA:g} at most"
+        )
+    return {
+        "_class_name": "EDMEulerScheduler",
+        "sigma_data": 1.0,
+        "sigma_max": highest,
+        "sigma_min": lowest,
+        "sigma_schedule": "exponential",
+        "prediction_type": given or V,
+    }
+
+
+def _prediction(
+    path: Path, header: Header, family: str, scalar: Callable[[str], float | None], assumed: list[str]
+) -> str:
     said = {key: header.metadata[key] for key in STATED if header.metadata.get(key)}
     for key, value in said.items():
         if value.lower() not in SAID:
@@ -80,7 +103,7 @@ def _prediction(path: Path, header: Header, family: str, step: Callable[[], int 
         return stated.pop()
     silent = "because neither the file's keys nor its metadata state one"
     if family == "sd2":  # diffusers' rule
-        if step() == SD2_BASE_STEP:
+        if scalar("global_step") == SD2_BASE_STEP:
             return EPSILON
         assumed.append(f"prediction_type: {V}, {silent}; SD 2 base models need --prediction-type epsilon")
         return V

@@ -14,6 +14,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from stepforge.export.models.weights import first_line
+from stepforge.export.oracle import silent
 from stepforge.runtime.bundle import Module
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.files import printable
@@ -116,7 +117,7 @@ def empty_network(cls: type, config: Mapping[str, Any]) -> Any:
 def built(cls: type, make: Callable[[], Any]) -> Any:
     """A network on the meta device. Raises CheckpointError for whatever `make` raises."""
     try:
-        with init_empty_weights(include_buffers=False):
+        with silent(), init_empty_weights(include_buffers=False):
             return make()
     except Exception as error:  # diffusers and transformers raise whatever a bad value runs into
         raise CheckpointError(

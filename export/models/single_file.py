@@ -6,6 +6,7 @@ neither shows is assumed, which the source says. diffusers' own converters renam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -64,7 +65,7 @@ def read_single_file(path: Path, tokenizer: Path | None, prediction_type: str | 
     with reading(tokenizer):
         if not tokenizer.is_dir():
             raise CheckpointError(f"tokenizer {tokenizer} is not a folder; it must hold vocab.json and merges.txt")
-    scheduler, assumed = read_marks(path, header, family, prediction_type, lambda: _global_step(path, header))
+    scheduler, assumed = read_marks(path, header, family, prediction_type, partial(_scalar, path, header))
     with deriving(path):
         vae = vae_config(shapes, family)
         texts = [text_config(shapes, prefix, kind) for prefix, kind in zip(prefixes, KINDS[family], strict=True)]
@@ -140,12 +141,13 @@ def check_kind(path: Path, shapes: Shapes) -> None:
         raise CheckpointError(f"{path} has no {VAE}* weights: it lacks the component vae")
 
 
-def _global_step(path: Path, header: Header) -> int | None:
-    if "global_step" not in header.shapes:
+def _scalar(path: Path, header: Header, name: str) -> float | None:
+    """A weight that is one finite number."""
+    if header.shapes.get(name) not in ((), (1,)):
         return None
     with opened(path) as file:
-        values = file.get_tensor("global_step").flatten().tolist() if header.shapes["global_step"] in ((), (1,)) else []
-    return int(values[0]) if values and float(values[0]).is_integer() else None
+        value = float(file.get_tensor(name))
+    return value if math.isfinite(value) else None
 
 
 def _assumed(

@@ -6,10 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
-from stepforge.export.models.files import read_json, read_text, reading
+from stepforge.export.models.files import read_json, read_small, reading
 from stepforge.export.models.weights import first_line
+from stepforge.export.oracle import silent
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.files import printable
 
@@ -18,6 +19,7 @@ Pad = Literal["end", "zero"]  # what fills up a prompt: OpenAI's CLIP takes its 
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 MAX_LENGTH = 77  # what CLIP was trained with
 LONGEST = 4096  # above this, model_max_length is transformers' "unknown" (1e30) and not a length
+MOST_IDS = 1_000_000  # CLIP has 49,408; transformers writes a line for every number below the highest id
 FILES = (  # all that transformers may read of a tokenizer; nothing else of the folder is shown to it
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
@@ -50,7 +52,8 @@ def read_tokenizer(folder: Path, pad: Pad | None = None) -> Tokenizer:
     with reading(folder), TemporaryDirectory() as copy:
         _copy(folder, Path(copy))
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(copy, local_files_only=True)
+            with silent():
+                tokenizer = CLIPTokenizer.from_pretrained(copy, local_files_only=True)
         except Exception as error:  # tokenizers raises bare Exception, transformers a dozen others
             reason = printable(first_line(error).replace(copy, str(folder)))
             raise CheckpointError(f"{folder} cannot be read as a CLIP tokenizer: {reason}") from error
@@ -83,9 +86,27 @@ def _copy(folder: Path, to: Path) -> None:
     for name in names:
         if name.endswith(".json"):
             data = read_json(folder / name)
+            if any(type(each) is not int or not 0 <= each < MOST_IDS for each in _ids(name, data)):
+                raise CheckpointError(f"{folder / name} has an id that is no whole number from 0 to {MOST_IDS}")
             named = data.get("tokenizer_class") if name == "tokenizer_config.json" else None
             if named is not None and named not in CLASSES:
                 raise CheckpointError(f"{folder} holds a {named!r:.80}; only {' and '.join(CLASSES)} are supported")
             (to / name).write_text(json.dumps(data), encoding="utf-8")
         else:
-            (to / name).write_text(read_text(folder / name), encoding="utf-8", newline="")
+            (to / name).write_bytes(read_small(folder / name))
+
+
+def _ids(name: str, data: dict[str, Any]) -> list[Any]:
+    """The ids of tokens that a file of a tokenizer gives."""
+    match name:
+        case "vocab.json" | "added_tokens.json":
+            return list(data.values())
+        case "tokenizer.json":
+            model, added = data.get("model"), data.get("added_tokens")
+            vocabulary = model.get("vocab") if isinstance(model, dict) else None
+            ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+            return ids + [token.get("id") for token in added or () if isinstance(token, dict)]
+        case "tokenizer_config.json":
+            decoder = data.get("added_tokens_decoder")
+            return [int(id) if id.isdecimal() else -1 for id in decoder] if isinstance(decoder, dict) else []
+    return []

@@ -63,7 +63,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises CheckpointError if there are none, or several variants of which none is known.
     """
     for stem in STEMS:
-        names = [file.name for file in folder.iterdir() if file.name.startswith(f"{stem}.") and file.is_file()]
+        names = [file.name for file in folder.iterdir() if file.name.startswith(f"{stem}.")]
         others = sorted({own for name in names if (own := _variant(name)) and own not in VARIANTS})
         for variant in ("", *(f".{name}" for name in (*VARIANTS, *others))):
             whole = f"{stem}{variant}.safetensors"
@@ -144,7 +144,7 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(file.read(8), "little")
             if length > MOST_HEADER:
                 raise CheckpointError(f"{path} has a header of {length} bytes; at most {MOST_HEADER} are read")
-            text = file.read(length).decode("utf-8", errors="replace")
+            text = file.read(length)
     with opened(path):  # the library's own checks: places of the weights, and the file's length
         pass
     entries = parse_json(text, f"{path}: its header")

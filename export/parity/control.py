@@ -1,27 +1,24 @@
-"""The part of the proof that concerns ControlNets: each network against diffusers' ControlNetModel, on a drawn hint."""
+"""ControlNets of the reference: by `ControlNetModel`'s own loaders, and by the exporter's reading only where those fail."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
+import diffusers
+from accelerate import init_empty_weights
+from diffusers import ControlNetModel
 
 from stepforge.export.build import read_controls
-from stepforge.export.graph.rewire import RESIDUAL
 from stepforge.export.models.controlnet import ControlSource
 from stepforge.export.models.source import Source
-from stepforge.export.parity.components import Probe, conditions, denoiser_inputs, positional, probes
-from stepforge.export.parity.measures import relative_error
-from stepforge.export.parity.reference import References, Settings
-from stepforge.runtime.backends import Arrays, Backend
-from stepforge.runtime.bundle import Bundle, Component, ComponentId
-from stepforge.runtime.engine import Engine
+from stepforge.export.parity.loaders import FP32, check_complete, quiet, variant_among
+from stepforge.export.parity.staging import reason, stage_component, staging, write_json
+from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.errors import CheckpointError
-from stepforge.runtime.imaging.preprocess import hint_of
 
-TOKENS = 77  # length of the random prompt
+POOL = "global_pool_conditions"
 
 
 def exported_controls(bundle: Bundle, source: Source, controls: Mapping[str, str | Path]) -> list[ControlSource]:
@@ -39,38 +36,59 @@ def exported_controls(bundle: Bundle, source: Source, controls: Mapping[str, str
     return nets
 
 
-@torch.no_grad()
-def control_errors(
-    bundle: Bundle, net: ControlSource, references: References, backend: Backend, engine: Engine, settings: Settings
-) -> Iterator[tuple[str, float]]:
-    """The hint encoder, and all residuals together, along the first prompt's trajectory: name and error of each."""
-    network = net.network(torch.float32)
-    hint_encoder, residuals = ComponentId("control_hint", net.name), ComponentId("control_residuals", net.name)
-    image = hint_of(references.hint, "none", bundle.card.width, bundle.card.height)[None].repeat(2, axis=0)
-    encoded = np.array(backend.open(hint_encoder)({"image": image})["hint"])
-    pixels = torch.from_numpy(image)
-    flipped = pixels.flip(1) if network.config.controlnet_conditioning_channel_order == "bgr" else pixels
-    yield str(hint_encoder), relative_error(encoded, network.controlnet_cond_embedding(flipped).numpy())
-    entry = bundle.components[residuals]
-    graph = backend.open(residuals)
-    names = [f"{RESIDUAL}{index}" for index in range(len(entry.outputs))]
-    at: Sequence[Probe] = probes(engine, references.plain[settings.prompts[0]], settings)
-    for step, latents in at:
-        inputs = denoiser_inputs(bundle, step, latents, _random_texts(entry))
-        down, mid = network(*positional(inputs), pixels, added_cond_kwargs=conditions(inputs), return_dict=False)
-        outputs = graph({**inputs, "hint": encoded, "scale": np.ones((2, len(names)), np.float32)})
-        ours = np.concatenate([np.asarray(outputs[name]).ravel() for name in names])
-        theirs = np.concatenate([value.numpy().ravel() for value in (*down, mid)])
-        yield f"{residuals} t={step.t:g}", relative_error(ours, theirs)
+def load_network(path: Path, net: ControlSource, unet: Any) -> tuple[Any, tuple[str, ...]]:
+    """A ControlNetModel in fp32, and a line for each of its settings that stepforge has read.
+
+    unet: the base model's, whose config a single file shares, as `ControlNetModel.from_unet` has it.
+    """
+    with quiet():
+        try:
+            network = _load(path, net, unet)
+        except MemoryError:
+            raise
+        except Exception as error:  # diffusers raises whatever a strange file runs into
+            return net.network(FP32), (f"ControlNet {net.name} is loaded as stepforge reads it: {reason(error)}",)
+    if path.is_file() and net.config.get(POOL):
+        network.register_to_config(**{POOL: True})  # no single file states it
+        return network, (f"ControlNet {net.name}: residuals are pooled, as its file's name says",)
+    return network, ()
 
 
-def _random_texts(entry: Component) -> Arrays:
-    """Normal numbers in place of an encoded prompt, the same at each call; two rows."""
-    random = np.random.default_rng(0)
-    return {
-        tensor.name: random.standard_normal(
-            (2, *(TOKENS if isinstance(size, str) else size for size in tensor.shape[1:])), dtype=np.float32
-        )
-        for tensor in entry.inputs
-        if tensor.name in ("encoder_hidden_states", "text_embeds")
-    }
+def _load(path: Path, net: ControlSource, unet: Any) -> Any:
+    with staging() as place:
+        if path.is_dir():
+            files = list(net.provenance["sha256"])
+            stage_component(path, files, place)
+            network = ControlNetModel.from_pretrained(
+                str(place),
+                torch_dtype=FP32,
+                use_safetensors=True,
+                local_files_only=True,
+                variant=variant_among(files),
+            )
+        else:
+            with init_empty_weights():
+                config = ControlNetModel.from_unet(unet, load_weights_from_unet=False).config
+            write_json(place / "config.json", {**config, "_class_name": "ControlNetModel"})
+            network = ControlNetModel.from_single_file(
+                str(path.resolve()), config=str(place), local_files_only=True, torch_dtype=FP32
+            )
+    check_complete(network, net.name)
+    return network
+
+
+def control_pipeline(pipeline: Any, network: Any) -> Any:
+    """diffusers' ControlNet pipeline over the networks of a plain one."""
+    xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
+    options: dict[str, Any] = {"controlnet": network}
+    if xl:
+        options |= {
+            "force_zeros_for_empty_prompt": pipeline.config.force_zeros_for_empty_prompt,
+            "add_watermarker": False,
+        }
+    else:
+        options["requires_safety_checker"] = False
+    kind = diffusers.StableDiffusionXLControlNetPipeline if xl else diffusers.StableDiffusionControlNetPipeline
+    made = kind(**{**pipeline.components, **options})
+    made.set_progress_bar_config(disable=True)
+    return made

@@ -1,23 +1,26 @@
-"""The authority: diffusers' own pipelines over the source's networks in fp32, and what they did with a prompt."""
+"""The authority: what diffusers' own pipeline, made by diffusers' own loaders, does with the same prompts and noise in fp32."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from transformers import CLIPTokenizer
 
 from stepforge.export.models.controlnet import ControlSource
-from stepforge.export.models.source import Source
+from stepforge.export.parity.control import control_pipeline, load_network
+from stepforge.export.parity.loaders import Loaded, quiet
+from stepforge.export.parity.recorder import Call, control_calls, control_recorder, plain_calls, plain_recorder
+from stepforge.export.parity.staging import reason
 from stepforge.runtime.arrays import Float32
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import Bundle, Size
+from stepforge.runtime.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,37 +43,56 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """All that a bundle is compared with."""
+    """All that a bundle is compared with. Arrays only: the pipeline's memory is free before an engine opens."""
 
-    pipeline: Any  # diffusers' StableDiffusionPipeline or its SDXL kin
     plain: Mapping[str, Reference]  # run of each prompt
     again: Reference  # the first prompt with one thread
     controlled: Mapping[str, Reference]  # the first prompt with the drawn hint, by ControlNet
     hint: Image.Image
+    calls: Sequence[Call]  # of networks, during the first prompt's runs
+    size: Size | None  # the pipeline's own image size; None: its configs state none
+    loader: str
+    assumed: tuple[str, ...]
 
 
 def run_references(
-    source: Source, nets: Sequence[ControlSource], bundle: Bundle, settings: Settings, progress: Callable[[str], None]
+    loaded: Loaded,
+    nets: Sequence[tuple[ControlSource, Path]],
+    bundle: Bundle,
+    settings: Settings,
+    progress: Callable[[str], None],
 ) -> References:
-    """Every prompt without, and the first with each ControlNet."""
+    """Every prompt without, and the first with each ControlNet. Raises CheckpointError if diffusers cannot draw them."""
+    pipeline, assumed = loaded.pipeline, list(loaded.assumed)
 
     def run(pipeline: Any, prompt: str, **more: Any) -> Reference:
-        return run_reference(pipeline, prompt, bundle, settings.steps, settings.guidance, settings.seed, **more)
+        try:
+            with quiet():
+                return run_reference(pipeline, prompt, bundle, settings.steps, settings.guidance, settings.seed, **more)
+        except Exception as error:  # a pipeline raises whatever its settings run into
+            raise CheckpointError(f"diffusers' pipeline of the model does not draw: {reason(error)}") from error
 
-    progress("reference: loading")
-    pipeline = reference_pipeline(source)
-    first, hint = settings.prompts[0], drawn_hint(bundle)
+    first, hint, size = settings.prompts[0], drawn_hint(bundle), own_size(pipeline)
+    if size is None:
+        assumed.append(f"image size {bundle.card.width}x{bundle.card.height}: the UNet's config states none")
     plain, controlled = {}, {}
     for prompt in settings.prompts:
         progress(f"reference: {prompt!r}")
-        plain[prompt] = run(pipeline, prompt)
+        with plain_recorder(pipeline) as recorder:
+            plain[prompt] = run(pipeline, prompt)
+        if prompt == first:
+            calls = list(plain_calls(pipeline, recorder, plain[first].latents[-1]))
     progress("reference: spread")
     with threads(1):
         again = run(pipeline, first)
-    for net in nets:
+    for net, path in nets:
         progress(f"reference: ControlNet {net.name}")
-        controlled[net.name] = run(control_pipeline(pipeline, net), first, image=hint)
-    return References(pipeline, plain, again, controlled, hint)
+        network, lines = load_network(path, net, pipeline.unet)
+        assumed += lines
+        with control_recorder(network) as recorder:
+            controlled[net.name] = run(control_pipeline(pipeline, network), first, image=hint)
+        calls += control_calls(net.name, recorder)
+    return References(plain, again, controlled, hint, calls, size, loaded.loader, tuple(assumed))
 
 
 @contextmanager
@@ -84,32 +106,14 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def reference_pipeline(source: Source) -> Any:
-    """diffusers' own pipeline in fp32, from the source's networks."""
-    tokenizers = [CLIPTokenizer.from_pretrained(folder, local_files_only=True) for folder in source.tokenizers]
-    encoders = [loader(torch.float32) for loader in source.text_encoders]
-    config = dict(source.scheduler)
-    parts = {
-        "unet": source.unet(torch.float32),
-        "vae": source.vae(torch.float32),
-        "scheduler": getattr(diffusers, config["_class_name"]).from_config(config),
-        "text_encoder": encoders[0],
-        "tokenizer": tokenizers[0],
-    }
-    if source.family == "sdxl":
-        pipeline = diffusers.StableDiffusionXLPipeline(
-            **parts,
-            text_encoder_2=encoders[1],
-            tokenizer_2=tokenizers[1],
-            force_zeros_for_empty_prompt=source.force_zeros_for_empty_prompt,
-            add_watermarker=False,
-        )
-    else:
-        pipeline = diffusers.StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def own_size(pipeline: Any) -> Size | None:
+    """The size of images that a pipeline draws unless told otherwise, as diffusers computes it."""
+    sample, scale = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
+    if isinstance(sample, int):
+        return Size(sample * scale, sample * scale)
+    if isinstance(sample, list | tuple) and len(sample) == 2:
+        return Size(int(sample[1]) * scale, int(sample[0]) * scale)
+    return None
 
 
 def run_reference(
@@ -134,23 +138,6 @@ def run_reference(
         **more,
     )
     return Reference(trajectory, (output.images[0] * 255).round().astype(np.uint8))
-
-
-def control_pipeline(pipeline: Any, net: ControlSource) -> Any:
-    """diffusers' ControlNet pipeline over the networks of a plain one."""
-    xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
-    options: dict[str, Any] = {"controlnet": net.network(torch.float32)}
-    if xl:
-        options |= {
-            "force_zeros_for_empty_prompt": pipeline.config.force_zeros_for_empty_prompt,
-            "add_watermarker": False,
-        }
-    else:
-        options["requires_safety_checker"] = False
-    kind = diffusers.StableDiffusionXLControlNetPipeline if xl else diffusers.StableDiffusionControlNetPipeline
-    made = kind(**{**pipeline.components, **options})
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def drawn_hint(bundle: Bundle) -> Image.Image:

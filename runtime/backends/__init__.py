@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from stepforge.runtime.backends.gpu import torch_on_gpu
 from stepforge.runtime.bundle import Bundle, ComponentId, Role
-from stepforge.runtime.errors import BackendError
+from stepforge.runtime.checks import whole
+from stepforge.runtime.errors import BackendError, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ PRECISIONS = (
     "fp16",
 )  # precisions of the arithmetic; a bundle's weights have `bundle.WEIGHT_PRECISIONS`
 FP16 = ("torch", "torch-exact")  # backends that compute in fp16
+THREADS_PER_CORE = 4  # most that a caller may ask for; engine libraries start every one of them
 # Text encoders cost nothing beside the denoiser, and every step depends on them.
 ALWAYS_FP32: tuple[Role, ...] = ("text_encoder",)
 
@@ -194,8 +196,7 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
     """
     if precision not in PRECISIONS:
         raise BackendError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    if threads is not None and threads < 1:
-        raise BackendError(f"threads is {threads}; it must be at least 1")
+    check_threads(threads)
     if name == "auto":
         choice = choose(bundle, precision=precision, threads=threads)
         log.info("backend auto is %s", choice)
@@ -217,9 +218,23 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
 
 
 def reason(error: BaseException, line: int = 0) -> str:
-    """One line of an error's text, 0 the first and -1 the last; never empty."""
+    """One line of an error's text, 0 the first and -1 the last, with the next ones where it ends in a colon; never empty."""
     lines = [text.strip() for text in str(error).splitlines() if text.strip()]
-    return lines[line] if lines else type(error).__name__
+    found = " ".join(lines[line:][:1])
+    for more in lines[line:][1:]:
+        if not found.endswith(":"):
+            break
+        found += f" {more}"
+    return found.rstrip(": ") or type(error).__name__
+
+
+def check_threads(threads: object) -> None:
+    """Raise BackendError unless it is None or a whole number of threads that this machine can bear."""
+    try:
+        if threads is not None:
+            whole("threads", threads, 1, THREADS_PER_CORE * (os.cpu_count() or 1))
+    except RequestError as error:
+        raise BackendError(str(error)) from None
 
 
 def available_threads() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
@@ -9,6 +11,14 @@ from numpy.typing import NDArray
 from stepforge.runtime.backends import Arrays, reason
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
+
+PREFIX = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:\s*)?")
+
+
+def why(error: Exception) -> str:
+    """One line of ONNX Runtime's message, without its status code and the path that the caller names anyway."""
+    found = reason(error)
+    return PREFIX.sub("", found) or found
 
 
 class OnnxRuntime:
@@ -40,7 +50,7 @@ class OnnxRuntime:
                 self._bundle.file(graph), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises a class of its own per status code, all direct from Exception
-            raise BackendError(f"onnxruntime cannot load {graph}: {reason(error)}") from error
+            raise BackendError(f"onnxruntime cannot load {graph}: {why(error)}") from error
         return _Graph(session, banks or {})
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,26 @@ PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
 # requests of many sizes its memory grows without end that anybody sees (benchmarks/soak_shapes.py). A network has fewer
 # primitives of one kind than half its layers, so that this many for each layer keep some four shapes ready.
 ENTRIES_PER_LAYER, LEAST_ENTRIES = 2, 128
+NODE = re.compile(r"<Node\((\w+)\): ([^>\n]*)>")  # as OpenVINO's ONNX reader names the node that it refuses
+
+
+@cache
+def core() -> openvino.Core:
+    """The only Core of the process, never let go of.
+
+    OpenVINO's CPU plugin replaces the signal stack of the thread that loads it (for AMX), and unmaps it when its Core goes.
+    If that happens in another thread, or while a second Core lives, the stack stays set: the next signal that Python handles
+    (Ctrl-C) then ends the process with SIGSEGV (2026.4.1, tests/runtime/backends/test_exit.py).
+    """
+    return openvino.Core()
+
+
+def why(error: Exception) -> str:
+    """One line of OpenVINO's message, which is dozens: the last of its first paragraph, and the node if it names one."""
+    first = str(error).strip().split("\n\n")[0]
+    node = NODE.search(first)
+    found = reason(RuntimeError(first), -1)
+    return found if node is None else f"{node[1]} {node[2]}: {found}"
 
 
 class OpenVino:
@@ -29,8 +51,7 @@ class OpenVino:
 
     def __init__(self, bundle: Bundle, *, precision: str, threads: int) -> None:
         self._bundle = bundle
-        self._core = openvino.Core()
-        has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        has_bf16 = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "auto":
             precision = "bf16" if has_bf16 else "fp32"
         if precision == "bf16" and not has_bf16:
@@ -68,14 +89,15 @@ class OpenVino:
                 if folder is not None:
                     config["CACHE_DIR"] = str(folder)
                 network = self._with_bf16_inputs(path, banks) if banks and precision == "bf16" else path
-                compiled = self._core.compile_model(network, "CPU", config)
+                compiled = core().compile_model(network, "CPU", config)
         except (RuntimeError, OSError) as error:
-            raise BackendError(f"openvino cannot load {entry.graph}: {reason(error, -1)}") from error
+            raise BackendError(f"openvino cannot load {entry.graph}: {why(error)}") from error
         return _Graph(compiled, [tensor.name for tensor in entry.outputs], banks or {})
 
-    def _with_bf16_inputs(self, graph: Path, names: Iterable[str]) -> openvino.Model:
+    @staticmethod
+    def _with_bf16_inputs(graph: Path, names: Iterable[str]) -> openvino.Model:
         """Float32 banks would be converted as a whole in every call, all slots of them."""
-        steps = openvino.preprocess.PrePostProcessor(self._core.read_model(graph))
+        steps = openvino.preprocess.PrePostProcessor(core().read_model(graph))
         for name in names:
             steps.input(name).tensor().set_element_type(openvino.Type.bf16)
         return steps.build()

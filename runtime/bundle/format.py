@@ -28,21 +28,31 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from stepforge.runtime.bundle.preset import Preset
 from stepforge.runtime.bundle.scheduler import SchedulerCard
+from stepforge.runtime.bundle.typed import Between, Matches
 from stepforge.runtime.errors import RequestError
 
 FORMAT = 4
 MANIFEST = "bundle.json"
-FAMILIES = ("sd1", "sd2", "sdxl")
+Family = Literal["sd1", "sd2", "sdxl"]
 WEIGHT_PRECISIONS = ("fp32", "fp16")  # precisions of a bundle's weights
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+SIZE = re.compile(r"[A-Za-z_]\w*|[1-9]\d{0,3}\*[A-Za-z_]\w*|[A-Za-z_]\w*/[1-9]\d{0,3}", re.ASCII)
 
-
+# What values of a manifest may be; typed.py reads them so.
 Role = Literal["text_encoder", "denoiser", "control_hint", "control_residuals", "vae_decoder"]
-ROLES: tuple[Role, ...] = get_args(Role)
+Text = Annotated[str, Between(1, 1000)]
+Word = Annotated[str, Matches(WORD, "a name of letters, digits, - and _")]
+Named = Annotated[str, Matches(NAME, "a name of letters, digits, ., - and _")]
+File = Annotated[str, Matches(re.compile(rf"({NAME.pattern}/){{0,8}}{NAME.pattern}"), "a plain relative path")]
+Pixels = Annotated[int, Between(1, 1 << 16)]
+Channels = Annotated[int, Between(1, 1 << 20)]
+TokenId = Annotated[int, Between(0, 1 << 24)]
+Symbol = Annotated[str, Between(1, 100), Matches(SIZE, 'a size such as "rows", "8*height" or "width/2"')]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -54,8 +64,8 @@ class ComponentId:
     """
 
     role: Role
-    name: str
-    variant: str = ""
+    name: Word
+    variant: Word | Literal[""] = ""
 
     @property
     def whole(self) -> ComponentId:
@@ -102,18 +112,18 @@ TEXT_ENCODERS = (ComponentId("text_encoder", "text_encoder"), ComponentId("text_
 class Tensor:
     """One input or output of a graph. A string in `shape` names a dynamic dimension."""
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    name: Text
+    dtype: Literal["float32", "int64"]
+    shape: Annotated[tuple[Channels | Symbol, ...], Between(1, 8)]
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
     """A layer of a network that a LoRA may change."""
 
-    path: str  # as in diffusers; in text encoders without "text_model."
-    kind: str  # "linear", "conv" or "norm"
-    shape: tuple[int, ...]  # weight's shape: [out, in], [out, in, k, k] or [channels]
+    path: Text  # as in diffusers; in text encoders without "text_model."
+    kind: Literal["linear", "conv", "norm"]
+    shape: Annotated[tuple[Channels, ...], Between(1, 5)]  # weight's: [out, in], [out, in, k, k] or [channels]
     bias: bool
 
 
@@ -129,9 +139,11 @@ class Bank:
     strength. Slot 0 holds zeros: no adapter.
     """
 
-    slots: int  # with slot 0
-    rank: int
-    shared: Mapping[str, tuple[str, ...]]  # module whose name the shared A has -> modules in the order of their ranks
+    slots: Annotated[int, Between(2, 65)]  # with slot 0
+    rank: Annotated[int, Between(1, 512)]
+    shared: Mapping[
+        Text, Annotated[tuple[Text, ...], Between(1, 64)]
+    ]  # module whose name the shared A has -> modules in the order of their ranks
 
     @property
     def targets(self) -> Mapping[str, tuple[str, int]]:
@@ -143,10 +155,10 @@ class Bank:
 class Component:
     """One network: its graph, its signature, and graphs derived from it for one engine over the same weights."""
 
-    graph: str
+    graph: File
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    derived: Mapping[str, str] = field(default_factory=dict)  # backend name -> graph
+    derived: Mapping[Word, File] = field(default_factory=dict)  # backend name -> graph
     modules: tuple[Module, ...] = ()
     bank: Bank | None = None
 
@@ -155,12 +167,12 @@ class Component:
 class TextEncoder:
     """One text encoder and the tokenizer that feeds it."""
 
-    name: str  # component's name
-    tokenizer: str  # path of tokenizer.json
-    max_length: int  # tokens of one chunk, with begin and end
-    bos_id: int
-    eos_id: int
-    pad_id: int
+    name: Word  # component's name
+    tokenizer: File  # path of tokenizer.json
+    max_length: Annotated[int, Between(3, 4096)]  # tokens of one chunk, with begin and end
+    bos_id: TokenId
+    eos_id: TokenId
+    pad_id: TokenId
 
     @property
     def component(self) -> ComponentId:
@@ -179,15 +191,15 @@ class Size:
 class ModelCard:
     """What the engine must know of the model."""
 
-    name: str
-    family: str
-    width: int  # pixels, the size the model was trained for
-    height: int
-    latent_channels: int
-    vae_scale: int  # pixels per latent
-    size_multiple: int  # width and height must be multiples of this many pixels
-    scaling_factor: float  # latents = scaling_factor · vae latents
-    text_encoders: tuple[TextEncoder, ...]
+    name: Text
+    family: Family
+    width: Pixels  # the size the model was trained for
+    height: Pixels
+    latent_channels: Annotated[int, Between(1, 256)]
+    vae_scale: Annotated[int, Between(1, 64)]  # pixels per latent
+    size_multiple: Annotated[int, Between(1, 4096)]  # width and height must be multiples of this many pixels
+    scaling_factor: Annotated[float, Between(1e-6, 1e6)]  # latents = scaling_factor · vae latents
+    text_encoders: Annotated[tuple[TextEncoder, ...], Between(1, 2)]
     zero_empty_negative: bool = False  # SDXL's force_zeros_for_empty_prompt
 
     def size(self, width: int | None, height: int | None) -> Size:
@@ -222,7 +234,7 @@ class Bundle:
     card: ModelCard
     scheduler: SchedulerCard
     components: Mapping[ComponentId, Component]
-    precision: str
+    precision: Literal["fp32", "fp16"]  # of the weights
     versions: Mapping[str, str]
     source: Mapping[str, Any]  # where the model came from: kind, file name, sha256 of its weights
     files: Mapping[str, tuple[int, str]]  # relative path -> (bytes, sha256)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
+
+from stepforge.runtime.bundle.typed import Between, parse
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
     """guidance, guider and reuse as in `Request`, the window as `start` and `end` of `Control`; None: the request's own."""
 
-    guidance: float | str | tuple[float, ...] | None = None
+    guidance: float | str | Annotated[tuple[float, ...], Between(1, 10_000)] | None = None
     guider: str | None = None
     reuse: str | None = None
     control_start: float | None = None
@@ -21,16 +23,9 @@ class Preset:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preset:
         """Raises ValueError for a field that is unknown or of another type; what its text means is the request's to check."""
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"a preset has no {unknown[0]!r}; it has {', '.join(known)}")
-        values = dict(values)
-        if isinstance(values.get("guidance"), list):
-            values["guidance"] = tuple(values["guidance"])
-        for name, value in values.items():
-            if not _fits(name, value):
-                raise ValueError(f"{name} of a preset is {value!r}")
-        return cls(**values)
+        given = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        missing = {f.name: None for f in fields(cls)} | {"found": {}}
+        return parse(cls, missing | given, "preset")
 
     def to_dict(self) -> dict[str, Any]:
         """As the manifest has it: what is not None."""
@@ -38,17 +33,3 @@ class Preset:
         if isinstance(self.guidance, tuple):
             values["guidance"] = list(self.guidance)
         return {name: value for name, value in values.items() if value is not None and (value or name != "found")}
-
-
-def _fits(name: str, value: object) -> bool:
-    if name == "found":
-        return isinstance(value, Mapping)
-    if name in ("guider", "reuse"):
-        return isinstance(value, str)
-    if name == "guidance" and isinstance(value, str | tuple):
-        return isinstance(value, str) or all(_is_number(one) for one in value)
-    return _is_number(value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

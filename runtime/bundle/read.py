@@ -1,55 +1,83 @@
-"""Reading a bundle: the manifest is parsed, and every file is checked before any parser sees it."""
+"""Reading a bundle: the manifest is parsed into typed values, and every file is checked before any parser sees it."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+from stepforge.runtime.bundle.fit import check_fit
 from stepforge.runtime.bundle.format import (
-    FAMILIES,
     FORMAT,
     MANIFEST,
-    NAME,
-    ROLES,
-    VAE_DECODER,
-    Bank,
     Bundle,
     Component,
     ComponentId,
     ControlCard,
+    File,
     ModelCard,
-    Module,
-    Tensor,
-    TextEncoder,
+    Named,
+    Text,
+    Word,
 )
 from stepforge.runtime.bundle.preset import Preset
 from stepforge.runtime.bundle.scheduler import SchedulerCard
-from stepforge.runtime.bundle.steps import MOST_BYTES, STEPS_FILE, StepTable
+from stepforge.runtime.bundle.steps import MOST_BYTES as MOST_STEPS_BYTES
+from stepforge.runtime.bundle.steps import STEPS_FILE, StepTable
+from stepforge.runtime.bundle.typed import Between, Matches, parse, reader
+from stepforge.runtime.checks import shown
 from stepforge.runtime.errors import BundleError
+from stepforge.runtime.files import printable, strict_json
 
 PARTIAL = re.compile(r"\.[0-9a-f]{16}\.tmp")  # a manifest that is being written, see `files.written`; nobody reads it
+MOST_BYTES = 32 << 20  # of a manifest; SDXL's with banks in every layer has 1 MB
+MOST_FILES = 4096  # in the folder
+
+Digest = Annotated[str, Matches(re.compile(r"[0-9a-f]{64}"), "a sha256")]
+SOURCE = (  # what readers of `source` take for granted, and what they take where it is missing
+    ("kind", str, ""),
+    ("assumed", tuple[str, ...], []),
+    ("corrected", tuple[str, ...], []),
+    ("controls", Mapping[str, Mapping[str, Any]], {}),
+)
+Plain = bool | int | float | Text | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    """Fields of bundle.json, see `format.to_dict`."""
+
+    format: int
+    model: ModelCard
+    scheduler: Mapping[str, Plain | tuple[float, ...]]
+    components: Annotated[tuple[Mapping[str, Any], ...], Between(1, 256)]
+    precision: Literal["fp32", "fp16"]
+    versions: Mapping[str, str]
+    source: Mapping[str, Any]
+    files: Mapping[File, tuple[Annotated[int, Between(0, 1 << 50)], Digest]]
+    controls: Annotated[Mapping[Word, ControlCard], Between(0, 64)]
+    verdict: Mapping[str, Any] | None
+    presets: Annotated[Mapping[Named, Mapping[str, Any]], Between(0, 4096)]
 
 
 def read(path: str | Path, *, check: bool = True) -> Bundle:
     """Read a bundle and check every file's size and hash.
 
-    Raises BundleError if the manifest is missing, malformed or of another format, or if a file is missing, unknown,
-    linked from elsewhere, or does not match its hash. `check=False` skips the hashes only (`stepforge info`).
+    Raises BundleError in one line if the manifest is missing, malformed or of another format, if its parts do not fit each
+    other, or if a file is missing, unknown, linked from elsewhere, no plain file, or does not match its hash.
+    `check=False` skips the hashes only (`stepforge info`).
     """
     path = Path(path)
     manifest = path / MANIFEST
-    if not manifest.is_file():
-        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}; `stepforge export` writes one")
     try:
-        bundle = _parse(path, json.loads(manifest.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(f"{manifest} is damaged: {type(error).__name__}: {error}") from error
+        bundle = _parse(path, strict_json(_bytes(manifest)))
+        check_fit(bundle)
+    except ValueError as error:
+        raise BundleError(f"{printable(manifest)} is damaged: {error}") from error
     _check_tree(bundle)
     if check:
         _check_hashes(bundle)
@@ -63,109 +91,115 @@ def _with_table(bundle: Bundle) -> Bundle:
     if STEPS_FILE not in bundle.files:
         raise BundleError(f"{bundle.path} has the sampler {bundle.scheduler.sampler} without {STEPS_FILE}")
     size = bundle.files[STEPS_FILE][0]
-    if size > MOST_BYTES:
-        raise BundleError(f"{bundle.path}: {STEPS_FILE} has {size} bytes; at most {MOST_BYTES} are allowed")
+    if size > MOST_STEPS_BYTES:
+        raise BundleError(f"{bundle.path}: {STEPS_FILE} has {size} bytes; at most {MOST_STEPS_BYTES} are allowed")
     table = StepTable.parse(bundle.file(STEPS_FILE).read_bytes())
     return replace(bundle, scheduler=replace(bundle.scheduler, table=table))
 
 
-def _parse(path: Path, data: Mapping[str, Any]) -> Bundle:
-    if data["format"] != FORMAT:
-        raise BundleError(f"{path} has bundle format {data['format']!r}; this version reads {FORMAT}: export it again")
-    model = dict(data["model"])
-    model["text_encoders"] = tuple(TextEncoder(**entry) for entry in model["text_encoders"])
-    bundle = Bundle(
+def _bytes(manifest: Path) -> bytes:
+    """The manifest's text. Raises BundleError if there is none that can be read."""
+    try:
+        if manifest.is_symlink():
+            raise BundleError(f"{printable(manifest)} is a link; a bundle holds plain files only")
+        if not manifest.is_file():
+            raise BundleError(
+                f"{printable(manifest.parent)} is not a bundle: it has no {MANIFEST}; `stepforge export` writes one"
+            )
+        with manifest.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise BundleError(f"{printable(manifest)} cannot be read: {error.strerror}") from error
+    if len(data) > MOST_BYTES:
+        raise BundleError(f"{printable(manifest)} is larger than {MOST_BYTES >> 20} MiB; no bundle's is")
+    return data
+
+
+def _parse(path: Path, data: Any) -> Bundle:
+    """Raises ValueError for what is not of its type, BundleError for another format."""
+    if isinstance(data, dict) and data.get("format") != FORMAT and "format" in data:
+        raise BundleError(
+            f"{printable(path)} has bundle format {shown(data['format'])}; this version reads {FORMAT}: export it again"
+        )
+    manifest = parse(_Manifest, data)
+    for name, kind, empty in SOURCE:
+        reader(kind)(manifest.source.get(name, empty), f"source.{name}")
+    if manifest.verdict is not None:
+        reader(bool)(manifest.verdict.get("passed"), "verdict.passed")
+        reader(str)(manifest.verdict.get("summary"), "verdict.summary")
+    return Bundle(
         path=path,
-        card=ModelCard(**model),
-        scheduler=SchedulerCard.from_dict(data["scheduler"]),
-        components=_components(path, data["components"]),
-        precision=data["precision"],
-        versions=data["versions"],
-        source=data["source"],
-        files={name: (int(size), str(digest)) for name, (size, digest) in data["files"].items()},
-        controls={name: ControlCard(**card) for name, card in data["controls"].items()},
-        verdict=data["verdict"],
-        presets={name: Preset.from_dict(values) for name, values in data["presets"].items()},
+        card=manifest.model,
+        scheduler=_scheduler(manifest.scheduler),
+        components=_components(manifest.components),
+        precision=manifest.precision,
+        versions=manifest.versions,
+        source=manifest.source,
+        files=manifest.files,
+        controls=manifest.controls,
+        verdict=manifest.verdict,
+        presets={name: Preset.from_dict(values) for name, values in manifest.presets.items()},
     )
-    if bundle.card.family not in FAMILIES:
-        raise BundleError(f"{path} has model family {bundle.card.family!r}; known: {', '.join(FAMILIES)}")
-    named = [
-        *(component.graph for component in bundle.components.values()),
-        *(graph for component in bundle.components.values() for graph in component.derived.values()),
-        *(encoder.tokenizer for encoder in bundle.card.text_encoders),
-    ]
-    for name in (*bundle.files, *named):
-        if not all(NAME.fullmatch(part) for part in PurePosixPath(name).parts) or "\\" in name:
-            raise BundleError(f"{path} names the file {name!r}, which is not a plain relative path")
-    for name in named:
-        if name not in bundle.files:
-            raise BundleError(f"{path} uses {name!r} but does not list it under files")
-    needed = [*bundle.text_encoders, VAE_DECODER]
-    for control in bundle.controls:
-        needed += [ComponentId("control_hint", control), ComponentId("control_residuals", control)]
-    needed += [key.whole for key in bundle.components]
-    for key in needed:
-        if key not in bundle.components:
-            raise BundleError(f"{path} has no component {str(key)!r}")
-    if not bundle.denoisers:
-        raise BundleError(f"{path} has no denoiser")
-    return bundle
 
 
-def _components(path: Path, rows: Any) -> dict[ComponentId, Component]:
+def _scheduler(values: Mapping[str, Any]) -> SchedulerCard:
+    try:
+        return SchedulerCard.from_dict(values)
+    except (BundleError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"scheduler: {printable(error)}") from error
+
+
+def _components(rows: tuple[Mapping[str, Any], ...]) -> dict[ComponentId, Component]:
     found: dict[ComponentId, Component] = {}
-    for row in rows:
-        key = ComponentId(row["role"], row["name"], row["variant"])
-        if key.role not in ROLES:
-            raise BundleError(f"{path} has a component of the role {key.role!r}; known: {', '.join(ROLES)}")
+    for index, row in enumerate(rows):
+        where = f"components[{index}]"
+        names = ("role", "name", "variant")
+        key = parse(ComponentId, {name: row[name] for name in names if name in row}, where)
         if key in found:
-            raise BundleError(f"{path} has the component {str(key)!r} twice")
-        for text in (key.name, *([key.variant] if key.variant else ())):
-            if not NAME.fullmatch(text) or "." in text:
-                raise BundleError(f"{path} has a component named {text!r}; letters, digits, - and _ are allowed")
-        found[key] = _component(row)
+            raise ValueError(f"it has the component {str(key)!r} twice")
+        found[key] = parse(Component, {name: value for name, value in row.items() if name not in names}, where)
     return found
 
 
-def _component(entry: Mapping[str, Any]) -> Component:
-    def tensors(rows: Any) -> tuple[Tensor, ...]:
-        return tuple(Tensor(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
-
-    bank = entry["bank"]
-    return Component(
-        entry["graph"],
-        tensors(entry["inputs"]),
-        tensors(entry["outputs"]),
-        dict(entry["derived"]),
-        tuple(Module(m["path"], m["kind"], tuple(m["shape"]), m["bias"]) for m in entry["modules"]),
-        None if bank is None else Bank(bank["slots"], bank["rank"], {k: tuple(v) for k, v in bank["shared"].items()}),
-    )
-
-
 def _check_tree(bundle: Bundle) -> None:
-    root = bundle.path.resolve()
+    root, shown_path = bundle.path.resolve(), printable(bundle.path)
     present = set()
-    for file in root.rglob("*"):
-        relative = file.relative_to(root).as_posix()
-        if file.is_symlink():
-            raise BundleError(f"{bundle.path} contains the link {relative}; a bundle holds plain files only")
-        if file.is_file() and relative != MANIFEST and not PARTIAL.fullmatch(relative):
-            present.add(relative)
-    if missing := sorted(set(bundle.files) - present):
-        raise BundleError(f"{bundle.path} lacks {', '.join(missing)}")
-    if unknown := sorted(present - set(bundle.files)):
-        raise BundleError(f"{bundle.path} contains files that its manifest does not list: {', '.join(unknown)}")
-    for name, (size, _) in bundle.files.items():
-        if (found := bundle.file(name).stat().st_size) != size:
-            raise BundleError(f"{bundle.path}: {name} has {found} bytes, the manifest says {size}")
+    try:
+        for count, file in enumerate(root.rglob("*")):
+            relative = file.relative_to(root).as_posix()
+            if count >= MOST_FILES:
+                raise BundleError(f"{shown_path} holds more than {MOST_FILES} files and folders; no bundle does")
+            if file.is_symlink():
+                raise BundleError(
+                    f"{shown_path} contains the link {printable(relative)}; a bundle holds plain files only"
+                )
+            if not file.is_dir() and not file.is_file():
+                raise BundleError(f"{shown_path} contains {printable(relative)}, which is no plain file")
+            if file.is_file() and relative != MANIFEST and not PARTIAL.fullmatch(relative):
+                present.add(relative)
+        if missing := sorted(set(bundle.files) - present):
+            raise BundleError(f"{shown_path} lacks {printable(', '.join(missing))}")
+        if unknown := sorted(present - set(bundle.files)):
+            raise BundleError(
+                f"{shown_path} contains files that its manifest does not list: {printable(', '.join(unknown))}"
+            )
+        for name, (size, _) in bundle.files.items():
+            if (found := bundle.file(name).stat().st_size) != size:
+                raise BundleError(f"{shown_path}: {name} has {found} bytes, the manifest says {size}")
+    except OSError as error:
+        raise BundleError(f"{shown_path} cannot be read: {error.strerror}") from error
 
 
 def _check_hashes(bundle: Bundle) -> None:
+    shown_path = printable(bundle.path)
     with ThreadPoolExecutor(2) as pool:  # hashing releases the GIL
         found = pool.map(sha256, (bundle.file(name) for name in bundle.files))
-        for (name, (_, expected)), digest in zip(bundle.files.items(), found, strict=True):
-            if digest != expected:
-                raise BundleError(f"{bundle.path}: {name} does not match its sha256; the bundle is damaged")
+        try:
+            for (name, (_, expected)), digest in zip(bundle.files.items(), found, strict=True):
+                if digest != expected:
+                    raise BundleError(f"{shown_path}: {name} does not match its sha256; the bundle is damaged")
+        except OSError as error:
+            raise BundleError(f"{shown_path} cannot be read: {error.strerror}") from error
 
 
 def sha256(path: Path) -> str:

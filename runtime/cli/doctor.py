@@ -92,11 +92,10 @@ def _version(name: str) -> str | None:
 def _openvino() -> list[Finding]:
     if importlib.util.find_spec("openvino") is None:
         return []
-    import openvino
+    from stepforge.runtime.backends.openvino import core
 
-    core = openvino.Core()
-    processor = core.get_property("CPU", "FULL_DEVICE_NAME")
-    abilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    processor = core().get_property("CPU", "FULL_DEVICE_NAME")
+    abilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     precision = "bf16" if "BF16" in abilities else "fp32"
     return [Finding("processor", True, f"{processor}; openvino computes in {precision} by default")]
 

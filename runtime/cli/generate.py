@@ -20,7 +20,7 @@ from stepforge.runtime.cli.output import complain, progress_bar
 from stepforge.runtime.cli.signals import Stopped, on_signal
 from stepforge.runtime.cli.targets import claimed
 from stepforge.runtime.errors import Cancelled, RequestError
-from stepforge.runtime.files import printable
+from stepforge.runtime.files import escaped, printable
 
 if TYPE_CHECKING:
     from stepforge.runtime.engine.engine import Engine, Outcome
@@ -205,7 +205,7 @@ class Drawing:
         if self.sheet is not None:
             self.sheet.place(index, image)
         if not self.quiet:
-            print(path)
+            print(escaped(str(path)))
 
     def write_sheet(self, path: Path) -> None:
         from stepforge.runtime.imaging.png import save_png

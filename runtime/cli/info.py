@@ -32,8 +32,20 @@ def info(bundle: options.BundlePath, as_json: options.Json = False) -> None:
     for name, preset in opened.presets.items():
         stated = {key: value for key, value in preset.to_dict().items() if key != "found"}
         print(f"  preset {printable(name)}: {_listed(stated)}")
+    for what in ("assumed", "corrected"):
+        for line in lines(opened.source.get(what)):
+            print(f"  {what} at export: {line}")
     verdict = opened.verdict
     print("  parity: " + (printable(verdict["summary"], 500) if verdict else "never verified; run `stepforge verify`"))
+    if verdict and isinstance(reference := verdict.get("reference"), Mapping):
+        print(f"  reference: {printable(str(reference.get('loader')), 80)}")
+        for line in lines(reference.get("assumed")):
+            print(f"  assumed by verify: {line}")
+
+
+def lines(value: Any) -> list[str]:
+    """The lines of a manifest's list as a terminal may have them; empty for what older bundles lack."""
+    return [printable(str(line), 300) for line in value] if isinstance(value, list | tuple) else []
 
 
 def facts(bundle: Bundle) -> dict[str, Any]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepforge.runtime.bundle import NAME
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.files import is_lfs_pointer, printable
+from stepforge.runtime.files import is_lfs_pointer, printable, strict_json
 from stepforge.runtime.lora.layers import MAX_STRENGTH
 
 if TYPE_CHECKING:
     from stepforge.runtime.request import Request
+
+LARGEST_FILE = 256 << 20  # bytes; a million prompts have about 100 MB
+SEPARATORS = frozenset(filter(None, (os.sep, os.altsep)))
 
 
 def read_requests(
@@ -29,11 +33,11 @@ def read_requests(
     requests = []
     for number, line in read_lines(request_file):
         try:
-            values = json.loads(line)
+            values = strict_json(line.encode())
             if not isinstance(values, dict):
                 raise ValueError("an object with the fields of a request is needed")
             requests.append(Request.of({**options, **canonical(_found_beside(request_file, values))}))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise RequestError(f"{printable(request_file)}, line {number}: {error}") from error
     return requests
 
@@ -49,31 +53,57 @@ def _found_beside(file: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_lines(file: Path) -> list[tuple[int, str]]:
-    """The lines of a file that are not empty, with their numbers."""
+    """The lines of a file that are not empty, with their numbers: lines end with \\n or \\r\\n and with nothing else, since
+    prompts may hold what Unicode calls a line separator. A byte order mark is no part of the text. Raises RequestError."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        with file.open("rb") as stream:
+            data = stream.read(LARGEST_FILE + 1)
+        if len(data) > LARGEST_FILE:
+            raise RequestError(f"{printable(file)} is larger than {LARGEST_FILE >> 20} MiB; give it in parts")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(f"cannot read {printable(file)}: it is not UTF-8 text") from error
     except OSError as error:
         raise RequestError(f"cannot read {printable(file)}: {error.strerror}") from error
-    if is_lfs_pointer(file):
+    if is_lfs_pointer(data):
         raise RequestError(f"{printable(file)} is a Git LFS pointer, not the file; run `git lfs pull`")
-    if not (found := [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]):
+    lines = [line.strip(" \t\r") for line in text.split("\n")]
+    if not (found := [(number, line) for number, line in enumerate(lines, 1) if line.strip()]):
         raise RequestError(f"{printable(file)} has no prompts")
     return found
 
 
 def parse_adapters(texts: Sequence[str]) -> dict[str, tuple[Path, float]]:
-    """[NAME=]FILE[:STRENGTH] -> file and strength by name; the file's own name if none is given. Raises RequestError."""
+    """[NAME=]FILE[:STRENGTH] -> file and strength by name; the file's own name if none is given.
+
+    A text that names a file is one, with "=" in it or not. Raises RequestError.
+    """
     adapters: dict[str, tuple[Path, float]] = {}
     for text in texts:
         name, equals, rest = text.partition("=")
-        file, strength = file_and_strength(rest if equals else text)
-        name = name if equals else file.stem
+        named = equals and name and rest and not set(name) & SEPARATORS and not _exists(_split(text)[0])
+        file, strength = file_and_strength(rest if named else text)
+        name = name if named else file.stem
         if name in adapters:
             raise RequestError(f"the adapter {printable(name)} is given twice; name one of the two, as in NAME=FILE")
         adapters[name] = (file, strength)
     return adapters
+
+
+def _split(text: str) -> tuple[str, str]:
+    """A path and what stands behind its last colon; all of it where that is a file, or is followed by no number."""
+    path, colon, number = text.rpartition(":")
+    if not colon or _exists(text):
+        return text, ""
+    try:
+        float(number)
+    except ValueError:
+        return text, ""
+    return path, number
+
+
+def _exists(path: str) -> bool:
+    return bool(path) and os.path.exists(path)  # False for what can be no path
 
 
 def parse_numbers(name: str, text: str | None, kind: type) -> Any:
@@ -99,7 +129,7 @@ def parse_controls(texts: Sequence[str], preprocessor: str, window: str, guess_m
     controls = []
     for text in texts:
         name, equals, rest = text.partition("=")
-        if not equals or not rest:
+        if not equals or not rest or not NAME.fullmatch(name):
             raise RequestError(f"--control {printable(text)} is not understood; give NAME=IMAGE or NAME=IMAGE:SCALE")
         image, scale = file_and_strength(rest)
         given = {"name": name, "image": image, "scale": scale, "preprocessor": preprocessor, "guess_mode": guess_mode}
@@ -108,15 +138,13 @@ def parse_controls(texts: Sequence[str], preprocessor: str, window: str, guess_m
 
 
 def file_and_strength(text: str) -> tuple[Path, float]:
-    """FILE or FILE:STRENGTH, as on the command line; a colon before what is no number belongs to the file's name."""
-    path, colon, number = text.rpartition(":")
-    try:
-        strength = float(number) if colon else 1.0
-    except ValueError:
-        return Path(text), 1.0
+    """FILE or FILE:STRENGTH, as on the command line; a colon in the name of a file that exists, or before what is no
+    number, belongs to the name. Raises RequestError."""
+    path, number = _split(text)
+    strength = float(number or 1.0)
     if not abs(strength) <= MAX_STRENGTH:
         raise RequestError(
             f"the strength of {printable(path)} is {printable(number)}; "
             f"it lies between -{MAX_STRENGTH:g} and {MAX_STRENGTH:g}"
         )
-    return Path(path if colon else text), strength
+    return Path(path), strength

@@ -19,7 +19,7 @@ from stepforge.runtime.cli.doctor import doctor
 from stepforge.runtime.cli.generate import generate
 from stepforge.runtime.cli.info import info
 from stepforge.runtime.cli.lora import lora
-from stepforge.runtime.cli.output import complain, lost_output, streams
+from stepforge.runtime.cli.output import complain, lost_output, quiet, streams
 from stepforge.runtime.cli.plan import plan
 from stepforge.runtime.cli.signals import Stopped, leave, on_signal
 from stepforge.runtime.cli.tune import tune
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     with streams():
         try:
-            with on_signal(leave):
+            with on_signal(leave), quiet():
                 code = run(arguments)
         except Stopped as stopped:
             complain(stopped.text)

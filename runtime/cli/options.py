@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from stepforge.runtime.cli.inputs import parse_numbers
-from stepforge.runtime.errors import RequestError
+from stepforge.runtime.errors import BackendError, RequestError
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory, or `fake` for a test model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -71,8 +71,21 @@ Preprocessor = Annotated[
 # The engine
 Backend = Annotated[str, typer.Option(metavar="NAME", help="auto, openvino, onnxruntime, torch, torch-exact or fake.")]
 Precision = Annotated[str, typer.Option(metavar="NAME", help="auto, fp32, bf16, or fp16 (torch on CUDA).")]
+
+
+def _threads(given: int | None) -> int | None:
+    from stepforge.runtime.backends import check_threads
+
+    try:
+        check_threads(given)
+    except BackendError as error:
+        raise RequestError(f"--{error}") from error
+    return given
+
+
 Threads = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Processor threads. [default: all that may be used]")
+    int | None,
+    typer.Option(metavar="N", callback=_threads, help="Processor threads. [default: all that may be used]"),
 ]
 
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from stepforge.runtime.files import printable
+from stepforge.runtime.files import escaped, printable
 
+GAP = "  "  # between columns
 LONGEST = 1000  # letters of an error message
 
 
 class Stream:
     """A text stream whose failure does not fail the command: once it is closed or full, nothing more is written to it.
 
-    The work goes on when `head` has read enough. Lines are written as they come, letters that the stream has no code for as
-    escapes.
+    The work goes on when `head` has read enough. Lines are written as they come, control characters and letters that the
+    stream has no code for as escapes: names in files must not command the terminal.
     """
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
+        self.raw = inner  # for what draws on the terminal
         self.error: OSError | None = None
         if hasattr(inner, "reconfigure"):
             inner.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -32,7 +36,8 @@ class Stream:
     def write(self, text: str) -> int:
         if self.error is None:
             try:
-                self._inner.write(text)
+                start = "\r" if text.startswith("\r") else ""  # tqdm's bars, of libraries
+                self._inner.write(start + escaped(text.removeprefix(start)))
             except OSError as error:
                 self._fail(error)
         return len(text)
@@ -66,6 +71,32 @@ def streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+class _Warnings(logging.Handler):
+    """Warnings of ours, one line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(Exception):  # a wrong format string must not end a command
+            complain(f"warning: {record.getMessage()}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Warnings of stepforge's loggers go to standard error in the words of the commands; other libraries' logs and Python
+    warnings (NumPy's of overflows, torch's of its exporter) go nowhere, unless -W or PYTHONWARNINGS asks for these."""
+    ours, root = logging.getLogger("stepforge"), logging.getLogger()
+    handler, nothing = _Warnings(logging.WARNING), logging.NullHandler()
+    ours.addHandler(handler)
+    root.addHandler(nothing)  # logging's last resort prints what has no handler
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        ours.removeHandler(handler)
+        root.removeHandler(nothing)
+
+
 def lost_output() -> str | None:
     """Why standard output was not written to its end; None if it was, or if its reader closed it."""
     error = getattr(sys.stdout, "error", None)
@@ -79,17 +110,33 @@ def complain(message: object) -> None:
 
 
 def print_table(rows: list[dict[str, Any]], left: Sequence[str] = ()) -> None:
-    """Rows with equal keys as a table on standard output; columns in `left` are aligned there."""
-    from rich.console import Console
-    from rich.table import Table
+    """Rows with equal keys as a table on standard output; columns in `left` are aligned there.
 
-    table = Table(box=None, pad_edge=False)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    terminal = Console(markup=False)
-    (terminal if terminal.is_terminal else Console(width=200, markup=False)).print(table)
+    Plain text, 200 letters wide where that is no terminal: rich's own table takes a minute for 50,000 rows.
+    """
+    from rich.cells import cell_len
+    from rich.console import Console
+
+    names = list(rows[0])
+    lines = [names, *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    console = Console()
+    room = (console.width if console.is_terminal else 200) - len(GAP) * (len(names) - 1)
+    while sum(widths) > room and max(widths) > 1:
+        widths[widths.index(max(widths))] -= 1
+    for line in lines:
+        cells = [_fitted(text, width, name in left) for text, width, name in zip(line, widths, names, strict=True)]
+        print(GAP.join(cells).rstrip())
+
+
+def _fitted(text: str, width: int, left: bool) -> str:
+    """The text at one side of its cell, cut where it is too wide."""
+    from rich.cells import cell_len, set_cell_size
+
+    if (taken := cell_len(text)) > width:
+        return set_cell_size(text, width - 1) + "…"
+    spaces = " " * (width - taken)
+    return text + spaces if left else spaces + text
 
 
 def _cell(value: Any) -> str:
@@ -104,7 +151,7 @@ def progress_bar(label: str, total: Callable[[], int]) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(file=getattr(sys.stderr, "raw", sys.stderr))
     if not console.is_terminal:
         yield None
         return

@@ -167,6 +167,8 @@ class Adapters:
             buffers = self._banks[component]
             pair = low_rank(layer, buffers.modules[path].shape)
             assert pair is not None
+            if not all(np.isfinite(part).all() for part in pair):
+                raise AdapterError(f"{adapter.file}: {component} {path} is infinite once it is scaled")
             highest = max(highest, len(pair[0]))
             blocks.setdefault(component, {})[path] = buffers.block(path, *pair)
         return highest, blocks

@@ -5,7 +5,8 @@
     BREAK        ends the chunk, inside brackets too (there A1111 reads it as a word)
 
 Brackets left open close at the end of the prompt; brackets and weights with nothing to close are text, and so is a
-weight that is no number. A1111's prompt editing `[a:b:0.5]`, alternation `[a|b]` and `AND` are not special here.
+weight that is no number. A1111's prompt editing `[a:b:0.5]`, alternation `[a|b]`, `AND` and `<lora:...>` are not special
+here. A token of a saved textual inversion of several vectors stands for all of them, as in diffusers.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from stepforge.runtime.checks import shown
 from stepforge.runtime.errors import BundleError, RequestError
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ _MARK = re.compile(
     r"|(?P<bracket>[()\[\]])"
     r"|(?P<text>[^\\()\[\]:]+|:)"
 )
+_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>|\bembedding:[^\s,()]+")  # of A1111 and ComfyUI
 _BREAK = re.compile(r"\bBREAK\b")
 
 
@@ -73,6 +77,7 @@ class ClipTokenizer:
         self.max_length, self.bos_id, self.eos_id, self.pad_id = max_length, bos_id, eos_id, pad_id
         self._tokenizer = tokenizer
         self._comma = tokenizer.token_to_id(",</w>")
+        self._vectors = _vectors({token.content for token in tokenizer.get_added_tokens_decoder().values()})
 
     @classmethod
     def from_file(cls, path: str | Path, max_length: int, bos_id: int, eos_id: int, pad_id: int) -> ClipTokenizer:
@@ -113,7 +118,16 @@ class ClipTokenizer:
         return self._wrap(chunks)
 
     def _tokens(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        if self._vectors and (found := [token for token in dict.fromkeys(encoding.tokens) if token in self._vectors]):
+            for token in found:  # as diffusers: wherever its letters stand
+                if len(text) + text.count(token) * len(self._vectors[token]) > MAX_CHARACTERS:
+                    raise RequestError(
+                        f"prompt has more than {MAX_CHARACTERS} characters once {shown(token)} is written out"
+                    )
+                text = text.replace(token, self._vectors[token])
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
         return ids
 
     def _cut(self, tokens: list[tuple[int, float]], size: int) -> Iterator[list[tuple[int, float]]]:
@@ -138,6 +152,28 @@ class ClipTokenizer:
             ids[row, end] = self.eos_id
             weights[row, 1:end] = [weight for _, weight in chunk]
         return TokenChunks(ids, weights, empty)
+
+
+def _vectors(added: set[str]) -> dict[str, str]:
+    """Textual inversions of several vectors, saved as the tokens `cat`, `cat_1`, `cat_2`, ...: first token -> all of them.
+
+    diffusers, loaders/textual_inversion.py, maybe_convert_prompt.
+    """
+    found: dict[str, str] = {}
+    for token in added:
+        following = takewhile(added.__contains__, (f"{token}_{i}" for i in count(1)))
+        if len(tokens := [token, *following]) > 1:
+            found[token] = " ".join(tokens)
+    return found
+
+
+def warn_of_tags(prompt: str) -> None:
+    """Log that a prompt has what other programs read as a file to load."""
+    if (tag := _TAG.search(prompt)) is not None:
+        log.warning(
+            "prompt has %s, which is plain text here: adapters are given with --adapter or Request(adapters=...), "
+            "textual inversions are loaded into the model before it is exported", shown(tag[0]),
+        )  # fmt: skip
 
 
 def _check(prompt: str) -> None:

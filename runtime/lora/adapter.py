@@ -6,17 +6,18 @@ LyCORIS. Only safetensors is read. `names.py` says how modules are called, ENDIN
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.bundle import ComponentId, Module
 from stepforge.runtime.errors import AdapterError
-from stepforge.runtime.lora.file import Contents, read_file
+from stepforge.runtime.files import escaped
+from stepforge.runtime.lora.file import Contents, Tensor, opened
 from stepforge.runtime.lora.layers import BIASES, Layer, check
 from stepforge.runtime.lora.names import Names, Place
 from stepforge.runtime.lora.peft import PeftConfig, brief
@@ -57,6 +58,8 @@ NEEDED: dict[str, tuple[tuple[set[str], ...], ...]] = {  # kind -> groups of alt
 EITHER = (  # roles that exclude each other
     ("w1", "w1_a"), ("w1", "w1_b"), ("w2", "w2_a"), ("w2", "w2_b"), ("w2", "t2"), ("magnitude", "dora_scale"),
 )  # fmt: skip
+SINGLE = ("alpha", "on_input")  # roles of one number
+Roles = dict[str, tuple[str, Tensor]]  # role -> kind of layer, and its tensor
 DECOMPOSED = ("lora", "loha", "lokr")  # kinds that have a form with magnitudes (DoRA)
 
 
@@ -81,7 +84,7 @@ class Adapter:
             total = len(self.refused) + len(self.layers)
             log.warning(
                 "%s: %d of %d layers are not used, such as %s: %s; see `stepforge lora inspect`",
-                self.file, len(self.refused), total, brief(name), why,
+                self.file, len(self.refused), total, brief(name), escaped(why),
             )  # fmt: skip
 
 
@@ -91,35 +94,41 @@ def read_adapter(path: str | Path, modules: Mapping[ComponentId, Iterable[Module
     modules: component of the bundle -> its modules. Raises AdapterError if the file is no safetensors, holds NaN, names
     a tensor twice, is made for another model (no module fits, or the shapes do not) or needs arithmetic that is unknown.
     """
-    contents = read_file(Path(path))
-    digest = hashlib.sha256()
-    for part in contents.raw:
-        digest.update(part)
-    return resolve(contents, modules, digest.hexdigest())
+    with opened(Path(path)) as contents:
+        return resolve(contents, modules)
 
 
 def survey(path: str | Path) -> dict[str, Layer | str]:
     """What a file holds under its own names, without a model: a layer, or why it is none. Raises AdapterError."""
-    contents = read_file(Path(path))
     refused: dict[str, str] = {}
     found: dict[str, Layer | str] = {}
-    for name, roles in _grouped(contents, refused).items():
-        try:
-            found[name] = _layer(name, roles, contents.configs)
-        except ValueError as error:
-            found[name] = str(error)
+    with opened(Path(path)) as contents:
+        for name, roles in _grouped(contents, refused).items():
+            try:
+                found[name] = _layer(name, roles, contents.configs)
+            except ValueError as error:
+                found[name] = str(error)
+                continue
+            for _, tensor in roles.values():
+                tensor.check()
+    if not found | refused:
+        raise AdapterError(f"{contents.name} holds no tensors")
     return found | refused
 
 
-def resolve(contents: Contents, modules: Mapping[ComponentId, Iterable[Module]], sha256: str = "") -> Adapter:
-    """The tensors of a file as layers of a model. Raises AdapterError, see `read_adapter`."""
+def resolve(contents: Contents, modules: Mapping[ComponentId, Iterable[Module]]) -> Adapter:
+    """The tensors of a file as layers of a model; those that fit no module are not read.
+
+    Raises AdapterError, see `read_adapter`.
+    """
     table = {(component, module.path): module for component, entries in modules.items() for module in entries}
     names = Names(modules)
     layers: dict[Place, Layer] = {}
     called: dict[Place, str] = {}
     refused: dict[str, str] = {}
     misfits: list[str] = []
-    for name, roles in _grouped(contents, refused).items():
+    groups = _grouped(contents, refused)
+    for name, roles in groups.items():
         places = names.find(name)
         if not places:  # before anything is computed from the name, which can be hostile
             refused[name] = "the model has no such module"
@@ -154,12 +163,19 @@ def resolve(contents: Contents, modules: Mapping[ComponentId, Iterable[Module]],
     if not layers:
         some = ", ".join(f"{brief(name)} ({why})" for name, why in list(refused.items())[:2]) or "it is empty"
         raise AdapterError(f"{contents.name} changes nothing in this model: {some}")
-    return Adapter(contents.name, sha256, layers, called, refused)
+    read = {place: _read(layer, groups[called[place]]) for place, layer in layers.items()}
+    return Adapter(contents.name, contents.sha256(), read, called, refused)
 
 
-def _grouped(contents: Contents, refused: dict[str, str]) -> dict[str, dict[str, tuple[str, Float32]]]:
+def _read(layer: Layer, roles: Roles) -> Layer:
+    """The layer with its numbers."""
+    magnitude = next((roles[role][1].load() for role in ("magnitude", "dora_scale") if role in roles), None)
+    return replace(layer, tensors={role: roles[role][1].load() for role in layer.tensors}, magnitude=magnitude)
+
+
+def _grouped(contents: Contents, refused: dict[str, str]) -> dict[str, Roles]:
     """Module name in the file -> role -> kind and tensor; what has no known ending goes to `refused`."""
-    groups: dict[str, dict[str, tuple[str, Float32]]] = defaultdict(dict)
+    groups: dict[str, Roles] = defaultdict(dict)
     for key, tensor in contents.tensors.items():
         # PEFT's own name for it
         plain = key.replace(".default.", ".") if ".lora_" in key else key.removesuffix(".default")
@@ -178,13 +194,22 @@ def _grouped(contents: Contents, refused: dict[str, str]) -> dict[str, dict[str,
             groups[name][role] = kind, tensor
     for name in refused:
         groups.pop(name, None)
+    for config in contents.configs.values():
+        config.check_work(sum(map(len, groups)))
     return groups
 
 
-def _layer(name: str, roles: Mapping[str, tuple[str, Float32]], configs: Mapping[str, PeftConfig]) -> Layer:
-    """Raises ValueError if the tensors of a module do not make a layer."""
+def _layer(name: str, roles: Roles, configs: Mapping[str, PeftConfig]) -> Layer:
+    """The layer in outline: its shapes, and the single numbers that say how it is meant.
+
+    Raises ValueError if the tensors of a module do not make a layer.
+    """
     kinds = {kind for kind, _ in roles.values()} - {""}
-    tensors = {role: tensor for role, (_, tensor) in roles.items()}
+    tensors = {role: tensor.load() if role in SINGLE and math.prod(tensor.shape) == 1 else tensor.outline
+               for role, (_, tensor) in roles.items()}  # fmt: skip
+    for role, tensor in tensors.items():
+        if not tensor.ndim and role not in SINGLE:
+            raise ValueError(f"its {role} is a single number")
     if "weight" in tensors and "on_input" not in tensors:
         raise ValueError("a whole weight, not a change of one (PEFT's modules_to_save); not supported")
     if kinds == {"lora", "bias"}:  # PEFT's bias="all" or "lora_only"

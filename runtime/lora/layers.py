@@ -17,6 +17,7 @@ from stepforge.runtime.arrays import Float32
 
 Tensors = Mapping[str, Float32]
 Shape = tuple[int, ...]
+MOST_RANK = 1024  # kohya's largest; small layers get it as well
 MAX_STRENGTH = 100.0  # far above what gives a picture
 
 
@@ -43,8 +44,9 @@ def low_rank(layer: Layer, shape: Shape) -> tuple[Float32, Float32] | None:
     """
     if layer.kind != "lora" or layer.magnitude is not None or layer.tensors.keys() & BIASES:
         return None
-    up = layer.tensors["up"].reshape(shape[0], -1) * np.float32(layer.scale)
-    return _down(layer.tensors, shape), up
+    with np.errstate(over="ignore", invalid="ignore"):  # callers refuse what is infinite
+        up = layer.tensors["up"].reshape(shape[0], -1) * np.float32(layer.scale)
+        return _down(layer.tensors, shape), up
 
 
 def _down(tensors: Tensors, shape: Shape) -> Float32:
@@ -184,6 +186,10 @@ def check(layer: Layer, shape: Shape) -> None:
     """
     tensors, out = layer.tensors, shape[0]
     inputs, kernel = (shape[1], shape[2:]) if len(shape) > 1 else (1, ())
+    most = max(MOST_RANK, out, inputs * math.prod(kernel))
+    for role in ("down", "mid", "w1_b", "w2_b", "t1", "t2") if layer.kind in ("lora", "loha", "lokr") else ():
+        if role in tensors and len(tensors[role]) > most:
+            raise ValueError(f"its rank is {len(tensors[role])}, more than a weight {list(shape)} has")
     if layer.kind == "lora":
         r = layer.rank or 0
         middle = len(tensors["mid"]) if "mid" in tensors else r

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from stepforge.kernels import bounds, conv, lowrank, norms, reference, update
+from stepforge.kernels import bounds, conv, lowrank, norms, reference, sums, update, wide
 from stepforge.kernels.dispatch.tiles import Tile
 from stepforge.kernels.packing import block_table
 
@@ -187,6 +187,64 @@ def test_norm_mistake_caught(case, mutant):
     assert norm_passes()
     mutant(norms, *NORM_MUTATIONS[case])
     assert not norm_passes()
+
+
+def rows_pass():
+    """LayerNorm of rows that lie apart, with a large mean, a shift before it, a tail of rows and of channels."""
+    torch.manual_seed(7)
+    x = torch.full((1100, 24), torch.nan).half()
+    x[:, :20] = torch.randn(1100, 20) + 300
+    weight, bias, pre = (guarded(torch.randn(20).half()) for _ in range(3))
+    out = torch.full((1110, 24), 77.0).half()  # more rows than are asked for: a mutant writes there
+    y = wide.layer_norm(x[:, :20], weight, bias, 1e-5, pre=pre, out=out[:1100, :20])
+    exact, bound = bounds.layer_norm(x[:, :20], weight, bias, 1e-5, pre=pre)
+    return bounds.excess(y, exact, bound) <= 1.0 and bool((out[:, 20:] == 77).all())
+
+
+ROWS_MUTATIONS = {
+    "channels beyond the row in the mean": ("mean = tl.sum(tl.where(ok, v, 0.0), axis=1) / C",
+                                            "mean = tl.sum(v, axis=1) / BLOCK_C"),
+    "tail in the variance": ("apart = tl.where(ok, v - mean[:, None], 0.0)", "apart = v - mean[:, None]"),
+    "squares about 0": ("tl.sum(apart * apart, axis=1) / C + eps", "tl.sum(v * v, axis=1) / C - mean * mean + eps"),
+    "pre forgotten": ("v += tl.load(pre + cs, mask=cs < C, other=0.0)", "v += 0.0 * tl.load(pre + cs, mask=cs < C, other=0.0)"),
+    "rows dense on the way out": ("lanes[:, None] * stride_out", "lanes[:, None] * C"),
+    "channels of the row not masked": ("tl.store(there, y.to(out.dtype.element_ty), mask=ok)",
+                                       "tl.store(there, y.to(out.dtype.element_ty), mask=(first + lanes < M)[:, None])"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROWS_MUTATIONS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_layer_norm_mistake_caught(case, mutant):
+    assert rows_pass()
+    mutant(wide, *ROWS_MUTATIONS[case])
+    assert not rows_pass()
+
+
+def sums_pass():
+    """Two images doubled, tails of pixels and of channels, NaN around every input."""
+    torch.manual_seed(8)
+    x, residual = (guarded(torch.randn(2, 5, 7, 20).half()).permute(0, 3, 1, 2) for _ in range(2))
+    shift = guarded(torch.randn(20).half())
+    exact, bound = bounds.image_sum(x, residual, shift, scale=2)
+    return bounds.excess(sums.image_sum(x, residual, shift, scale=2), exact, bound) <= 1.0
+
+
+SUM_MUTATIONS = {
+    "lines not repeated": ("line % (height * SCALE) // SCALE", "line % (height * SCALE) // 1"),
+    "columns not repeated": ("* width + column // SCALE", "* width + column // 1"),
+    "the first image for all": ("near = (image * height", "near = (0 * image * height"),
+    "residual forgotten": ("v += tl.load(residual", "v += 0.0 * tl.load(residual"),
+    "shift of the first channels": ("v += tl.load(shift + cs, mask=cs < C", "v += tl.load(shift + cs % 4, mask=cs < C"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SUM_MUTATIONS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_sum_mistake_caught(case, mutant):
+    assert sums_pass()
+    mutant(sums, *SUM_MUTATIONS[case])
+    assert not sums_pass()
 
 
 def conv_passes():

@@ -8,6 +8,26 @@ import pytest
 from stepforge.runtime.backends.fake import fake_bundle
 from stepforge.runtime.bundle import MANIFEST, Bundle, Component, Tensor, sha256, write_manifest
 
+IMAGE = ("rows", 4, "height", "width")
+SIGNATURES = {  # inputs and outputs
+    "text_encoder": (
+        (Tensor("input_ids", "int64", ("rows", 77)),),
+        (Tensor("hidden_states", "float32", ("rows", 77, 16)),),
+    ),
+    "denoiser": (
+        (
+            Tensor("sample", "float32", IMAGE),
+            Tensor("timestep", "float32", ("rows",)),
+            Tensor("encoder_hidden_states", "float32", ("rows", "tokens", 16)),
+        ),
+        (Tensor("prediction", "float32", IMAGE),),
+    ),
+    "vae_decoder": (
+        (Tensor("latents", "float32", IMAGE),),
+        (Tensor("pixels", "float32", ("rows", 3, "8*height", "8*width")),),
+    ),
+}
+
 
 @pytest.fixture
 def hand_written_bundle(tmp_path: Path) -> Path:
@@ -26,7 +46,6 @@ def hand_written_bundle(tmp_path: Path) -> Path:
 
 def write_bundle(folder: Path) -> Bundle:
     fake = fake_bundle()
-    tensor = Tensor("sample", "float32", ("rows", 4, "height", "width"))
     card = fake.card
     encoder = replace(card.text_encoders[0], tokenizer="tokenizer/tokenizer.json")
     names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
@@ -34,7 +53,7 @@ def write_bundle(folder: Path) -> Bundle:
         path=folder,
         card=replace(card, text_encoders=(encoder,)),
         scheduler=fake.scheduler,
-        components={key: Component(f"{key.folder}/model.onnx", (tensor,), (tensor,)) for key in fake.components},
+        components={key: Component(f"{key.folder}/model.onnx", *SIGNATURES[key.role]) for key in fake.components},
         precision="fp32",
         versions={"torch": "2"},
         source={"kind": "test"},

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.shape_inference
 import torch
 
+from stepforge.runtime.backends import reason
 from stepforge.runtime.errors import BackendError
 
 HOST_FLOATS = {"Resize": (1, 2)}  # operands that are numbers for the host, although they are not whole
@@ -85,8 +87,10 @@ def read(graph: Path) -> Program:
     """Read a graph file; weights outside it are mapped, not copied. Raises BackendError if it is not one."""
     try:
         model = onnx.load(str(graph), load_external_data=False)
-    except Exception as error:  # protobuf raises classes of its own
-        raise BackendError(f"torch cannot load {graph.name}: {str(error).splitlines()[0]}") from error
+        # strictly: torch would promote operands of two types, which no other engine takes
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    except Exception as error:  # protobuf and onnx raise classes of their own
+        raise BackendError(f"torch cannot load {graph.name}: {reason(error)}") from error
     if not model.graph.node:
         raise BackendError(f"torch cannot load {graph.name}: it holds no graph")
     nodes = [_node(node, graph) for node in model.graph.node]

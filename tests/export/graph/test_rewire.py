@@ -71,7 +71,7 @@ def run(graph: Path, inputs: dict[str, Any]) -> dict[str, Any]:
 def sample(seed: int, rows: int = 2) -> dict[str, Any]:
     random = np.random.default_rng(seed)
     return {
-        "sample": random.standard_normal((rows, 4, 16, 24), dtype=np.float32),
+        "sample": random.standard_normal((rows, 4, 15, 24), dtype=np.float32),
         "timestep": np.linspace(900, 100, rows, dtype=np.float32),
         "encoder_hidden_states": random.standard_normal((rows, 77, 32), dtype=np.float32),
     }
@@ -90,7 +90,7 @@ def close(ours: Any, theirs: Any) -> bool:
 def test_residuals_are_those_of_diffusers_and_zeros_may_be_small(settle, unet):
     folder, entry = settle(control=True)
     inputs, small = sample(0), no_residuals(entry)
-    sizes = [(16, 24), (16, 24), (8, 12), (8, 12), (8, 12)]
+    sizes = [(15, 24), (15, 24), (8, 12), (8, 12), (8, 12)]
     random = np.random.default_rng(1)
     values = [
         random.standard_normal((2, value.shape[1], *size), dtype=np.float32)

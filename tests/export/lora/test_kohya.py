@@ -27,7 +27,7 @@ from stepforge.export.models.networks import modules_of
 from stepforge.runtime.bundle import UNET, ComponentId
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.adapter import resolve
-from stepforge.runtime.lora.file import Contents
+from stepforge.runtime.lora.file import Contents, Tensor
 from stepforge.runtime.lora.names import Names
 
 SDXL = {
@@ -143,7 +143,7 @@ def test_the_denoiser_of_an_expert_is_found_by_its_shapes(xl) -> None:
     (rows, columns) = next(m.shape for m in wider if m.path == path)
     for stem in (f"unet.{path}", f"lora_unet_{path.replace('.', '_')}"):
         pair = {"lora_down.weight": np.ones((2, columns)), "lora_up.weight": np.ones((rows, 2))}
-        contents = Contents("x", {f"{stem}.{end}": a.astype(np.float32) for end, a in pair.items()}, {}, ())
+        contents = Contents("x", {f"{stem}.{end}": Tensor.of(a.astype(np.float32)) for end, a in pair.items()})
         assert set(resolve(contents, {UNET: base, refiner: wider}).layers) == {(refiner, path)}
         with pytest.raises(AdapterError, match=r"it could mean denoiser/unet or denoiser/refiner"):
             resolve(contents, {UNET: wider, refiner: wider})

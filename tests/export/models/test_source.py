@@ -21,6 +21,7 @@ from stepforge.export.models.load import load
 from stepforge.export.models.weights import opened
 from stepforge.runtime.errors import CheckpointError
 
+Original = Callable[..., Path]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -172,11 +173,27 @@ def test_git_lfs_pointers_are_named_as_such(model: Path, name: str) -> None:
     assert not (model.parent / "out").exists()
 
 
-def test_quantized_weights_are_refused(model: Path) -> None:
-    edit_weights(
-        model / UNET, lambda state: state.update({"conv_in.weight": state["conv_in.weight"].to(torch.float8_e4m3fn)})
-    )
-    refuse(model, "conv_in.weight is stored as torch.float8_e4m3fn; quantized weights are not read")
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_casts_are_read_as_their_values(model: Path, kind: torch.dtype) -> None:
+    """As diffusers and ComfyUI cast them up. Scales beside them, and whole numbers, are another format."""
+    cast = load_file(model / UNET)["conv_in.weight"].to(kind)
+    edit_weights(model / UNET, lambda state: state.update({"conv_in.weight": cast}))
+    network = load(model).unet(torch.float32)
+    assert torch.equal(network.conv_in.weight, cast.float())
+    assert network.conv_in.weight.dtype == torch.float32
+    edit_weights(model / UNET, lambda state: state.update({"conv_in.scale_weight": torch.ones(1)}))
+    refuse(model, "holds scaled weights (conv_in.scale_weight)")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.int32, "I32"), (torch.bool, "BOOL")]
+)
+def test_whole_numbers_are_refused(model: Path, kind: torch.dtype, name: str) -> None:
+    edit_weights(model / UNET, lambda state: state.update({"conv_in.weight": state["conv_in.weight"].to(kind)}))
+    with pytest.raises(
+        CheckpointError, match=f"conv_in.weight is stored as {name}; only floating-point weights are read"
+    ):
+        load(model)
 
 
 def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
@@ -276,128 +293,15 @@ def test_text_encoder_with_and_without_prefix(model: Path) -> None:
 # Single files
 
 
-def to_original(model: Path, out: Path, **extra: torch.Tensor) -> Path:
-    """A diffusers folder in the original layout: the inverse of diffusers' converters, written from the layout's rules."""
-    from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
-
-    xl = (model / "text_encoder_2").is_dir()
-    state = dict(extra)
-    fixed = DIFFUSERS_TO_LDM_MAPPING["unet"]
-    top = fixed["layers"] | (fixed["addition_embed_type"] if xl else {})
-    for key, value in load_file(model / UNET).items():
-        state["model.diffusion_model." + (top[key] if key in top else original_unet(key))] = value
-    for key, value in load_file(model / "vae/diffusion_pytorch_model.safetensors").items():
-        name, value = original_vae(key, value)
-        state[f"first_stage_model.{name}"] = value
-    linear = json.loads((model / "unet/config.json").read_text())["use_linear_projection"]
-    clip = {
-        key.removeprefix("text_model."): value
-        for key, value in load_file(model / "text_encoder/model.safetensors").items()
-    }
-    if xl:
-        state |= {f"conditioner.embedders.0.transformer.text_model.{key}": value for key, value in clip.items()}
-        state |= open_clip(load_file(model / "text_encoder_2/model.safetensors"), "conditioner.embedders.1.model.")
-    elif linear:
-        prefix = "cond_stage_model.model."
-        state |= open_clip(clip, prefix)
-        layer = f"{prefix}transformer.resblocks."  # the last one, which SD 2 does not use
-        state |= {
-            key.replace(f"{layer}2.", f"{layer}3."): -value for key, value in state.items() if f"{layer}2." in key
-        }
-    else:
-        state |= {f"cond_stage_model.transformer.text_model.{key}": value for key, value in clip.items()}
-    save_file({key: value.contiguous().clone() for key, value in state.items()}, out)
-    return out
-
-
-RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
-
-
-def original_unet(key: str) -> str:
-    """For one layer per block: inputs are conv, [resnet, downsample], [resnet]; outputs are two resnets a level."""
-    side, *rest = key.split(".")
-    if side == "mid_block":
-        kind, index, *tail = rest
-        return f"middle_block.{'1' if kind == 'attentions' else int(index) * 2}.{inner(kind, tail)}"
-    block, kind, index, *tail = rest
-    if side == "down_blocks":
-        if kind == "downsamplers":
-            return f"input_blocks.{int(block) * 2 + 2}.0.op.{tail[-1]}"
-        return f"input_blocks.{int(block) * 2 + 1}.{int(kind == 'attentions')}.{inner(kind, tail)}"
-    if kind == "upsamplers":
-        place = 2 if ("up", block) in ATTENTION else 1
-        return f"output_blocks.{int(block) * 2 + 1}.{place}.conv.{tail[-1]}"
-    if kind == "attentions":
-        return f"output_blocks.{int(block) * 2 + int(index)}.1.{'.'.join(tail)}"
-    return f"output_blocks.{int(block) * 2 + int(index)}.0.{inner(kind, tail)}"
-
-
-ATTENTION: set[tuple[str, str]] = set()  # levels of the decoder with attention before their upsampler
-
-
-def inner(kind: str, tail: list[str]) -> str:
-    return ".".join([RESNET.get(tail[0], tail[0]) if kind == "resnets" else tail[0], *tail[1:]])
-
-
-def original_vae(key: str, value: torch.Tensor) -> tuple[str, torch.Tensor]:
-    key = key.replace("conv_norm_out", "norm_out").replace("mid_block.resnets.0", "mid.block_1")
-    key = key.replace("mid_block.resnets.1", "mid.block_2").replace("mid_block.attentions.0", "mid.attn_1")
-    key = key.replace("conv_shortcut", "nin_shortcut")
-    key = re.sub(r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2", key)
-    key = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", key)
-    key = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{1 - int(m[1])}.block.{m[2]}", key)
-    key = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{1 - int(m[1])}.upsample", key)
-    if "attn_1" in key:
-        for new, old in {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm"}.items():
-            key = key.replace(new, old)
-        if value.ndim == 2:
-            value = value[:, :, None, None]
-    return key, value
-
-
-def open_clip(clip: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    state = {}
-    clip = {key.removeprefix("text_model."): value for key, value in clip.items()}
-    names = {
-        "embeddings.token_embedding.weight": "token_embedding.weight",
-        "embeddings.position_embedding.weight": "positional_embedding",
-        "final_layer_norm.weight": "ln_final.weight",
-        "final_layer_norm.bias": "ln_final.bias",
-    }
-    layer = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-             "self_attn.out_proj": "attn.out_proj"}  # fmt: skip
-    for key, value in clip.items():
-        if key in names:
-            state[prefix + names[key]] = value
-        elif key == "text_projection.weight":
-            state[f"{prefix}text_projection"] = value.T
-        elif ".q_proj." in key:
-            parts = [clip[key.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            index, leaf = key.split(".")[2], key.split(".")[-1]
-            state[f"{prefix}transformer.resblocks.{index}.attn.in_proj_{leaf}"] = torch.cat(parts)
-        elif ".k_proj." not in key and ".v_proj." not in key:
-            name = key.replace("encoder.layers.", "transformer.resblocks.")
-            for new, old in layer.items():
-                name = name.replace(new, old)
-            state[prefix + name] = value
-    return state
-
-
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
 
 
 @pytest.mark.parametrize("family", ["tiny_sd1", "tiny_sd2v", "tiny_sdxl"])
-def test_single_file(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_single_file(family: str, to_original: Original, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Equal weights, and equal settings wherever they change what a network computes."""
     folder = request.getfixturevalue(family)
-    ATTENTION.clear()
-    if family == "tiny_sdxl":
-        ATTENTION.add(("up", "0"))
     a = load(folder)
     b = load(to_original(folder, tmp_path / "m.safetensors"), tokenizer=folder / "tokenizer")
     assert a.family == b.family == family.removeprefix("tiny_").removesuffix("v")
@@ -425,7 +329,7 @@ def output(network: Any) -> torch.Tensor:
     return network(torch.randn(1, 4, 8, 8), torch.tensor([5.0]), context, added_cond_kwargs=added).sample
 
 
-def test_single_file_needs_a_tokenizer(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_single_file_needs_a_tokenizer(tiny_sd1: Path, to_original: Original, tmp_path: Path) -> None:
     path = to_original(tiny_sd1, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match="pass --tokenizer DIR"):
         load(path)
@@ -434,38 +338,13 @@ def test_single_file_needs_a_tokenizer(tiny_sd1: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("extra", "given", "expected"),
-    [
-        ({}, None, "v_prediction"),
-        ({"global_step": torch.tensor(875000)}, None, "epsilon"),
-        ({}, "epsilon", "epsilon"),
-    ],
-)
-def test_prediction_of_sd2(
-    tiny_sd2v: Path, tmp_path: Path, extra: dict[str, torch.Tensor], given: str | None, expected: str
-) -> None:
-    path = to_original(tiny_sd2v, tmp_path / "m.safetensors", **extra)
-    source = load(path, tokenizer=tiny_sd2v / "tokenizer", prediction_type=given)
-    assert source.scheduler["prediction_type"] == expected
-    pixels = 768 if expected == "v_prediction" else 512
-    assert source.unet(torch.float32).config.sample_size == pixels // 2
-
-
-def test_v_prediction_of_sdxl(tiny_sdxl: Path, tmp_path: Path) -> None:
-    """The marks that NoobAI's checkpoints carry."""
-    path = to_original(tiny_sdxl, tmp_path / "m.safetensors", v_pred=torch.zeros(0), ztsnr=torch.zeros(0))
-    scheduler = load(path, tokenizer=tiny_sdxl / "tokenizer").scheduler
-    assert scheduler["prediction_type"] == "v_prediction"
-    assert scheduler["rescale_betas_zero_snr"] is True
-
-
-@pytest.mark.parametrize(
     ("key", "text"),
     [
         ("lora_unet_mid_block.lora_down.weight", "is a LoRA adapter"),
         ("unet.mid_block.attentions.0.to_q.lora_A.weight", "is a LoRA adapter"),
         ("conv_in.weight", "has no model.diffusion_model.* weights"),
-        ("model.diffusion_model.input_blocks.0.0.weight", "has no text encoder"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "lacks the component vae"),
+        ("model_ema.diffusion_modelinput_blocks00weight", "has a UNet only as averaged weights (model_ema.*)"),
     ],
 )
 def test_single_file_that_is_no_model(tmp_path: Path, key: str, text: str) -> None:
@@ -473,7 +352,7 @@ def test_single_file_that_is_no_model(tmp_path: Path, key: str, text: str) -> No
     refuse(tmp_path / "m.safetensors", text)
 
 
-def test_single_file_lacks_weights(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_single_file_lacks_weights(tiny_sd1: Path, to_original: Original, tmp_path: Path) -> None:
     path = to_original(tiny_sd1, tmp_path / "m.safetensors")
     edit_weights(path, lambda state: state.pop("model.diffusion_model.middle_block.2.out_layers.3.weight"))
     refuse(path, "lacks mid_block.resnets.1.conv2.weight")

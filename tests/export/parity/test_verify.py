@@ -5,11 +5,11 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
-import openvino
 import pytest
 
 from stepforge.export.parity.measures import MAX_PSNR, psnr, relative_error
 from stepforge.export.parity.verify import verify
+from stepforge.runtime.backends.openvino import core
 from stepforge.runtime.bundle import read, sha256, write_manifest
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.errors import CheckpointError
@@ -31,7 +31,7 @@ def test_every_family_passes(family, request, tmp_path):
 
 @pytest.mark.slow
 def test_bf16_passes_its_own_limits(tiny_sd1, tiny_sd1_bundle, tmp_path):
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this processor has no native bf16")
     bundle = copy(tiny_sd1_bundle, tmp_path)
     verdict = verify(bundle, tiny_sd1, backends=["openvino"], precisions=["bf16"], prompts=["a cat"], steps=8)

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from stepforge import Request, load
-from stepforge.runtime.backends import BACKENDS, available_threads, choose, gpu, open_backend, reason, runnable
+from stepforge.runtime.backends import (
+    BACKENDS,
+    available_threads,
+    choose,
+    gpu,
+    onnxruntime,
+    open_backend,
+    openvino,
+    reason,
+    runnable,
+)
 from stepforge.runtime.bundle import UNET, ComponentId, read
 from stepforge.runtime.errors import BackendError
 
@@ -106,6 +116,20 @@ def test_a_reason_is_never_empty():
         "RuntimeError", "RuntimeError", "a",
     ]  # fmt: skip
     assert reason(RuntimeError("a\nb\n\n"), -1) == "b"
+    assert reason(RuntimeError("load failed:\n\n in node n:\nbad type\nx")) == "load failed: in node n: bad type"
+    assert reason(RuntimeError("a\nfailed:\n"), -1) == "failed"
+    code = "[ONNXRuntimeError] : 1 : FAIL : "
+    cases = [code + "Load model from /a b/m.onnx failed:Type Error: x", code + "Load model from m failed:\nx", code, ""]
+    assert [onnxruntime.why(RuntimeError(text)) for text in cases] == [
+        "Type Error: x",
+        "x",
+        "[ONNXRuntimeError] : 1 : FAIL",
+        "RuntimeError",
+    ]
+    node = "While validating ONNX node '<Node(Add): n>': Check 'x' failed at b.cpp:3:"
+    long = f"Exception from a.cpp:8:\n-- Add-20:\n{node}\nTypes differ.\n\nSummary:"
+    assert openvino.why(RuntimeError(long)) == "Add n: Types differ."
+    assert openvino.why(RuntimeError("\n")) == "RuntimeError"
 
 
 @pytest.mark.parametrize(
@@ -163,6 +187,9 @@ def test_a_gpu_is_found_by_its_driver(monkeypatch, tmp_path):
         ({"backend": "onnxruntime", "precision": "bf16"}, "onnxruntime has no bf16 kernels"),
         ({"backend": "openvino", "precision": "fp16"}, "'openvino' does not compute in fp16; use fp32 or bf16"),
         ({"threads": 0}, "threads is 0"),
+        ({"threads": 100_000}, "threads is 100000; it must be a whole number from 1 to"),
+        ({"threads": True}, "threads is True"),
+        ({"threads": 1.5}, "threads is 1.5"),
     ],
 )
 def test_refusals(tiny_sd1_bundle, options, message):

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 SCRIPT = """
-import gc, sys, threading
+import gc, os, signal, sys, threading
 import numpy as np
 from stepforge.runtime.backends import Banks, open_backend
 from stepforge.runtime.bundle import UNET, VAE_DECODER, read
@@ -25,6 +25,12 @@ call = {
     "adapter": np.zeros(1, np.int64), "adapter_strength": np.zeros((1, 1, 1), np.float32),
 }
 results = [denoiser(call)["prediction"], decoder({"latents": call["sample"]})["pixels"]]
+handled = []
+signal.signal(signal.SIGTERM, lambda *_: handled.append(1))
+"""
+SIGNAL = """
+os.kill(os.getpid(), signal.SIGTERM)
+assert handled
 """
 ENDINGS = {
     "nothing is dropped": "",
@@ -36,6 +42,8 @@ ENDINGS = {
     "from another thread": "owners = [denoiser, decoder, backend]; del denoiser, decoder, backend\n"
     "thread = threading.Thread(target=owners.clear); thread.start(); thread.join()",
     "sys.exit": "sys.exit(0)",
+    "a second backend": "other = open_backend(sys.argv[2], bundle, precision='fp32', threads=1)\n"
+    "del backend, denoiser, decoder; gc.collect(); del other",
     "opened twice": "again = backend.open(UNET, banks); again(call); del denoiser; again(call); del backend",
 }
 
@@ -46,6 +54,6 @@ ENDINGS = {
     [name if name == "nothing is dropped" else pytest.param(name, marks=pytest.mark.slow) for name in ENDINGS],
 )
 def test_references_are_dropped_in_any_order(tiny_sd1_banks, backend, ending):
-    code = SCRIPT + textwrap.dedent(ENDINGS[ending])
+    code = SCRIPT + textwrap.dedent(ENDINGS[ending]) + SIGNAL  # its handler runs on the thread's signal stack
     done = subprocess.run([sys.executable, "-c", code, str(tiny_sd1_banks), backend], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -21,7 +21,7 @@ def path(hand_written_bundle: Path) -> Path:
 def test_what_is_written_is_read(path):
     bundle = read(path)
     preset = Preset(guidance=(3.0, 1.0), reuse="tgate(0.5)", control_end=0.5, found={"rows": 3})
-    changed = replace(bundle, presets={"fast": preset, "plain": Preset()}, verdict={"passed": True})
+    changed = replace(bundle, presets={"fast": preset, "plain": Preset()}, verdict={"passed": True, "summary": "all"})
     write_manifest(changed)
     assert read(path) == changed
     assert read(path).digest == bundle.digest
@@ -83,7 +83,10 @@ REFUSED = {
     "no denoiser": (lambda p: edit(p, lambda m: m["components"].pop(1)), "has no denoiser"),
     "no decoder": (lambda p: edit(p, lambda m: m["components"].pop(2)), "has no component 'vae_decoder'"),
     "no text encoder": (lambda p: edit(p, lambda m: m["components"].pop(0)), "has no component 'text_encoder'"),
-    "unknown role": (lambda p: edit(p, lambda m: m["components"][1].update(role="upscaler")), "of the role 'upscaler'"),
+    "unknown role": (
+        lambda p: edit(p, lambda m: m["components"][1].update(role="upscaler")),
+        "role is 'upscaler'; known: text_encoder",
+    ),
     "component twice": (
         lambda p: edit(p, lambda m: m["components"].append(m["components"][1])),
         "has the component 'denoiser/unet' twice",
@@ -94,9 +97,12 @@ REFUSED = {
     ),
     "component named as a path": (
         lambda p: edit(p, lambda m: m["components"][1].update(name="../unet")),
-        "a component named '../unet'",
+        "components\\[1\\].name is '../unet', which is not a name",
     ),
-    "bad preset": (lambda p: edit(p, lambda m: m["presets"].update(a={"reuse": 3})), "reuse of a preset is 3"),
+    "bad preset": (
+        lambda p: edit(p, lambda m: m["presets"].update(a={"reuse": 3})),
+        "preset.reuse is 3; it must be text",
+    ),
     "file missing": (lambda p: (p / "tokenizer/tokenizer.json").unlink(), "lacks tokenizer/tokenizer.json"),
     "file unknown": (lambda p: (p / "run.py").write_text(""), "does not list: run.py"),
     "file longer": (lambda p: (p / "tokenizer/tokenizer.json").write_text("x"), "has 1 bytes"),

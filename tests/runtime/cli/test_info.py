@@ -15,10 +15,15 @@ def test_info_speaks_json(run, capsys):
 def test_what_the_manifest_says_cannot_command_the_terminal(run, capsys, monkeypatch):
     fake, evil = fake_bundle(), "\x1b[2J\r\x07"
     hostile = replace(
-        fake, card=replace(fake.card, name=f"a{evil}"), versions={f"torch{evil}": evil}, verdict={"summary": evil},
+        fake, card=replace(fake.card, name=f"a{evil}"), versions={f"torch{evil}": evil},
+        source={"assumed": [f"heads{evil}"], "corrected": [evil]},
+        verdict={"summary": evil, "reference": {"loader": evil, "assumed": [f"size{evil}"]}},
     )  # fmt: skip
     monkeypatch.setattr(load, "open_bundle", lambda *_, **__: hostile)
     assert run("info", "fake") == 0
     text = capsys.readouterr().out
     assert r"a\x1b[2J" in text
+    assert "assumed at export: heads" in text
+    assert "corrected at export: " in text
+    assert "assumed by verify: size" in text
     assert all(letter.isprintable() for letter in text.replace("\n", ""))

@@ -9,6 +9,7 @@ from PIL import Image
 from stepforge.runtime.cli.signals import Stopped, leave, on_signal
 
 CASES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
+NUMBERS = [getattr(signal, name) for name in CASES]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -32,7 +33,7 @@ def test_a_signal_keeps_what_is_finished(name, start, tmp_path):
     assert len(lines) == 2
 
 
-def test_the_first_signal_is_the_inner_blocks_and_the_second_the_outer_ones():
+def test_the_first_signal_is_the_inner_blocks_and_the_second_the_outer_ones(request):
     caught = []
 
     def both():
@@ -41,12 +42,14 @@ def test_the_first_signal_is_the_inner_blocks_and_the_second_the_outer_ones():
             assert caught == [signal.SIGTERM]
             os.kill(os.getpid(), signal.SIGINT)
 
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    # a shell's background jobs ignore SIGINT, nohup SIGHUP
+    began = [signal.signal(number, signal.SIG_DFL) for number in NUMBERS]
+    request.addfinalizer(lambda: [signal.signal(*pair) for pair in zip(NUMBERS, began, strict=True)])
     with pytest.raises(Stopped) as stopped:
         both()
     assert (stopped.value.code, stopped.value.text) == (130, "interrupted")
     assert caught == [signal.SIGTERM]
-    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert [signal.getsignal(number) for number in NUMBERS] == 3 * [signal.SIG_DFL]
 
 
 def test_what_the_process_ignores_stays_ignored():

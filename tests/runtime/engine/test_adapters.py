@@ -14,8 +14,9 @@ from stepforge import AdapterError, BackendError, CheckpointError, GenerationErr
 from stepforge.export.build import export_bundle
 from stepforge.export.lora.merge import read_all, with_adapters
 from stepforge.export.models.load import load as load_model
+from stepforge.export.parity.loaders import source_pipeline
 from stepforge.export.parity.measures import psnr
-from stepforge.export.parity.reference import reference_pipeline, run_reference
+from stepforge.export.parity.reference import run_reference
 from stepforge.export.parity.verify import verify
 from stepforge.runtime.bundle import UNET, sha256
 from stepforge.runtime.cli.main import main
@@ -151,7 +152,7 @@ def test_bank_and_merge_and_peft_agree(tiny_sd1, tiny_sd1_banks, files, adapters
         bundle = engine.bundle
         ours = engine.generate(ask(prompt_syntax="plain", adapters=adapters))
     source = load_model(tiny_sd1)
-    pipeline = reference_pipeline(source)
+    pipeline = source_pipeline(source)
     for name in adapters:
         pipeline.load_lora_weights(files[name].parent, weight_name=files[name].name, adapter_name=name)
     pipeline.set_adapters(list(adapters), list(adapters.values()))
@@ -159,8 +160,7 @@ def test_bank_and_merge_and_peft_agree(tiny_sd1, tiny_sd1_banks, files, adapters
     assert psnr(np.asarray(ours.images[0]), reference.image) >= 60
     merged = with_adapters(source, read_all(source, [(files[name], m) for name, m in adapters.items()]))
     assert (
-        psnr(run_reference(reference_pipeline(merged), "a cat and a dog", bundle, 4, 3.0, 0).image, reference.image)
-        >= 60
+        psnr(run_reference(source_pipeline(merged), "a cat and a dog", bundle, 4, 3.0, 0).image, reference.image) >= 60
     )
 
 
@@ -186,7 +186,7 @@ def test_sdxl_with_both_text_encoders(tiny_sdxl, tiny_sdxl_banks, tmp_path):
     with open_engine(tiny_sdxl_banks, {"xl": file}, "onnxruntime") as engine:
         bundle = engine.bundle
         ours = engine.generate(ask(prompt_syntax="plain", adapters={"xl": 0.9}))
-    pipeline = reference_pipeline(load_model(tiny_sdxl))
+    pipeline = source_pipeline(load_model(tiny_sdxl))
     pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="xl")
     pipeline.set_adapters(["xl"], [0.9])
     assert psnr(np.asarray(ours.images[0]), run_reference(pipeline, "a cat and a dog", bundle, 4, 3.0, 0).image) >= 60

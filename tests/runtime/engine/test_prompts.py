@@ -16,6 +16,7 @@ from transformers import CLIPTokenizer
 from stepforge.export.models.tokenizer import tokenizer_json
 from stepforge.runtime.engine.prompts import ClipTokenizer, TokenChunks, apply_weights, pad_chunks, parse
 from stepforge.runtime.errors import BundleError, CheckpointError, RequestError
+from stepforge.runtime.load import load
 
 WORDS = ("a", "cat", "photo", "the", "unkind", "un", "kind", "café", "it's", "!!!")
 LENGTH = 27  # of a chunk: 25 tokens, so that A1111's 20 tokens of backtracking are less than a chunk
@@ -381,5 +382,60 @@ def test_folders_without_a_clip_tokenizer_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="T5Tokenizer"):
         tokenizer_json(tmp_path / "t5")
     (write_tokenizer(tmp_path / "torn", "!") / "vocab.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="not readable JSON"):
         tokenizer_json(tmp_path / "torn")
+
+
+# ----- what other programs load by a prompt
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a <cat> photo", "<cat>", "a<cat>b", "the <cat>, <cat> and sks cat", "<cat>_1", "a <cat> <cat>_1", "one <dog>",
+     "SKS <CAT>", "skskin <old>", "<cat>_2 <cat>_9", "", "<cat>" * 30],
+)  # fmt: skip
+def test_textual_inversions_of_several_vectors(prompt, tmp_path):
+    """Ids of a diffusers pipeline for a folder that was saved after load_textual_inversion."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    theirs = CLIPTokenizer.from_pretrained(write_tokenizer(tmp_path, "!"), local_files_only=True)
+    theirs.add_tokens(["<cat>", "<cat>_1", "<cat>_2", "sks", "sks_1", "<dog>", "<old>", "<old>_2", "<cat>_9"])
+    theirs.save_pretrained(tmp_path)
+    theirs = CLIPTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    text = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, theirs)
+    wanted = theirs(text, padding="max_length", max_length=LENGTH, truncation=True).input_ids
+    ours = build(tmp_path)
+    assert ours.encode(prompt, syntax="plain").ids.tolist() == [wanted]
+    if prompt == "a <cat> photo":
+        assert text == "a <cat> <cat>_1 <cat>_2 photo"
+        weighted = ours.encode("a (<cat>:1.5) photo")
+        assert weighted.ids.tolist() == [wanted]
+        assert weighted.weights[0, :6].tolist() == [1, 1, 1.5, 1.5, 1.5, 1]
+
+
+def test_inversions_do_not_grow_without_a_limit(tmp_path):
+    theirs = CLIPTokenizer.from_pretrained(write_tokenizer(tmp_path, "!"), local_files_only=True)
+    theirs.add_tokens(["x", *(f"x_{i}" for i in range(1, 200))])
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(RequestError, match="more than 100000 characters once 'x' is written out"):
+        build(tmp_path).encode("x " * 9_999)
+
+
+TAGS = {
+    "a <lora:style:0.8> cat": "'<lora:style:0.8>'", "embedding:bad.pt, cat": "'embedding:bad.pt'",
+    "(embedding:x:1.2)": "'embedding:x:1.2'", "<lyco:a>": "'<lyco:a>'", "<lora:\x1b[2J>": r"'<lora:\x1b[2J>'",
+}  # fmt: skip
+
+
+def test_tags_of_other_programs_stay_text_with_one_warning(tokenizer, caplog):
+    with load("fake") as engine:
+        for prompt, shown in TAGS.items():
+            caplog.clear()
+            engine.generate(prompt, negative=f"bad, {prompt}", steps=2, width=64, height=64)
+            (record,) = caplog.records
+            assert f"prompt has {shown}, which is plain text here" in record.getMessage()
+        caplog.clear()
+        engine.generate("lora:x, an embedding : y <lora <3 <loral:x>", steps=1, width=64, height=64)
+        assert not caplog.records
+    plain = tokenizer.encode("a <lora:b:1> c", syntax="plain").ids
+    assert (tokenizer.encode("a <lora:b:1> c").ids == plain).all()

@@ -55,12 +55,12 @@ def test_presets_survive_the_manifest(tiny_sd1_bundle):
     [
         ("a b", {}, "preset name 'a b' is not allowed"),
         ("../x", {}, "is not allowed"),
-        ("fast", {"steps": 3}, "a preset has no 'steps'; it has guidance, guider"),
+        ("fast", {"steps": 3}, "preset.steps is unknown; preset has guidance, guider"),
         ("fast", {"guidance": "lots"}, "guidance"),
         ("fast", {"guider": "magic"}, "magic"),
         ("fast", {"reuse": "deepcache(1)"}, "interval is 1;"),
         ("fast", {"control_start": 0.7, "control_end": 0.2}, "runs from 0.7 to 0.2"),
-        ("fast", {"control_end": "late"}, "control_end of a preset is 'late'"),
+        ("fast", {"control_end": "late"}, "preset.control_end is 'late'; it must be a number"),
     ],
 )
 def test_bad_presets_are_not_stored(bundle, name, preset, message):
