@@ -124,5 +124,5 @@ def test_a_model_with_such_a_sampler_is_exported(tiny_sd1: Path, tmp_path: Path)
     verdict = verify(out, model, backends=("openvino",), precisions=("fp32",), prompts=("a cat",), steps=6, store=False)
     assert verdict["passed"], verdict["summary"]
     (out / "scheduler" / "steps.json").unlink()
-    with pytest.raises(BundleError, match="lacks scheduler/steps.json"):
+    with pytest.raises(BundleError, match=r"lacks scheduler/steps.json"):
         read(out)
