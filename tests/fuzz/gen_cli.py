@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
 from pathlib import Path
 
@@ -47,6 +48,7 @@ FREE = [name for name in NAMES if "/" not in name and name not in (".", "..")]  
 
 
 def start(folder: Path) -> dict[str, Path]:
+    os.chdir(folder)  # any word may come to stand where a file to write is named
     lora = folder / "\x1b[2J\u202ex.safetensors"
     text = json.dumps({"lora_unet_\x1b[31m\n.alpha": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     lora.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))

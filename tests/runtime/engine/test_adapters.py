@@ -2,6 +2,7 @@
 
 import json
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.numpy import save_file
 
 from stepforge import AdapterError, BackendError, CheckpointError, GenerationError, Request, RequestError, load
 from stepforge.export.build import export_bundle
@@ -255,6 +257,12 @@ def test_refusals(tiny_sd1, tiny_sd1_bundle, tiny_sd1_banks, files, tmp_path):
             engine.submit(ask(adapters={"a": 1.0, "b": 1.0, "d": 1.0}))
         with pytest.raises(RequestError, match="adapter_schedule has 2 numbers for 4"):
             engine.submit(ask(sampler="ddim", adapters={"a": 1.0}, adapter_schedule=[1, 0]))
+        infinite = {"lora_unet_conv_in.lora_down.weight": np.full((1, 4, 3, 3), 1e30, np.float32),
+                    "lora_unet_conv_in.lora_up.weight": np.full((32, 1, 1, 1), 1e30, np.float32),
+                    "lora_unet_conv_in.alpha": np.array(1e30, np.float32)}  # fmt: skip
+        save_file(infinite, tmp_path / "infinite.safetensors")
+        with warnings.catch_warnings(action="error"), pytest.raises(AdapterError, match="conv_in is infinite once it"):
+            engine.adapters.load("x", tmp_path / "infinite.safetensors")
         with pytest.raises(AdapterError, match="rank 12, the bank holds 8"):
             engine.adapters.load("c", make_adapter(tiny_sd1, tmp_path / "big.safetensors", 1, rank=12))
         assert list(engine.adapters.list()) == ["a", "b", "d"]
