@@ -54,7 +54,7 @@ HERE = Path(__file__).resolve().parent
 GOOD = ("accepted", "refused")
 BAD = ("crash", "hang", "traceback", "untidy", "misread", "escape", "noise")
 SHOWN = 5  # failures of a kind that are kept with their text
-START = 120.0  # seconds that a generator may take to start, libraries' imports included
+START = 600.0  # seconds that a generator may take to start, libraries' imports included
 MEMORY = 12 << 30  # bytes of address space of a child: a case that asks for more gets MemoryError
 IN_OPEN, IN_CREATE, IN_DELETE, IN_MOVED_TO, IN_NONBLOCK = 0x20, 0x100, 0x200, 0x80, 0x800
 
