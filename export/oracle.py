@@ -25,6 +25,7 @@ from stepforge.runtime.bundle.steps import LONGEST_WINDOW, Row, StepTable
 from stepforge.runtime.checks import clipped
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.plan import Step
+from stepforge.runtime.plan.sample import as_step
 
 Window = tuple[tuple[float, ...], tuple[float, ...], float]  # keep, gain, noise
 RESIDUAL = 1e-9  # relative error of a window; expansions are good to about 1e-12
@@ -53,7 +54,7 @@ def from_diffusers(
 ) -> tuple[tuple[Step, ...], float]:
     """The scheduler's steps as rows over the shortest windows that give them, and the factor of the first noise."""
     init_noise, rows = rows_of(follow(scheduler, steps, step_options, timing), scheduler.order)
-    return tuple(Step(**row._asdict()) for row in rows), init_noise
+    return tuple(map(as_step, rows)), init_noise
 
 
 def step_table(scheduler: Any, counts: Iterable[int]) -> StepTable:

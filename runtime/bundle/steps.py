@@ -1,6 +1,6 @@
 """Compiled steps of a model's own sampler, for samplers without a formula in `plan/samplers.py`; written at export.
 
-    scheduler/steps.json    [{"steps": 20, "init_noise": 1.0, "rows": [[index, t, sigma, scale_in, noise,
+    scheduler/steps.json    [{"steps": 20, "init_noise": 1.0, "rows": [[step, t, sigma, scale_in, noise,
                             [denoised, denoised], [keep, ...], [gain, ...]], ...]}, ...]
 
 One entry for each step count that can be asked for, one row a network evaluation; numbers as in `plan.step.Step`, and sigma
@@ -30,7 +30,7 @@ LONGEST_WINDOW = 16  # latents or predictions
 class Row(NamedTuple):
     """One network evaluation, as `plan.step.Step` explains it."""
 
-    index: int
+    step: int  # Step.index
     t: float
     sigma: float
     scale_in: float

@@ -9,6 +9,7 @@ import numpy as np
 
 from stepforge.runtime.arrays import Float64
 from stepforge.runtime.bundle.scheduler import SPACINGS, SchedulerCard
+from stepforge.runtime.bundle.steps import Row
 from stepforge.runtime.checks import choice, shown, whole
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan.levels import SamplerOptions
@@ -36,8 +37,8 @@ def sample_steps(
     flow_euler end at 0 unsaid, and are shifted as the model asks.
     """
     if sampler is None and card.is_compiled:
-        options = {"schedule": schedule, "spacing": spacing, "timesteps": timesteps, "sigmas": sigmas, "eta": eta}
-        return compiled_steps(card, steps, [name for name, value in options.items() if value is not None])
+        given = {"schedule": schedule, "spacing": spacing, "timesteps": timesteps, "sigmas": sigmas, "eta": eta}
+        return compiled_steps(card, steps, [option for option, value in given.items() if value is not None])
     name = choice("sampler", sampler or card.sampler, tuple(SAMPLERS))
     kind = SAMPLERS[name]
     _check_model(card, name)
@@ -78,7 +79,12 @@ def compiled_steps(card: SchedulerCard, steps: int | None, given: Sequence[str])
     if card.table is None:
         raise RequestError(f"the steps of the model's sampler {card.sampler} are not at hand; read the bundle")
     init_noise, rows = card.table.rows(card.sampler, whole("steps", steps, 1, card.num_train_timesteps))
-    return tuple(Step(**row._asdict()) for row in rows), init_noise
+    return tuple(as_step(row) for row in rows), init_noise
+
+
+def as_step(row: Row) -> Step:
+    """A compiled row as a step of the plan."""
+    return Step(row.t, row.sigma, row.scale_in, row.keep, row.gain, row.noise, row.denoised, index=row.step)
 
 
 def step_of(path: NoisePath, k: int, latent: Linear, index: int) -> Step:

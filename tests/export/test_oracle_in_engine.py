@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,11 +15,13 @@ import pytest
 import torch
 
 from stepforge import Engine, Request
+from stepforge.export.build import export_bundle
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.oracle import from_diffusers
+from stepforge.export.parity.verify import verify
 from stepforge.runtime.backends.fake import Fake, fake_bundle
-from stepforge.runtime.bundle import ComponentId
-from stepforge.runtime.errors import RequestError
+from stepforge.runtime.bundle import ComponentId, read
+from stepforge.runtime.errors import BundleError, RequestError
 from stepforge.runtime.plan.compile import describe
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -100,3 +105,24 @@ def test_constant_guidance_below_one_warns_once(engine, caplog):
 
 def with_guidance(w: Any) -> Request:
     return Request(prompt="x", sampler="ddim", steps=10, guidance=w)
+
+
+@pytest.mark.slow
+def test_a_model_with_such_a_sampler_is_exported(tiny_sd1: Path, tmp_path: Path):
+    """Of another class than its config says, with what the pipeline corrects; verify runs diffusers' own pipeline."""
+    model = shutil.copytree(tiny_sd1, tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "SASolverScheduler"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    place = model / "scheduler" / "scheduler_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "_class_name": "PNDMScheduler", "steps_offset": 0}))
+    out = tmp_path / "sa.bundle"
+    bundle = export_bundle(model, out)
+    assert sorted(read(out).scheduler.table.counts) == list(range(1, 101))
+    assert read(out).scheduler.sampler == "SASolverScheduler"
+    assert [line.split()[1] for line in bundle.source["corrected"]] == ["SASolverScheduler,", "steps_offset"]
+    verdict = verify(out, model, backends=("openvino",), precisions=("fp32",), prompts=("a cat",), steps=6, store=False)
+    assert verdict["passed"], verdict["summary"]
+    (out / "scheduler" / "steps.json").unlink()
+    with pytest.raises(BundleError, match=r"lacks scheduler/steps.json"):
+        read(out)

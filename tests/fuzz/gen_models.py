@@ -18,7 +18,7 @@ from typing import Any
 from mutate import NAMES, STRANGE, flipped, json_text, mutated
 
 ERRORS: tuple[type[Exception], ...] = ()  # set by start: importing the exporter takes ten seconds
-QUICK, SOAK = 24, 3000
+QUICK, SOAK = 24, 2000
 SECONDS = 30.0
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = (

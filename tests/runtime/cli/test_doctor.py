@@ -35,8 +35,8 @@ def test_a_strange_manifest_is_one_line(run, capsys, hand_written_bundle, comman
     plain = json.loads(manifest.read_text())
     for place, value in (
         ("components", {}), ("model", []), ("model", None), ("files", {"a": 1}), ("scheduler", {"sampler": []}),
-        ("versions", [1]), ("presets", {"a": []}), ("controls", {"x": {"global_pool": 3}}), ("verdict", []), ("source", "x"),
-        ("format", [4]),
+        ("versions", [1]), ("presets", {"a": []}), ("controls", {"x": {"global_pool": 3}}), ("verdict", []),
+        ("source", "x"), ("format", [4]),
     ):  # fmt: skip
         manifest.write_text(json.dumps({**plain, place: value}))
         assert run(command, hand_written_bundle) == 1
