@@ -36,6 +36,7 @@ SAMPLER_NAMES = (  # keys of plan.samplers.SAMPLERS
 )
 COMPILED = re.compile(r"[A-Z][A-Za-z0-9]{0,63}Scheduler")  # name of a sampler whose steps the bundle carries
 MOST_TIMESTEPS = 100_000
+LEAST_BETA = 1e-9  # 1 − beta must be below 1 in arithmetic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +85,10 @@ class SchedulerCard:
                 f"trained_betas has {len(self.trained_betas)} values for {self.num_train_timesteps} timesteps"
             )
         betas = self.trained_betas or (self.beta_start, self.beta_end)
-        if not all(0.0 < beta < 1.0 for beta in betas):
-            raise BundleError(f"betas must lie between 0 and 1, here from {min(betas)} to {max(betas)}")
+        if not all(LEAST_BETA <= beta < 1.0 for beta in betas):
+            raise BundleError(
+                f"betas must lie between 0 and 1, and be {LEAST_BETA} at least, here from {min(betas)} to {max(betas)}"
+            )
         if not 0.0 < self.shift < math.inf:
             raise BundleError(f"shift is {self.shift}; it must be positive")
 

@@ -36,7 +36,7 @@ from stepforge.runtime.request import Request
 from stepforge.runtime.request.presets import resolve
 
 ERRORS = (BundleError, RequestError)
-QUICK, SOAK = 150, 9000
+QUICK, SOAK = 150, 6000
 
 IMAGE = ("rows", 4, "height", "width")
 
