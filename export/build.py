@@ -292,7 +292,10 @@ def adaptable(entry: Component, folder: Path, key: ComponentId, bank: BankOption
 
 
 def with_banks(plain: str | Path, out: str | Path, bank: BankOptions) -> Bundle:
-    """A copy of a bundle that takes LoRA files at run time; its networks are not traced again. Raises BundleError."""
+    """A copy of a bundle that takes LoRA files at run time; its networks are not traced again.
+
+    Raises BundleError, and CheckpointError for a graph that an engine does not load then.
+    """
     source, out = read(plain), Path(out)
     check_out(out, overwrite=False)
     with staged(out) as folder:

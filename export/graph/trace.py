@@ -331,7 +331,8 @@ def derive(graph: Path, out: Path) -> None:
     """
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    model, _ = optimize_for_ort(ir.load(graph))
+    with slice_rule_at_slices():
+        model, _ = optimize_for_ort(ir.load(graph))
     clean(model)
     forget_shapes(model)
     ir.save(model, out)

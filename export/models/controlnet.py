@@ -167,8 +167,8 @@ def _read_config(path: Path, base: Mapping[str, Any]) -> dict[str, Any]:
     refuse_other_kinds(path, given)
     if not any(name.startswith(("input_hint_block.", f"{HINT}.")) for name in given):
         raise CheckpointError(f"{path} has no ControlNet weights; expected input_hint_block.* or {HINT}.*")
-    names = diffusers_names(given)
     try:
+        names = diffusers_names(given)
         config = geometry({names[name]: shape for name, shape in given.items()}, base)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or of an unknown layout: weight {error} is missing or odd") from error

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from stepforge.export.models import tokenizer
 from stepforge.export.models.files import read_json, refuse_code
@@ -14,7 +17,7 @@ from stepforge.export.models.networks import empty_clip, empty_unet, empty_vae, 
 from stepforge.export.models.scheduler import read_scheduler
 from stepforge.export.models.source import Source
 from stepforge.export.models.stored import Stored, check_model
-from stepforge.export.models.weights import read_header, variant_of, weight_files
+from stepforge.export.models.weights import State, read_header, variant_of, weight_files
 from stepforge.runtime.bundle import UNET, ComponentId, sha256
 from stepforge.runtime.errors import BundleError, CheckpointError
 from stepforge.runtime.files import printable
@@ -94,6 +97,8 @@ def read_folder(path: Path, prediction_type: str | None) -> Source:
         **{name: partial(empty_clip, configs[name], projection=name == "text_encoder_2") for name in texts},
     }
     stored = {name: Stored(f"{path.name}/{name}", configs[name], builds[name], files[name]) for name in builds}
+    if not encoder:
+        stored["vae"] = replace(stored["vae"], rename=_without_quant_conv)
     encoders = [stored[name] for name in texts]
     tokenizers = tuple(path / name for name in names)
     pads = (None,) * len(texts)
@@ -150,6 +155,11 @@ def _check_index(path: Path, index: Mapping[str, Any], needed: tuple[str, ...]) 
             raise CheckpointError(
                 f"{path}: {name} is a {printable(repr(entry[-1]), 80)}; supported: {', '.join(COMPONENTS[name])}"
             )
+
+
+def _without_quant_conv(state: State, network: nn.Module) -> State:
+    """Weights of a VAE without encoder, whose last convolution some files still have."""
+    return {key: value for key, value in state.items() if not key.startswith("quant_conv.")}
 
 
 def _family(unet: Mapping[str, Any]) -> str:

@@ -82,7 +82,12 @@ def read_single_file(path: Path, tokenizer: Path | None, prediction_type: str | 
         f"{path.name}: unet", unet, partial(empty_unet, unet), [path], UNET, partial(_rename_unet, unet)
     )
     stored_vae = Stored(
-        f"{path.name}: vae", vae, partial(empty_vae, vae, encoder=encoder), [path], VAE, partial(_rename_vae, vae)
+        f"{path.name}: vae",
+        vae,
+        partial(empty_vae, vae, encoder=encoder),
+        [path],
+        VAE,
+        partial(_rename_vae, vae, encoder),
     )
     stored_texts = [
         Stored(
@@ -197,10 +202,11 @@ def _rename_unet(config: Mapping[str, Any], state: State, network: nn.Module) ->
     return renamed
 
 
-def _rename_vae(config: Mapping[str, Any], state: State, network: nn.Module) -> State:
+def _rename_vae(config: Mapping[str, Any], encoder: bool, state: State, network: nn.Module) -> State:
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    own = {key: value for key, value in state.items() if not key.startswith(f"{VAE}loss.")}
+    unread = (f"{VAE}loss.",) if encoder else (f"{VAE}loss.", f"{VAE}quant_conv.")
+    own = {key: value for key, value in state.items() if not key.startswith(unread)}
     renamed: State = convert_ldm_vae_checkpoint(own, config)
     return renamed
 

@@ -29,6 +29,7 @@ from stepforge.runtime.errors import CheckpointError
 
 UNET = "model.diffusion_model."
 SD2_BASE_STEP = 875000  # global_step of stable-diffusion-2-base, by which diffusers' legacy loader tells epsilon
+MARKS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "global_step")
 FP32 = torch.float32
 
 
@@ -99,10 +100,9 @@ def variant_among(files: Iterable[str]) -> str | None:
 
 def _from_single_file(model: Path, tokenizer: Path | None, prediction_type: str | None, config: Path | None) -> Loaded:
     header = read_header(model)
-    shapes, step = header.shapes, None
-    if shapes.get("global_step") in ((), (1,)):
-        with opened(model) as file:
-            step = int(file.get_tensor("global_step"))
+    shapes = header.shapes
+    with opened(model) as file:
+        marks = {key: file.get_tensor(key) for key in MARKS if key in shapes}
     with staging() as place:
         kind = "" if config is not None else _kind(shapes)
         if config is not None:
@@ -125,7 +125,7 @@ def _from_single_file(model: Path, tokenizer: Path | None, prediction_type: str 
     loaded = Loaded(pipeline, "from_single_file")
     if config is not None:
         return _given(loaded, prediction_type)
-    loaded = _stated(loaded, kind, set(shapes), header.metadata, step, prediction_type)
+    loaded = _stated(loaded, kind, marks, header.metadata, prediction_type)
     if kind == "v2" and loaded.pipeline.scheduler.config.prediction_type == "epsilon":
         loaded.pipeline.unet.register_to_config(sample_size=SD2_BASE_SIZE)
         loaded = loaded.assuming("image size 512x512, as SD 2's epsilon models; diffusers takes all for 768x768")
@@ -159,26 +159,38 @@ def _given(loaded: Loaded, prediction_type: str | None) -> Loaded:
 
 
 def _stated(
-    loaded: Loaded, kind: str, keys: set[str], metadata: Mapping[str, str], step: int | None, given: str | None
+    loaded: Loaded, kind: str, marks: Mapping[str, torch.Tensor], metadata: Mapping[str, str], given: str | None
 ) -> Loaded:
     """The prediction type and noise schedule that a single file states where diffusers' loader does not look.
 
-    Marks: ComfyUI's keys v_pred and ztsnr; modelspec's prediction_type and predict_key.
+    Marks: ComfyUI's keys v_pred, ztsnr and edm_vpred.sigma_max; modelspec's prediction_type and predict_key.
     """
+    numbers = {key: float(value) for key, value in marks.items() if value.numel() == 1}
+    if kind == "xl_base" and (highest := numbers.get("edm_vpred.sigma_max")) is not None:
+        loaded.pipeline.scheduler = diffusers.EDMEulerScheduler(
+            sigma_min=numbers.get("edm_vpred.sigma_min", 0.002),
+            sigma_max=highest,
+            sigma_data=1.0,
+            prediction_type=given or "v_prediction",
+            sigma_schedule="exponential",
+        )
+        return loaded.assuming(
+            "EDMEulerScheduler, as diffusers' documentation has it for CosXL: a mark in the file says so"
+        )
     said = str(metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key") or "").lower()
     scheduler = loaded.pipeline.scheduler
     if given is not None:
         found, why = given, "it was given"
-    elif "v_pred" in keys or said.startswith("v"):
+    elif "v_pred" in marks or said.startswith("v"):
         found, why = "v_prediction", "a mark in the file says so"
     elif said:
         found, why = "epsilon" if said.startswith("eps") else said, "its metadata say so"
-    elif kind == "v2" and step == SD2_BASE_STEP:
-        found, why = "epsilon", f"global_step is {step}"
+    elif kind == "v2" and numbers.get("global_step") == SD2_BASE_STEP:
+        found, why = "epsilon", f"global_step is {SD2_BASE_STEP}"
     else:
         found, why = scheduler.config.prediction_type, "nothing in the file states it"
     loaded = _with_scheduler(loaded, f"prediction type {found}: {why}", prediction_type=found)
-    if "ztsnr" in keys and found == "v_prediction":
+    if "ztsnr" in marks and found == "v_prediction":
         if "rescale_betas_zero_snr" not in scheduler.config:  # PNDM; DDIM is what diffusers' documentation names
             loaded.pipeline.scheduler = diffusers.DDIMScheduler.from_config(scheduler.config, prediction_type=found)
         spacing = {} if kind == "xl_base" else {"timestep_spacing": "trailing"}

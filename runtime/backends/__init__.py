@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,10 +18,12 @@ from stepforge.runtime.backends.gpu import torch_on_gpu
 from stepforge.runtime.bundle import Bundle, ComponentId, Role
 from stepforge.runtime.checks import whole
 from stepforge.runtime.errors import BackendError, RequestError
+from stepforge.runtime.files import printable
 
 log = logging.getLogger(__name__)
 
 Arrays = Mapping[str, NDArray[Any]]
+Why = Callable[[Exception], str]
 
 BACKENDS = {
     "openvino": "stepforge.runtime.backends.openvino:OpenVino",
@@ -218,14 +221,44 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
 
 
 def reason(error: BaseException, line: int = 0) -> str:
-    """One line of an error's text, 0 the first and -1 the last, with the next ones where it ends in a colon; never empty."""
-    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+    """One printable line of an error's text, 0 the first and -1 the last, with the next ones where it ends in a colon; never
+    empty."""
+    lines = [found for text in message(error).splitlines() if (found := printable(text, 300))]
     found = " ".join(lines[line:][:1])
     for more in lines[line:][1:]:
         if not found.endswith(":"):
             break
         found += f" {more}"
     return found.rstrip(": ") or type(error).__name__
+
+
+def message(error: BaseException) -> str:
+    """An error's text; that of an engine whose own is no UTF-8, from which its binding could not make an error."""
+    return error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else str(error)
+
+
+@contextmanager
+def loading(backend: str, graph: str, why: Why = reason) -> Iterator[None]:
+    """Whatever an engine library raises for a graph becomes BackendError. why: one line of it."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except Exception as error:  # each library has classes of its own, some direct from Exception
+        raise BackendError(f"{backend} cannot load {graph}: {why(error)}") from error
+
+
+@contextmanager
+def running(backend: str, component: ComponentId, why: Why = reason) -> Iterator[None]:
+    """Whatever an engine library raises in a call becomes BackendError, but for memory that ran out: see `engine.worker`."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise BackendError(f"{backend} cannot run {component}: {why(error)}") from error
 
 
 def check_threads(threads: object) -> None:

@@ -8,7 +8,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from stepforge.runtime.backends import Arrays, reason
+from stepforge.runtime.backends import Arrays, loading, reason, running
+from stepforge.runtime.backends.graph_file import checked_graph
+from stepforge.runtime.backends.signature import Signature
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
@@ -40,29 +42,35 @@ class OnnxRuntime:
     def open(self, component: ComponentId, banks: Arrays | None = None) -> _Graph:
         entry = self._bundle.components[component]
         graph = entry.derived.get(self.name, entry.graph)
+        path = checked_graph(self._bundle, component, graph)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised, and told once
         # patterns are reused between equal shapes only; rows and sizes vary from tick to tick
         options.enable_mem_pattern = False
-        try:
-            session = onnxruntime.InferenceSession(
-                self._bundle.file(graph), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime raises a class of its own per status code, all direct from Exception
-            raise BackendError(f"onnxruntime cannot load {graph}: {why(error)}") from error
-        return _Graph(session, banks or {})
+        with loading("onnxruntime", graph, why):
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            return _Graph(session, component, banks or {}, self._bundle)
 
 
 class _Graph:
-    def __init__(self, session: onnxruntime.InferenceSession, banks: Arrays) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, component: ComponentId, banks: Arrays, bundle: Bundle
+    ) -> None:
+        self._component, self._signature = component, Signature(bundle, component)
         self._session = session
-        self._outputs = [output.name for output in session.get_outputs()]
+        self._outputs = [tensor.name for tensor in bundle.components[component].outputs]
         # views of the banks' memory, made once: a UNet has some 500 of them
         self._banks = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in banks.items()}
         self._arrays = banks  # the views do not keep their memory alive
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in inputs.items()}
-        results = self._session.run_with_ort_values(self._outputs, {**values, **self._banks})
-        return {name: result.numpy() for name, result in zip(self._outputs, results, strict=True)}
+        with running("onnxruntime", self._component, why):
+            values = {
+                name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+                for name, array in inputs.items()
+            }
+            results = self._session.run_with_ort_values(self._outputs, {**values, **self._banks})
+            found = {name: result.numpy() for name, result in zip(self._outputs, results, strict=True)}
+        self._signature.check(inputs, found)
+        return found

@@ -12,8 +12,10 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from stepforge.runtime.backends import ALWAYS_FP32, Arrays, reason
+from stepforge.runtime.backends import ALWAYS_FP32, Arrays, loading, message, reason, running
 from stepforge.runtime.backends.compile_cache import CompileCache
+from stepforge.runtime.backends.graph_file import checked_graph
+from stepforge.runtime.backends.signature import Signature
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
@@ -38,7 +40,7 @@ def core() -> openvino.Core:
 
 def why(error: Exception) -> str:
     """One line of OpenVINO's message, which is dozens: the last of its first paragraph, and the node if it names one."""
-    first = str(error).strip().split("\n\n")[0]
+    first = message(error).strip().split("\n\n")[0]
     node = NODE.search(first)
     found = reason(RuntimeError(first), -1)
     return found if node is None else f"{node[1]} {node[2]}: {found}"
@@ -79,8 +81,8 @@ class OpenVino:
             "PERFORMANCE_HINT": "LATENCY",
             "CPU_RUNTIME_CACHE_CAPACITY": self._entries,
         }
-        path = self._bundle.file(entry.graph)
-        try:
+        path = checked_graph(self._bundle, component, entry.graph)
+        with loading("openvino", entry.graph, why):
             # The key has the precision: OpenVINO takes a network compiled for f32 out of its cache for bf16 (2026.4.1,
             # LOADED_FROM_CACHE on the first bf16 compilation), whose results are then NaN, or the process ends. It has the
             # path and its time because OpenVINO's own has.
@@ -90,9 +92,7 @@ class OpenVino:
                     config["CACHE_DIR"] = str(folder)
                 network = self._with_bf16_inputs(path, banks) if banks and precision == "bf16" else path
                 compiled = core().compile_model(network, "CPU", config)
-        except (RuntimeError, OSError) as error:
-            raise BackendError(f"openvino cannot load {entry.graph}: {why(error)}") from error
-        return _Graph(compiled, [tensor.name for tensor in entry.outputs], banks or {})
+            return _Graph(compiled, component, [t.name for t in entry.outputs], banks or {}, self._bundle)
 
     @staticmethod
     def _with_bf16_inputs(graph: Path, names: Iterable[str]) -> openvino.Model:
@@ -104,7 +104,10 @@ class OpenVino:
 
 
 class _Graph:
-    def __init__(self, compiled: Any, outputs: list[str], banks: Arrays) -> None:
+    def __init__(
+        self, compiled: Any, component: ComponentId, outputs: list[str], banks: Arrays, bundle: Bundle
+    ) -> None:
+        self._component, self._signature = component, Signature(bundle, component)
         self._request = compiled.create_infer_request()
         self._outputs = outputs
         self._banks = banks  # their memory is shared, not copied
@@ -117,5 +120,8 @@ class _Graph:
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         # share_outputs: views of the request's own tensors, valid until the next call (saves a copy of each output)
-        results = self._request.infer(dict(inputs), share_inputs=True, share_outputs=True)
-        return {name: results[name] for name in self._outputs}
+        with running("openvino", self._component, why):
+            results = self._request.infer(dict(inputs), share_inputs=True, share_outputs=True)
+            found = {name: results[name] for name in self._outputs}
+        self._signature.check(inputs, found)
+        return found

@@ -88,7 +88,9 @@ def _check_network(bundle: Bundle, key: ComponentId, entry: Component) -> None:
     expected = _signature(bundle, key)
     _check_bank(entry)
     whole = bundle.components[key.whole]
-    extra = {"adapter": ("rows",), "adapter_strength": ("rows", 1, 1), **_banks(whole)} if whole.bank else {}
+    extra: dict[str, Shape] = {}
+    if whole.bank:
+        extra = {"adapter": ("rows",), "adapter_strength": ("rows", 1, 1), **_banks(whole)}
     if key.role == "denoiser":
         extra |= {name: ("any", "any", ANY, ANY) for name in _names(entry.inputs) if RESIDUAL.fullmatch(name)}
     if key.variant:
@@ -204,9 +206,9 @@ def _check_bank(entry: Component) -> None:
             raise ValueError(f"its bank's layers at {name!r} cannot share their inputs")
 
 
-def _banks(entry: Component) -> dict[str, Shape]:
+def _banks(entry: Component) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the LoRA inputs, see `format.Bank`."""
-    found: dict[str, Shape] = {}
+    found: dict[str, tuple[int, ...]] = {}
     if (bank := entry.bank) is None:
         return found
     modules = {module.path: module for module in entry.modules}

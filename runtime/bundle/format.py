@@ -32,12 +32,11 @@ from typing import Annotated, Any, Literal
 
 from stepforge.runtime.bundle.preset import Preset
 from stepforge.runtime.bundle.scheduler import SchedulerCard
-from stepforge.runtime.bundle.typed import Between, Matches
+from stepforge.runtime.bundle.typed import Between, Matches, OneOf
 from stepforge.runtime.errors import RequestError
 
 FORMAT = 4
 MANIFEST = "bundle.json"
-Family = Literal["sd1", "sd2", "sdxl"]
 WEIGHT_PRECISIONS = ("fp32", "fp16")  # precisions of a bundle's weights
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
@@ -45,10 +44,12 @@ SIZE = re.compile(r"[A-Za-z_]\w*|[1-9]\d{0,3}\*[A-Za-z_]\w*|[A-Za-z_]\w*/[1-9]\d
 
 # What values of a manifest may be; typed.py reads them so.
 Role = Literal["text_encoder", "denoiser", "control_hint", "control_residuals", "vae_decoder"]
+Precision = Annotated[str, OneOf(WEIGHT_PRECISIONS)]
 Text = Annotated[str, Between(1, 1000)]
 Word = Annotated[str, Matches(WORD, "a name of letters, digits, - and _")]
 Named = Annotated[str, Matches(NAME, "a name of letters, digits, ., - and _")]
 File = Annotated[str, Matches(re.compile(rf"({NAME.pattern}/){{0,8}}{NAME.pattern}"), "a plain relative path")]
+Variant = Annotated[str, Matches(re.compile(rf"({WORD.pattern})?"), "a name of letters, digits, - and _, or empty")]
 Pixels = Annotated[int, Between(1, 1 << 16)]
 Channels = Annotated[int, Between(1, 1 << 20)]
 TokenId = Annotated[int, Between(0, 1 << 24)]
@@ -65,7 +66,7 @@ class ComponentId:
 
     role: Role
     name: Word
-    variant: Word | Literal[""] = ""
+    variant: Variant = ""
 
     @property
     def whole(self) -> ComponentId:
@@ -113,7 +114,7 @@ class Tensor:
     """One input or output of a graph. A string in `shape` names a dynamic dimension."""
 
     name: Text
-    dtype: Literal["float32", "int64"]
+    dtype: Annotated[str, OneOf(("float32", "int64"))]
     shape: Annotated[tuple[Channels | Symbol, ...], Between(1, 8)]
 
 
@@ -122,7 +123,7 @@ class Module:
     """A layer of a network that a LoRA may change."""
 
     path: Text  # as in diffusers; in text encoders without "text_model."
-    kind: Literal["linear", "conv", "norm"]
+    kind: Annotated[str, OneOf(("linear", "conv", "norm"))]
     shape: Annotated[tuple[Channels, ...], Between(1, 5)]  # weight's: [out, in], [out, in, k, k] or [channels]
     bias: bool
 
@@ -192,7 +193,7 @@ class ModelCard:
     """What the engine must know of the model."""
 
     name: Text
-    family: Family
+    family: Annotated[str, OneOf(("sd1", "sd2", "sdxl"))]
     width: Pixels  # the size the model was trained for
     height: Pixels
     latent_channels: Annotated[int, Between(1, 256)]
@@ -234,7 +235,7 @@ class Bundle:
     card: ModelCard
     scheduler: SchedulerCard
     components: Mapping[ComponentId, Component]
-    precision: Literal["fp32", "fp16"]  # of the weights
+    precision: Precision  # of the weights
     versions: Mapping[str, str]
     source: Mapping[str, Any]  # where the model came from: kind, file name, sha256 of its weights
     files: Mapping[str, tuple[int, str]]  # relative path -> (bytes, sha256)

@@ -24,7 +24,7 @@ class Preset:
     def from_dict(cls, values: Mapping[str, Any]) -> Preset:
         """Raises ValueError for a field that is unknown or of another type; what its text means is the request's to check."""
         given = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        missing = {f.name: None for f in fields(cls)} | {"found": {}}
+        missing: dict[str, Any] = {f.name: None for f in fields(cls)} | {"found": {}}
         return parse(cls, missing | given, "preset")
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from stepforge.runtime.bundle.fit import check_fit
 from stepforge.runtime.bundle.format import (
@@ -21,6 +21,7 @@ from stepforge.runtime.bundle.format import (
     File,
     ModelCard,
     Named,
+    Precision,
     Text,
     Word,
 )
@@ -38,7 +39,9 @@ MOST_BYTES = 32 << 20  # of a manifest; SDXL's with banks in every layer has 1 M
 MOST_FILES = 4096  # in the folder
 
 Digest = Annotated[str, Matches(re.compile(r"[0-9a-f]{64}"), "a sha256")]
-SOURCE = (  # what readers of `source` take for granted, and what they take where it is missing
+SOURCE: tuple[
+    tuple[str, Any, Any], ...
+] = (  # what readers of `source` take for granted, and what they take where it is missing
     ("kind", str, ""),
     ("assumed", tuple[str, ...], []),
     ("corrected", tuple[str, ...], []),
@@ -55,7 +58,7 @@ class _Manifest:
     model: ModelCard
     scheduler: Mapping[str, Plain | tuple[float, ...]]
     components: Annotated[tuple[Mapping[str, Any], ...], Between(1, 256)]
-    precision: Literal["fp32", "fp16"]
+    precision: Precision
     versions: Mapping[str, str]
     source: Mapping[str, Any]
     files: Mapping[File, tuple[Annotated[int, Between(0, 1 << 50)], Digest]]

@@ -3,6 +3,7 @@
     width: Annotated[int, Between(1, 65536)]
     name: Annotated[str, Between(1, 200)]               characters
     file: Annotated[str, Matches(FILE, "a plain relative path")]
+    family: Annotated[str, OneOf(("sd1", "sd2", "sdxl"))]
     shape: Annotated[tuple[int, ...], Between(0, 8)]    elements; Mapping[key, value] likewise
 
 Fields with a default may not be missing either: what writes the format writes all of them.
@@ -56,9 +57,21 @@ class Matches:
             raise ValueError(f"{where} is {shown(value)}, which is not {self.name}")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class OneOf:
+    """A text's choices."""
+
+    choices: tuple[str, ...]
+
+    def check(self, value: str, where: str) -> None:
+        if value not in self.choices:
+            raise ValueError(f"{where} is {shown(value)}; known: {', '.join(self.choices)}")
+
+
 def parse(kind: type[T], value: Any, where: str = "") -> T:
     """A dataclass of a JSON object. Raises ValueError in one line that says where and what is possible."""
-    found: T = reader(kind)(value, where)
+    asked: Any = kind
+    found: T = reader(asked)(value, where)
     return found
 
 

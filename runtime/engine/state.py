@@ -19,7 +19,8 @@ from stepforge.runtime.engine.adapters import NONE, AdapterSet
 from stepforge.runtime.engine.future import RequestFuture
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.engine.text import Condition
-from stepforge.runtime.errors import GenerationError, StepforgeError
+from stepforge.runtime.errors import BackendError, GenerationError, StepforgeError
+from stepforge.runtime.files import printable
 from stepforge.runtime.plan import Plan, Step
 from stepforge.runtime.plan.reuse import recordings
 from stepforge.runtime.request import Progress, Request
@@ -72,7 +73,7 @@ class Job:
 
     def fail(self, stage: str, error: BaseException) -> None:
         """End the request: with an error of ours as it is, with others as one line that names the stage."""
-        self.future.settle(error if isinstance(error, StepforgeError) else failure(stage, error))
+        self.future.settle(error if _is_final(error) else failure(stage, error))
 
     def count(self, label: str, rows: int) -> None:
         self.rows[label] = self.rows.get(label, 0) + rows
@@ -80,10 +81,13 @@ class Job:
 
 def failure(stage: str, error: BaseException) -> GenerationError:
     """One line without the engine library's trace; the error itself is its cause."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    found = GenerationError(
-        f"the {stage} failed: {type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
-    )
+    if isinstance(error, BackendError):
+        found = GenerationError(f"the {stage} failed: {error}")
+    else:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        found = GenerationError(
+            f"the {stage} failed: {type(error).__name__}: {printable(lines[-1], 300) if lines else 'no message'}"
+        )
     found.__cause__ = error
     return found
 
@@ -93,10 +97,15 @@ def stage(name: str) -> Iterator[None]:
     """Errors of the block that are not ours name the stage."""
     try:
         yield
-    except StepforgeError:
-        raise
     except BaseException as error:
+        if _is_final(error):
+            raise
         raise failure(name, error) from error
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether an error is told to the caller as it is: what an engine library reports of a network gets the stage's name."""
+    return isinstance(error, StepforgeError) and not isinstance(error, BackendError)
 
 
 class Kind(NamedTuple):

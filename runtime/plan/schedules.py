@@ -72,7 +72,8 @@ def float32_table(card: SchedulerCard) -> Float32:
     bar = cumprod32(one - betas)
     if card.rescale_betas_zero_snr:
         bar[-1] = 2.0**-24
-    return np.sqrt((one - bar) / bar)
+    table: Float32 = np.sqrt((one - bar) / bar)
+    return table
 
 
 def cumprod32(values: Float32) -> Float32:

@@ -23,6 +23,7 @@ from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, Module
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.adapter import read_adapter, survey
 from stepforge.runtime.lora.layers import delta, low_rank
+from stepforge.runtime.lora.onnx_adapter import write
 
 ERRORS = (AdapterError,)
 QUICK, SOAK = 250, 4000
@@ -74,6 +75,12 @@ class Case:
     kind: str
 
 
+@dataclass(frozen=True)
+class Base:
+    folder: Path
+    onnx: bytes  # an ONNX Runtime adapter that is read
+
+
 def pairs(rng: random.Random) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Keys with types and shapes, most of which fit."""
     peft = rng.random() < 0.3
@@ -115,11 +122,22 @@ def config(rng: random.Random) -> dict[str, Any]:
     return found
 
 
-def start(folder: Path) -> Path:
-    return folder
+def start(folder: Path) -> Base:
+    file = folder / "a.onnx_adapter"
+    write(
+        file,
+        {
+            f"unet.{Q}.lora_A.weight": np.ones((2, 8), np.float32),
+            f"unet.{Q}.lora_B.weight": np.ones((8, 2), np.float32),
+        },
+    )
+    return Base(folder, file.read_bytes())
 
 
-def case(rng: random.Random, base: Path) -> Case:
+def case(rng: random.Random, base: Base) -> Case:
+    if rng.random() < 0.1:
+        data = flipped(base.onnx, rng)
+        return Case({"a.onnx_adapter": data}, len(data), "onnx")
     header: dict[str, Any] = {}
     body = b""
     for key, (kind, shape) in pairs(rng).items():
@@ -147,13 +165,17 @@ def case(rng: random.Random, base: Path) -> Case:
     return Case(files, rng.choice((len(data), 6 << 30)) if kind == "sparse" else len(data), kind)
 
 
-def check(case: Case, base: Path) -> None:
-    folder = base / "adapter"
+def check(case: Case, base: Base) -> None:
+    folder = base.folder / "adapter"
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
     for name, data in case.files.items():
         (folder / name).write_bytes(data)
+    if case.kind == "onnx":
+        for layer in read_adapter(folder / "a.onnx_adapter", MODULES).layers.values():
+            assert all(np.isfinite(tensor).all() for tensor in layer.tensors.values())
+        return
     path = folder / "adapter_model.safetensors"
     os.truncate(path, case.length)
     try:

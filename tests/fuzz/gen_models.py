@@ -1,4 +1,4 @@
-"""Tiny models, as folders and as single files, with one thing changed: JSON, headers of weights, kinds of files.
+"""Tiny models and a ControlNet, as folders and single files, with one thing changed: JSON, headers, kinds of files.
 
 What is accepted must also load. Weights whose header was not touched must keep their values, whatever else has changed.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from mutate import NAMES, STRANGE, flipped, json_text, mutated
 
 ERRORS: tuple[type[Exception], ...] = ()  # set by start: importing the exporter takes ten seconds
-QUICK, SOAK = 24, 3000
+QUICK, SOAK = 24, 2000
 SECONDS = 30.0
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = (
@@ -87,9 +87,9 @@ def helpers(path: str) -> Any:
 def start(folder: Path) -> dict[str, Any]:
     """Two pristine models with one block a level, each as a folder and as a single file; and the expected UNets."""
     import torch
-    from diffusers import DDIMScheduler
+    from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 
-    from stepforge.export.models import load, tokenizer
+    from stepforge.export.models import tokenizer
     from stepforge.runtime.errors import CheckpointError
 
     global ERRORS
@@ -123,16 +123,38 @@ def start(folder: Path) -> dict[str, Any]:
         build.save_pipeline(model, {"_class_name": kind}, parts)
         models[name] = model
         models[f"{name}.safetensors"] = single.original(model, folder / f"{name}.safetensors")
+    net = ControlNetModel.from_unet(
+        UNet2DConditionModel.from_pretrained(models["sd1"] / "unet"), conditioning_embedding_out_channels=(8, 16)
+    )
+    net.save_pretrained(folder / "control")
+    models["control"] = folder / "control"
+    models["control.safetensors"] = folder / "control.safetensors"
+    shutil.copy(folder / "control/diffusion_pytorch_model.safetensors", models["control.safetensors"])
     assert tokenizer.FILES  # imported here, as transformers is, not in the first case
     tokens = models["sd1"] / "tokenizer"
-    expected = {
-        name: load.load(path, tokenizer=tokens).unet(torch.float32).state_dict() for name, path in models.items()
-    }
+    unet = dict(UNet2DConditionModel.load_config(models["sd1"] / "unet"))
+    base = {"models": models, "tokens": tokens, "unet": unet}
+    expected = {name: networks(name, base)[0].state_dict() for name in models}
     files = {
         name: sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()) if path.is_dir() else [""]
         for name, path in models.items()
     }
-    return {"models": models, "files": files, "expected": expected, "tokens": tokens}
+    return base | {"files": files, "expected": expected}
+
+
+def networks(name: str, base: dict[str, Any]) -> list[Any]:
+    """All networks of a model, or of a ControlNet for SD 1."""
+    import torch
+
+    from stepforge.export.models.controlnet import load_control
+    from stepforge.export.models.load import load
+
+    path = base["models"][name]
+    if "control" in name:
+        return [load_control(path, base["unet"], 2).network(torch.float32)]
+    source = load(path, tokenizer=base["tokens"])
+    assert all(line.isprintable() for line in (*source.assumed, *source.corrected))
+    return [loader(torch.float32) for loader in (source.unet, source.vae, *source.text_encoders)]
 
 
 def case(rng: random.Random, base: dict[str, Any]) -> tuple[str, str, str, Any]:
@@ -241,19 +263,14 @@ def put(path: Path, kind: str, content: Any) -> None:
 def check(one: tuple[str, str, str, Any], base: dict[str, Any]) -> None:
     import torch
 
-    from stepforge.export.models.load import load
-
     name, file, kind, content = one
     model: Path = base["models"][name]
     path = model / file if file else model
     kept = path.read_bytes()
     try:
         put(path, kind, content)
-        source = load(model, tokenizer=base["tokens"])
-        assert all(line.isprintable() for line in (*source.assumed, *source.corrected))
-        networks = [loader(torch.float32) for loader in (source.unet, source.vae, *source.text_encoders)]
+        state = networks(name, base)[0].state_dict()
         if "unet" not in file and path.suffix != ".safetensors":
-            state = networks[0].state_dict()
             assert all(torch.equal(state[key], value) for key, value in base["expected"][name].items())
     finally:
         for left in (path, path.parent / f"{path.name}.index.json", path.with_name("shard.safetensors")):

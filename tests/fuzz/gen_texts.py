@@ -24,7 +24,8 @@ QUICK, SOAK = 400, 3000
 WORDS = {
     "guidance": ["7.5", "1", "0", "-3", "1e2", "1e400", "0x1", "inf", "nan", "interval(", "linear(", "cosine(", "pcs(",
                  "clamp(", "sigma=", "steps=", "s=", "base=", "0.28..5.42", "0..1", "1..12", "@0-0.6", "@0.6-1", ",", ";",
-                 "unet=", "[", "]", "(", ")", " ", "interval(7.5, sigma=0.28..5.42)", "clamp(linear(7.5), 2)", "7.5@0-0.6,1@0.6-1"],
+                 "unet=", "[", "]", "(", ")", " ", "interval(7.5, sigma=0.28..5.42)", "clamp(linear(7.5), 2)",
+                 "7.5@0-0.6,1@0.6-1"],
     "guider": ["cfg", "zero_star", "zero=1", "apg", "momentum=-0.5", "norm=15", "eta=1", "adaptive", "rescale", "dynamic",
                "p=0.9", "max=2", "(", ")", "+", ",", "0.7", "1e9", " ", "apg(eta=0)+adaptive(0.9)", "rescale(0.7)"],
     "reuse": ["deepcache", "tgate", "(", ")", "+", "3", "0.5", ",", "steps=0..1", "1e9", " ", "deepcache(3)", "tgate(0.5)"],

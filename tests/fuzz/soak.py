@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import faulthandler
 import importlib
 import json
 import os
@@ -132,6 +133,7 @@ def worker(name: str, seed: int, first: int, last: int) -> None:
     module = load(name)
     base = module.start(scratch / "inside")
     os.dup2(os.open(scratch / "noise", os.O_RDWR | os.O_CREAT), 2)
+    faulthandler.enable((scratch / "faults").open("w"))
     watch = Watch(scratch / "outside", scratch / "cwd")
     for index in range(first, last):
         case = module.case(rng_of(name, seed, index), base)
@@ -210,7 +212,8 @@ def soak(name: str, seed: int, count: int) -> dict[str, Any]:
                 raise RuntimeError(
                     f"generator {name} failed by itself before case {index}: {outcome}\n{errors[-3000:]}"
                 )
-            _count(counts, failures, outcome, index, case, f"exit code {code}")
+            faults = (Path(scratch) / "faults").read_text(errors="replace")
+            _count(counts, failures, outcome, index, case, f"exit code {code} {faults[:1500]}")
             index += 1
     return {
         "cases": sum(counts.values()),

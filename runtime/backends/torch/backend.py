@@ -19,7 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stepforge.runtime.backends import Arrays, Graph
+from stepforge.runtime.backends import Arrays, Graph, loading, running
+from stepforge.runtime.backends.graph_file import checked_graph
+from stepforge.runtime.backends.signature import Signature
 from stepforge.runtime.backends.torch.banks import DeviceBanks, Shared
 from stepforge.runtime.backends.torch.loop import RINGS, Function, Once, TorchLoop
 from stepforge.runtime.backends.torch.lora import LoraPasses, drop_lora, fuse_lowrank_geglu, fuse_residual
@@ -85,24 +87,28 @@ class Torch:
 
     def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
         """A component with banks is opened twice over the same weights: calls without an adapter run it without banks."""
+        with loading(self.name, self._bundle.components[component].graph):
+            return self._graph(component, banks)
+
+    def _graph(self, component: ComponentId, banks: Arrays | None) -> TorchGraph:
         full = self._open(component, banks or {}, with_lora=True)
         bare = self._open(component, banks, with_lora=False) if banks else full
         networks: tuple[Network, ...] = (bare, full)
         if full.wide is not None and full.wide.exceeded:
             networks = (bare, full, self._open(component, banks or {}, with_lora=True, wide=False))
         if self._device.type == "cpu":
-            return TorchGraph(networks, self._device, exact=not self.fast, caller=OnCpu)
+            return TorchGraph(networks, self._device, exact=not self.fast, caller=OnCpu, component=component)
         from stepforge.runtime.backends.torch.cuda import Recorder
 
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         pool = self._pool if component.role in RECORDED else None
         caller = functools.partial(Recorder, device=self._device, pool=pool)
-        return TorchGraph(networks, self._device, exact=not self.fast, caller=caller)
+        return TorchGraph(networks, self._device, exact=not self.fast, caller=caller, component=component)
 
     def _open(self, component: ComponentId, banks: Arrays, *, with_lora: bool, wide: bool = True) -> Network:
         dtype = self._dtype_of(component)
-        path = self._bundle.file(self._bundle.components[component].graph)
+        path = checked_graph(self._bundle, component, self._bundle.components[component].graph)
         program = read(path)
         if not with_lora:
             drop_lora(program, banks)
@@ -139,7 +145,8 @@ class Torch:
                 self._weights[str(path.parent), layer.weight, dtype] = buffers.weight(layer)
                 program.constants.pop(layer.weight, None)
             runner = Runner(program)
-        return Network(runner, placed, once=Runner(once) if once is not None else None, wide=buffers)
+        signature = Signature(self._bundle, component)
+        return Network(runner, placed, signature, once=Runner(once) if once is not None else None, wide=buffers)
 
     def _dtype_of(self, component: ComponentId) -> Any:
         return computed_in(component.role, self._bundle.card.family, self.precision, exact=not self.fast)
@@ -172,8 +179,16 @@ def plain(array: NDArray[Any]) -> NDArray[Any]:
 class Network:
     """A program with its banks. once: the part that needs the prompts alone."""
 
-    def __init__(self, runner: Runner, banks: DeviceBanks, *, once: Runner | None, wide: WideBanks | None) -> None:
-        self.wide = wide
+    def __init__(
+        self,
+        runner: Runner,
+        banks: DeviceBanks,
+        signature: Signature,
+        *,
+        once: Runner | None,
+        wide: WideBanks | None,
+    ) -> None:
+        self.wide, self._signature = wide, signature
         self.program = runner.program
         self.once_inputs = once.program.inputs if once is not None else ()
         self._runner, self._banks, self._once = runner, banks, once
@@ -194,7 +209,9 @@ class Network:
         if self._once is not None and self._once.program.outputs[0] not in given:
             given = {**given, **self.once(given)}
         columns = self.wide.tensors(given["adapter_columns"].shape[1]) if self.wide is not None else {}
-        return self._runner({**given, **self._banks.tensors, **columns})
+        found = self._runner({**given, **self._banks.tensors, **columns})
+        self._signature.check(given, found)  # where calls are recorded, once
+        return found
 
 
 class OnCpu:
@@ -223,15 +240,25 @@ class TorchGraph:
 
     rings = RINGS
 
-    def __init__(self, networks: tuple[Network, ...], device: Any, *, exact: bool, caller: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        networks: tuple[Network, ...],
+        device: Any,
+        *,
+        exact: bool,
+        caller: Callable[..., Any],
+        component: ComponentId,
+    ) -> None:
         self.networks, self._device, self._exact, self._caller = networks, device, exact, caller
+        self._component = component
         self._callers = [caller(network, once=(network.once, network.once_inputs)) for network in networks]
 
     @torch.inference_mode()
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        at, inputs = prepared(self.networks, inputs)
-        found: dict[str, NDArray[np.float32]] = self._callers[at]({n: plain(a) for n, a in inputs.items()})
-        return found
+        with running("torch", self._component):
+            at, inputs = prepared(self.networks, inputs)
+            found: dict[str, NDArray[np.float32]] = self._callers[at]({n: plain(a) for n, a in inputs.items()})
+            return found
 
     def loop(self, shape: tuple[int, int, int]) -> TorchLoop:
         return TorchLoop(self.networks, shape, device=self._device, exact=self._exact, caller=self._caller)

@@ -287,3 +287,24 @@ def test_text_encoder_that_was_saved_with_a_projection(model: Path) -> None:
     path = model / "text_encoder/model.safetensors"
     save_file(load_file(path) | {"text_projection.weight": torch.zeros(32, 32)}, path)
     load(model)
+
+
+def test_numbers_in_names_of_weights(model: Path, tmp_path: Path) -> None:
+    """Names number layers; a number without end is no layer."""
+    config = json.loads((model / "unet/config.json").read_text("utf-8"))
+    for name in ("input_hint_block." + "9" * 5000 + ".weight", "input_blocks.99999999999.0.op.weight"):
+        path = tmp_path / "control.safetensors"
+        save_file({name: torch.zeros(2), "input_hint_block.0.weight": torch.zeros(2, 3, 3, 3)}, path)
+        with pytest.raises(CheckpointError, match="is damaged or of an unknown layout"):
+            load_control(path, config, 2)
+    prefix = "model.diffusion_model."
+    names = (
+        "input_blocks.99999999999.0.out_layers.3.weight",
+        "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+    )
+    state = {prefix + name: torch.zeros(2, 768) for name in names} | {
+        prefix + "x.1.proj_in.weight": torch.zeros(2, 2, 1, 1)
+    }
+    state |= {"first_stage_model.decoder.up.0.block.1.conv1.weight": torch.zeros(1)}
+    save_file(state | {"cond_stage_model.transformer.x": torch.zeros(1)}, tmp_path / "m.safetensors")
+    refuse(tmp_path / "m.safetensors", "is damaged or of an unknown layout", model / "tokenizer")

@@ -254,15 +254,16 @@ def test_what_a_single_file_does_not_carry_is_said(to_original: Original, tiny_s
     assert "modelspec.encoder_layer=2 is not followed" in " ".join(lines)
 
 
+@pytest.mark.parametrize("encoders", [("encoder.",), ("encoder.", "quant_conv.")])
 @pytest.mark.parametrize("single", [True, False])
-def test_vae_without_encoder_decodes(single: bool, to_original: Original, tiny_sd1: Path, tmp_path: Path) -> None:
+def test_vae_without_encoder_decodes(
+    single: bool, encoders: tuple[str, ...], to_original: Original, tiny_sd1: Path, tmp_path: Path
+) -> None:
     expected = load(tiny_sd1).vae(torch.float32)
     model: Path = Path(shutil.copytree(tiny_sd1, tmp_path / "model"))
+    file = model / "vae/diffusion_pytorch_model.safetensors"
     if single:
-        file, encoders = to_original(tiny_sd1, tmp_path / "m.safetensors"), ("encoder.", "quant_conv.")
-        model = file
-    else:
-        file, encoders = model / "vae/diffusion_pytorch_model.safetensors", ("encoder.", "quant_conv.")
+        model = file = to_original(tiny_sd1, tmp_path / "m.safetensors")
     state = {
         key: value for key, value in load_file(file).items()
         if not key.removeprefix("first_stage_model.").startswith(encoders)

@@ -92,8 +92,8 @@ def test_unknown_component(model: Path) -> None:
 
 
 def test_scheduler_class(model: Path) -> None:
-    edit_json(model / "scheduler/scheduler_config.json", _class_name="MyScheduler")
-    refuse(model, "scheduler class is 'MyScheduler'; choose one of DDIMScheduler")
+    edit_json(model / "model_index.json", scheduler=["diffusers", "MyScheduler"])
+    refuse(model, "scheduler class is 'MyScheduler'; choose one of DDIM")
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
