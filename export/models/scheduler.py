@@ -133,8 +133,8 @@ def scheduler_card(config: Mapping[str, Any], counts: Iterable[int] = COUNTS) ->
 
     Raises BundleError for what no scheduler can have, CheckpointError for what diffusers does not run, or not linearly.
     """
-    name = str(config.get("_class_name"))
-    known = defaults(name)
+    known = defaults(config.get("_class_name"))
+    name = str(config["_class_name"])
     read = {**known, **{key: value for key, value in config.items() if key in known.keys() | READ_BY_ALL}}
     stated = {**{key: value for key, value in known.items() if key not in UNSAID}, **config}
     values = {key: stated[key] for key in KEPT if stated.get(key) is not None}

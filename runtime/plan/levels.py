@@ -136,11 +136,18 @@ def sigma_points(card: SchedulerCard, options: SamplerOptions) -> tuple[Float64,
         times = spaced(options.spacing, options.steps, card.num_train_timesteps, offset=card.steps_offset)
     sigmas = sigmas_at(times, table)
     if options.schedule != "normal":
-        respace, rounded = RESPACE[options.schedule], float32_table(card)
-        sigmas = respace(float(sigmas[0]), float(sigmas[-1]), options.steps)
-        ends = np.interp(times[[0, -1]].astype(np.float32), np.arange(len(rounded)), rounded)
-        times = times_of(respace(float(ends[0]), float(ends[1]), options.steps), rounded)
+        sigmas = RESPACE[options.schedule](float(sigmas[0]), float(sigmas[-1]), options.steps)
+        times = times_of(rounded_sigmas(card, options, times), float32_table(card))
     return times, np.append(sigmas, 0.0)
+
+
+def rounded_sigmas(card: SchedulerCard, options: SamplerOptions, times: Float64) -> Float64:
+    """The sigmas of `sigma_points` from the float32 table. times: of the spacing."""
+    table = float32_table(card)
+    sigmas = np.interp(times.astype(np.float32), np.arange(len(table)), table)
+    if options.schedule != "normal":
+        sigmas = RESPACE[options.schedule](float(sigmas[0]), float(sigmas[-1]), options.steps)
+    return sigmas
 
 
 def sigma_level(t: float, sigma: float) -> Level:
@@ -167,7 +174,9 @@ def kdpm2_levels(card: SchedulerCard, options: SamplerOptions) -> NoisePath:
     if options.schedule == "karras":
         times = np.round(times)
     middles = np.sqrt(sigmas[:-1] * sigmas[1:])
-    middle_times = times_of(middles, float32_table(card))
+    grid = spaced(options.spacing, options.steps, card.num_train_timesteps, offset=card.steps_offset)
+    rounded = np.append(rounded_sigmas(card, options, grid), 0.0)
+    middle_times = times_of(np.sqrt(rounded[:-1] * rounded[1:]), float32_table(card))
     at: list[Level] = []
     moves: list[tuple[Level, ...]] = []
     for i, t in enumerate(times):

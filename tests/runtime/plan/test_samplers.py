@@ -22,7 +22,7 @@ from stepforge.export.oracle import Trace, follow
 from stepforge.runtime.bundle.scheduler import SCHEDULES, SPACINGS, SchedulerCard
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Step, expand
-from stepforge.runtime.plan.levels import SamplerOptions
+from stepforge.runtime.plan.levels import SamplerOptions, ahead_levels
 from stepforge.runtime.plan.sample import sample_steps
 from stepforge.runtime.plan.samplers import SAMPLERS
 
@@ -289,13 +289,16 @@ def test_trajectory(sampler: str, monkeypatch: pytest.MonkeyPatch):
 BROKEN = ("euler", "euler_a", "flow_euler", "heun", "kdpm2", "lms")
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+# The variants of DPM-Solver++ share one class of diffusers and one function here.
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("dpmpp_2m_sde", "dpmpp_3m")])
 def test_timesteps_are_those_of_diffusers(sampler: str):
     """Of schedulers as users run them, in float32: every schedule, spacing and step count to 100; whole numbers are equal."""
     kind, card = SAMPLERS[sampler], FLOW if sampler == "flow_euler" else CARD
     betas = ("scaled_linear",) if sampler in SLOW or not kind.spacing else ("scaled_linear", "linear")
     for name, spacing, schedule in itertools.product(betas, SPACINGS if kind.spacing else (None,), kind.schedules):
-        case = replace(card, beta_schedule=name)
+        if kind.levels is ahead_levels and schedule != "normal" and spacing != "linspace":
+            continue  # spans the whole table, whatever the spacing
+        case = replace(card, beta_schedule=name, num_train_timesteps=200 if sampler in SLOW else 1000)
         scheduler = reference(case, sampler, schedule, spacing)
         for steps in (1, 2, 7, 20, 50, 99) if sampler in BROKEN else range(1, 51 if kind.spacing is None else 101):
             if spacing == "trailing" and steps == 61:
