@@ -210,6 +210,8 @@ def _tensor(data: bytes, span: Span, beside: Mapping[str, int]) -> dict[str, tup
                 if abs(number) > MOST_NUMBER and number not in ENDS:
                     raise ValueError(f"weight {shown(name)} has the number {number}; up to {MOST_NUMBER} is possible")
         return {name: struct.unpack(f"<{count}f", data[start:end]) if kind == 1 and count <= 8 else ()}
+    if more := external.keys() - {"location", "offset", "length"}:
+        raise ValueError(f"weight {shown(name)} states {shown(min(more))} of its file, which no bundle does")
     location = external.get("location", "")
     if location not in beside:
         raise ValueError(f"weight {shown(name)} lies in {shown(location)}, which is no listed file beside the graph")

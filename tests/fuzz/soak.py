@@ -200,7 +200,7 @@ def soak(name: str, seed: int, count: int) -> dict[str, Any]:
                     if "begun" in told:
                         case = told["case"]
                         continue
-                    _count(counts, failures, told["outcome"], index, case, told["text"])
+                    _count(counts, failures, told["outcome"], index, case, told["text"].replace(scratch, ""))
                     index, case = index + 1, None
             except TimeoutError:
                 outcome = "hang"
