@@ -133,7 +133,7 @@ def opened(path: Path) -> Iterator[Any]:
             with safe_open(path, framework="pt") as file:
                 yield file
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from error
+            raise CheckpointError(f"{path} is not a valid safetensors file: {printable(error)}") from error
 
 
 def read_header(path: Path) -> Header:

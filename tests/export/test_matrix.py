@@ -74,10 +74,7 @@ def drawn(tiny_full: Callable[[str, str], Path], adapter: Path) -> Callable[[str
 
 @pytest.mark.parametrize("engine", ENGINES[1:])
 @pytest.mark.parametrize(("family", "precision"), MATRIX)
-def test_draws_the_same_on_every_engine(family, precision, engine, drawn, request):
-    if (family, engine) == ("sdxl", "torch"):
-        reason = "torch's wide layers hand [value | columns] on to a Reshape in SDXL with an adapter in use"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+def test_draws_the_same_on_every_engine(family, precision, engine, drawn):
     base = drawn(family, precision, ENGINES[0])
     plain = base["plain"].latents
     for name, result in base.items():

@@ -114,11 +114,21 @@ def images_of_tokens(program: Program) -> bool:
             nodes.append(node)
             continue
         whole, image = f"{shaped.outputs[0]} before", f"{node.outputs[0]} before"
+        tokens, product = layer.inputs[0], image
+        widened = made.get(tokens)
+        if layer.inputs[1] in program.wide:  # [x | S]: the columns of S are made of the image
+            if widened is None or widened.op != "Widen" or any(widened.inputs[2:]) or widened.attributes.get("gate"):
+                nodes.append(node)
+                continue
+            tokens, product = widened.inputs[0], f"{tokens} as an image"
         nodes += [
-            Node("Reshape", (layer.inputs[0], shaped.inputs[1]), (whole,), shaped.attributes),
+            Node("Reshape", (tokens, shaped.inputs[1]), (whole,), shaped.attributes),
             Node("Transpose", (whole,), (image,), node.attributes),
-            Node("Pointwise", (image, *layer.inputs[1:]), node.outputs),
         ]
+        if product != image:
+            assert widened is not None
+            nodes.append(Node("Widen", (image, *widened.inputs[1:]), (product,)))
+        nodes.append(Node("Pointwise", (product, *layer.inputs[1:]), node.outputs))
         changed = True
     program.nodes = nodes
     program.sweep()
