@@ -52,6 +52,7 @@ class OneGraph:
     def __init__(self, graph: Path) -> None:
         self.graph = graph
         self.card = SimpleNamespace(family="")
+        self.files = {file.name: (file.stat().st_size, "") for file in graph.parent.iterdir()}
         self.components = {UNET: SimpleNamespace(graph="")}
 
     def file(self, relative: str) -> Path:

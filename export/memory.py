@@ -35,9 +35,11 @@ def check_fits(networks: Mapping[ComponentId, Any], dtype: torch.dtype, out: Pat
             f"for its weights; {gigabytes(free)} are available"
         )
     here = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-    written, space = sum(sizes.values()), shutil.disk_usage(here).free
-    if space < written:
-        raise CheckpointError(f"the bundle takes more than {gigabytes(written)}; {here} has {gigabytes(space)} free")
+    written, disk = sum(sizes.values()), shutil.disk_usage(here)
+    if disk.total and disk.free < written:  # /proc and its like have no size
+        raise CheckpointError(
+            f"the bundle takes more than {gigabytes(written)}; {here} has {gigabytes(disk.free)} free"
+        )
 
 
 def weight_bytes(network: Any, dtype: torch.dtype) -> int:

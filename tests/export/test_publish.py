@@ -221,6 +221,7 @@ def test_a_kill_leaves_nothing(number: signal.Signals, tiny_sd1: Path, tmp_path:
         [sys.executable, "-W", "ignore", "-c", code, "export", tiny_sd1, "-o", tmp_path / "out"],
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup and shells' background jobs ignore some
     )
     assert process.stderr is not None
     while "denoiser" not in process.stderr.readline():

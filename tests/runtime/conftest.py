@@ -29,6 +29,12 @@ SIGNATURES = {  # inputs and outputs
 }
 
 
+@pytest.fixture(scope="session")
+def signatures() -> dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """Inputs and outputs of the fake model's networks by role."""
+    return SIGNATURES
+
+
 @pytest.fixture
 def hand_written_bundle(tmp_path: Path) -> Path:
     folder = tmp_path / "bundle"

@@ -204,7 +204,8 @@ def retraced(bundle: Bundle, out: Path, key: Any, traced: trace.Traced) -> Bundl
     shutil.rmtree(out / key.folder)
     entry = prefixed(key, trace.save(traced, out / key.folder))
     entry = replace(entry, modules=bundle.components[key].modules)
-    return replace(bundle, path=out, components={**bundle.components, key: entry})
+    files = {path.relative_to(out).as_posix(): (path.stat().st_size, "") for path in (out / key.folder).iterdir()}
+    return replace(bundle, path=out, components={**bundle.components, key: entry}, files={**bundle.files, **files})
 
 
 def other_activation(model: Path) -> trace.Traced:

@@ -24,7 +24,7 @@ def test_every_family_passes(family, request, tmp_path):
     verdict = verify(bundle, model, precisions=["fp32"], prompts=["a cat and a dog"], steps=8)
     assert verdict["passed"], [check for check in verdict["checks"] if not check["passed"]]
     levels = {check["level"] for check in verdict["checks"]}
-    assert levels == {"component", "step", "trajectory", "image"}
+    assert levels == {"setting", "component", "step", "trajectory", "image"}
     assert {check["backend"] for check in verdict["checks"]} == {"openvino", "onnxruntime"}
     assert read(bundle).verdict == json.loads(json.dumps(verdict))
 

@@ -16,14 +16,14 @@ SIZE = 64
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
+def bundle(tmp_path_factory, signatures):
     """The fake model as a bundle on disk, for the fake backend: its graphs are empty files."""
     folder, fake = tmp_path_factory.mktemp("bundles") / "fake", fake_bundle(SIZE)
     folder.mkdir()
     (folder / "fake_tokenizer.json").write_bytes((fake.path / "fake_tokenizer.json").read_bytes())
     (folder / "model.onnx").touch()
     files = {file.name: (file.stat().st_size, sha256(file)) for file in folder.iterdir()}
-    components = {name: Component("model.onnx", (), ()) for name in fake.components}
+    components = {key: Component("model.onnx", *signatures[key.role]) for key in fake.components}
     write_manifest(replace(fake, path=folder, components=components, files=files))
     return folder
 

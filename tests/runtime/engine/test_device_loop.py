@@ -332,6 +332,12 @@ def recorded(monkeypatch):
 
             super().__init__(taped, device=torch.device("cpu"), pool="pool", **options)
 
+        def _make(self, inputs):
+            recording = super()._make(inputs)
+            if recording.once is not None:
+                recording.once.calls.append((self._once, recording.buffers, recording.kept))
+            return recording
+
     @contextlib.contextmanager
     def graph(recording, *, pool, capture_error_mode):
         cuda.recording = recording
