@@ -23,7 +23,7 @@ import torch
 from stepforge.kernels.dispatch.cost import Gpu, roofline
 from stepforge.runtime.backends.torch import backend, launches
 from stepforge.runtime.backends.torch.program import Node, Program, read
-from stepforge.runtime.bundle import UNET
+from stepforge.runtime.bundle import UNET, Component, Tensor
 
 SHAPES = Path(__file__).with_name("shapes")  # graphs without weights, by shapes.py
 VIEWS = "views"  # should cost nothing; on a GPU the measurement tells whether one copies
@@ -46,6 +46,13 @@ class Work:
         return roofline(gpu, self.flops, self.elements) + self.launches * gpu.launch
 
 
+def stated(value: onnx.ValueInfoProto) -> Tensor:
+    """An input or output as a bundle's manifest states it."""
+    return Tensor(
+        value.name, "float32", tuple(axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim)
+    )
+
+
 class OneGraph:
     """What a backend asks of a bundle, for a denoiser's graph alone."""
 
@@ -53,7 +60,10 @@ class OneGraph:
         self.graph = graph
         self.card = SimpleNamespace(family="")
         self.files = {file.name: (file.stat().st_size, "") for file in graph.parent.iterdir()}
-        self.components = {UNET: SimpleNamespace(graph="")}
+        own = onnx.load(str(graph), load_external_data=False).graph
+        weights = {tensor.name for tensor in own.initializer}
+        inputs = tuple(stated(value) for value in own.input if value.name not in weights)
+        self.components = {UNET: Component("", inputs, tuple(stated(value) for value in own.output))}
 
     def file(self, relative: str) -> Path:
         return self.graph
