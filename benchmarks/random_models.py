@@ -80,7 +80,9 @@ def network(folder: Path, make: Callable[[], Any], dtype: torch.dtype) -> Any:
     """Save a network with weights that keep a signal's size; returns it without them."""
     with init_empty_weights(include_buffers=False):
         made = make()
-    made.load_state_dict({n: weight(n, value, dtype) for n, value in made.named_parameters()}, strict=False, assign=True)
+    made.load_state_dict(
+        {n: weight(n, value, dtype) for n, value in made.named_parameters()}, strict=False, assign=True
+    )
     made.save_pretrained(folder)
     return made.to("meta")
 
