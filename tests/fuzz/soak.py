@@ -37,6 +37,7 @@ import importlib
 import json
 import os
 import random
+import re
 import resource
 import selectors
 import struct
@@ -51,6 +52,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+FOLDERS = re.compile(r'(?<=")/[^"\n]*/')
 GOOD = ("accepted", "refused")
 BAD = ("crash", "hang", "traceback", "untidy", "misread", "escape", "noise")
 SHOWN = 5  # failures of a kind that are kept with their text
@@ -226,6 +228,9 @@ def soak(name: str, seed: int, count: int) -> dict[str, Any]:
 def _count(counts: Counter[str], failures: list[Any], outcome: str, index: int, case: Any, text: str) -> None:
     counts[outcome] += 1
     if outcome in BAD and counts[outcome] <= SHOWN:
+        text = FOLDERS.sub(
+            "", text.partition("Extension modules")[0].strip()
+        )  # places of the machine are nobody's business
         failures.append({"outcome": outcome, "index": index, "case": case, "text": text})
 
 

@@ -213,6 +213,7 @@ def group_norm_silu(x: Value, weight: Value, bias: Value, *, groups: int, epsilo
 
 OPS: Mapping[str, Callable[..., Value]] = {
     "Add": add, "ArgMax": argmax, "Cast": cast, "Concat": concat, "Conv": conv, "Cos": cos, "Div": div,
+    "Equal": lambda x, y: x == y,
     "Gather": gather, "GatherND": gather_nd, "Gelu": gelu, "Gemm": gemm, "Identity": lambda x: x,
     "InstanceNormalization": instance_norm,
     "LayerNormalization": layer_norm, "MatMul": lambda x, y: x @ y, "Mul": mul, "Range": range_,

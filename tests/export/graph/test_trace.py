@@ -18,6 +18,7 @@ import torch
 
 from stepforge.export.graph import trace
 from stepforge.export.models.load import load
+from stepforge.export.parity.measures import relative_error
 from stepforge.runtime.backends.openvino import core
 from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, VAE_DECODER, ComponentId, read
 
@@ -131,6 +132,29 @@ def test_text_encoders(family: str, request: pytest.FixtureRequest) -> None:
             output = second(tokens, output_hidden_states=True)
             expected = {"hidden_states": output.hidden_states[-2], "pooled": output.text_embeds}
             check(folder, TEXT_ENCODERS[1], {"input_ids": ids}, expected)
+
+
+def test_a_text_encoder_that_names_its_end_token(tmp_path: Path) -> None:
+    """Configs of SDXL's second encoder say 2, which stands for the highest id, or the token itself: then pads may follow it."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    from stepforge.runtime.backends.torch.program import read as read_program
+    from stepforge.runtime.backends.torch.run import Runner
+
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=520, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=1,
+        projection_dim=40, bos_token_id=518, eos_token_id=517, pad_token_id=519,
+    )  # fmt: skip
+    network = CLIPTextModelWithProjection(config).eval().requires_grad_(False)
+    graph = tmp_path / trace.save(trace.text_encoder(network, 77, penultimate=True), tmp_path).graph
+    ids = np.random.default_rng(0).integers(0, 500, (3, 77))
+    for row in range(3):
+        ids[row, 10 + row], ids[row, 11 + row :] = 517, 519
+    expected = network(torch.from_numpy(ids)).text_embeds.numpy()
+    ours = Runner(read_program(graph))({"input_ids": torch.from_numpy(ids)})["pooled"].numpy()
+    for found in (ours, onnxruntime_session(graph)({"input_ids": ids})["pooled"]):
+        assert relative_error(found, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
