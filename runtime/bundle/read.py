@@ -176,9 +176,11 @@ def _check_tree(bundle: Bundle) -> None:
                 raise BundleError(
                     f"{shown_path} contains the link {printable(relative)}; a bundle holds plain files only"
                 )
+            if PARTIAL.fullmatch(relative):
+                continue  # it may be gone by now
             if not file.is_dir() and not file.is_file():
                 raise BundleError(f"{shown_path} contains {printable(relative)}, which is no plain file")
-            if file.is_file() and relative != MANIFEST and not PARTIAL.fullmatch(relative):
+            if file.is_file() and relative != MANIFEST:
                 present.add(relative)
         if missing := sorted(set(bundle.files) - present):
             raise BundleError(f"{shown_path} lacks {printable(', '.join(missing))}")
