@@ -29,8 +29,8 @@ from stepforge import Request, load, open_bundle
 from stepforge.runtime.backends import open_backend
 from stepforge.runtime.bundle import MANIFEST, UNET, VAE_DECODER
 from stepforge.runtime.engine.adapters import Adapters
-from stepforge.runtime.engine.denoise import Denoisers, rows_of_slot
-from stepforge.runtime.engine.state import Job, Slot
+from stepforge.runtime.engine.denoise import Denoisers
+from stepforge.runtime.engine.state import Batch, Job, Trajectory
 from stepforge.runtime.engine.text import Condition, Conditioner
 from stepforge.runtime.imaging.png import to_pil, to_uint8
 from stepforge.runtime.plan.compile import compile_plan
@@ -55,28 +55,27 @@ class Tables:
         self._denoisers = Denoisers(self.bundle, backend, adapters)
         self._decoder = backend.open(VAE_DECODER)
 
-    def start(self, request: Request) -> Slot:
+    def start(self, request: Request) -> Trajectory:
         """The first image of a request, before its first step."""
         plan = compile_plan(request, self.bundle.scheduler)
         job = Job(request, plan, self.bundle.card.size(request.width, request.height), None)
         job.cond, job.uncond = self.conditioner(request.prompt, request.negative, request.prompt_syntax)
-        return Slot(job, 0, job.size.latents(self.bundle.card))
+        return Trajectory(job, 0, self.bundle.card.latent_shape(job.size))
 
-    def step(self, slots: Sequence[Slot]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """One step of every slot, all guided; the conditional and unconditional prediction of each."""
+    def step(self, images: Sequence[Trajectory]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """One step of every image, all guided; the conditional and unconditional prediction of each."""
         found = []
-        for first in range(0, len(slots), ROWS // 2):
-            chunk = slots[first : first + ROWS // 2]
-            rows = [row for slot in chunk for row in rows_of_slot(slot)]
-            predictions = self._denoisers(rows).reshape(len(chunk), 2, -1)
-            for slot, (cond, uncond) in zip(chunk, predictions, strict=True):
-                slot.job.guider(slot.guide, slot.step, slot.weight, slot.x, cond, uncond, slot.p)
-                slot.advance()
+        for first in range(0, len(images), ROWS // 2):
+            chunk = images[first : first + ROWS // 2]
+            predictions = self._denoisers(Batch.of(chunk)).reshape(len(chunk), 2, -1)
+            for image, (cond, uncond) in zip(chunk, predictions, strict=True):
+                image.job.guider(image.guide, image.step, image.weight, image.x, cond, uncond, image.p)
+                image.advance()
                 found.append((cond.copy(), uncond.copy()))
         return found
 
-    def picture(self, slot: Slot) -> Image.Image:
-        return to_pil(to_uint8(self._decoder({"latents": slot.x.reshape(1, *slot.shape).copy()})["pixels"]))[0]
+    def picture(self, image: Trajectory) -> Image.Image:
+        return to_pil(to_uint8(self._decoder({"latents": image.x.reshape(1, *image.shape).copy()})["pixels"]))[0]
 
     def kinds(self, prompt: str) -> np.ndarray:
         """For each token of the prompt's context its index in TOKENS; by the first tokenizer."""
@@ -88,12 +87,12 @@ class Tables:
         return np.array(kinds)
 
 
-def fork(slot: Slot, condition: Condition | None) -> Slot:
+def fork(image: Trajectory, condition: Condition | None) -> Trajectory:
     """A copy that goes its own way, with another prompt."""
-    twin, job = copy.copy(slot), copy.copy(slot.job)
+    twin, job = copy.copy(image), copy.copy(image.job)
     job.cond = condition
-    twin.job, twin.state = job, slot.state.copy()
-    twin.generator, twin.guide = copy.deepcopy(slot.generator), copy.deepcopy(slot.guide)
+    twin.job, twin.state = job, image.state.copy()
+    twin.generator, twin.guide = copy.deepcopy(image.generator), copy.deepcopy(image.guide)
     return twin
 
 
@@ -101,7 +100,7 @@ def trace(tables: Tables, asked: Request, other: Request, look: Any) -> dict[str
     """One pair of prompts: pictures by the step of the switch, and the measures of each step."""
     a, b = tables.start(asked), tables.start(other)
     steps = len(a.job.plan.steps)
-    switched: list[Slot] = []
+    switched: list[Trajectory] = []
     found: dict[str, list[Any]] = {"ratio": [], "cosine": [], "mass": []}
     for k in range(steps):
         if k:
@@ -111,12 +110,12 @@ def trace(tables: Tables, asked: Request, other: Request, look: Any) -> dict[str
         cond, uncond = tables.step([a, b, *switched])[0]
         found["ratio"].append(float(np.linalg.norm(cond - uncond) / np.linalg.norm(uncond)))
         found["cosine"].append(alignment(cond, uncond))
-    found["pictures"] = [tables.picture(slot) for slot in (b, *switched, a)]
+    found["pictures"] = [tables.picture(image) for image in (b, *switched, a)]
     return found
 
 
 def watcher(tables: Tables, model: Path) -> Any:
-    """Cross-attention's mass on each kind of token, for a slot's conditional row: the eager model looks at its input."""
+    """Cross-attention's mass on each kind of token, for an image's conditional row: the eager model looks at its input."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -139,18 +138,18 @@ def watcher(tables: Tables, model: Path) -> Any:
 
     unet.set_attn_processor(Record())
 
-    def look(slot: Slot) -> list[float]:
-        condition, step, size = slot.job.cond, slot.step, slot.job.size
+    def look(image: Trajectory) -> list[float]:
+        condition, step, size = image.job.cond, image.step, image.job.size
         assert condition is not None
         added = {}
         if condition.pooled is not None:
             times = [[size.height, size.width, 0, 0, size.height, size.width]]
             added = {"text_embeds": torch.tensor(condition.pooled)[None], "time_ids": torch.tensor(times).float()}
         seen.clear()
-        x = torch.tensor(slot.x.reshape(1, *slot.shape) * np.float32(step.scale_in))
+        x = torch.tensor(image.x.reshape(1, *image.shape) * np.float32(step.scale_in))
         with torch.no_grad():
             unet(x, step.t, torch.tensor(condition.context)[None], added_cond_kwargs=added)
-        mass, kinds = torch.stack(seen).mean(0).numpy(), tables.kinds(slot.job.request.prompt)
+        mass, kinds = torch.stack(seen).mean(0).numpy(), tables.kinds(image.job.request.prompt)
         return [float(mass[kinds == kind].sum()) for kind in range(len(TOKENS))]
 
     return look

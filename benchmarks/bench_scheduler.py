@@ -8,7 +8,7 @@ scheduler/steps.json; milliseconds to read and check it; longest windows over la
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 
 from stepforge.export.models.scheduler import EXAMINED, scheduler_card
@@ -28,8 +28,10 @@ SCHEDULERS = {
 
 
 def main() -> None:
-    for name in sys.argv[1:] or SCHEDULERS:
-        config = {"_class_name": name, **BETAS, **SCHEDULERS[name]}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("classes", nargs="*", metavar="CLASS", help=f"some of {', '.join(SCHEDULERS)}; default: all")
+    for name in parser.parse_args().classes or SCHEDULERS:
+        config = {"_class_name": name, **BETAS, **SCHEDULERS.get(name, {})}
         start = time.process_time()
         scheduler_card(config, EXAMINED)
         examined = time.process_time() - start

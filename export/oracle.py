@@ -91,7 +91,7 @@ class Trace:
     """K evaluations of a scheduler: latents over its inputs, and what the network was given."""
 
     latents: Float64  # [K + 1, 1 + 2K]: coefficients of x_0, p_0..p_{K-1}, z_0..z_{K-1}
-    t: tuple[float, ...]  # as the scheduler rounds them to float32
+    t: tuple[float, ...]  # timesteps, rounded to float32 by the scheduler
     scale_in: tuple[float, ...]
     sigma: tuple[float, ...]  # noise-to-signal
     denoised: tuple[tuple[float, float], ...]

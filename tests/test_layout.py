@@ -166,3 +166,33 @@ def test_importing_does_nothing(tmp_path):
     code = f"import importlib\nfor name in {names!r}: importlib.import_module(name)"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def bound(path: Path) -> set[str]:
+    """Names at the top level of a module, and the modules of a package."""
+    names = {entry.stem for entry in path.parent.iterdir()} if path.name == "__init__.py" else set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names.add(node.value)  # the face's names are keys of its table
+    return names
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_scripts_import_what_there_is(folder):
+    """Nothing else runs or type-checks all of them."""
+    for path in sources(folder):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "stepforge":
+                continue
+            parts = node.module.split(".")
+            place = ROOT.joinpath(*(parts[1:] or parts))
+            module = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+            assert module.is_file(), f"{path.name} imports {node.module}"
+            for alias in node.names:
+                assert alias.name in bound(module), f"{path.name} imports {alias.name} from {node.module}"

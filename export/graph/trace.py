@@ -285,7 +285,7 @@ def trace(traced: Traced, opset: int = OPSET) -> ir.Model:
 @contextmanager
 def slice_rule_at_slices() -> Iterator[None]:
     """onnxscript's optimizer (0.7) lists the whole graph at every node, to see whether two Slices are a Split: the square of
-    SDXL's some 10,000 nodes. Inside the block it does so at Slices only."""
+    its nodes. Inside the block it does so at Slices only."""
     from onnxscript.rewriter.rules.common import slice_split_rule as rule
 
     whole = rule.try_rewrite

@@ -11,7 +11,7 @@ from typing import Any
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.files import is_lfs_pointer, strict_json
 
-MOST_BYTES = 16 << 20  # of JSON and text; CLIP's tokenizer.json has 2.2 MB, an index of 2000 weights 0.2 MB
+MOST_BYTES = 16 << 20  # bytes of a JSON or text file; far beyond a tokenizer or an index of shards
 KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",

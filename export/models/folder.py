@@ -79,9 +79,7 @@ def read_folder(path: Path, prediction_type: str | None) -> Source:
     encoder = any(key.startswith("encoder.") for file in files["vae"] for key in read_header(file).shapes)
     if not encoder:
         assumed.append("vae: only its decoder, because the files have no encoder")
-    zeros = index.get(
-        "force_zeros_for_empty_prompt", True
-    )  # the pipeline class's default, where an SDXL model does not say
+    zeros = index.get("force_zeros_for_empty_prompt", True)  # default of the pipeline class
     if not isinstance(zeros, bool):
         raise CheckpointError(
             f"{path}: force_zeros_for_empty_prompt is {printable(repr(zeros), 80)}; true or false is expected"

@@ -30,7 +30,7 @@ WIDTHS = {768: "sd1", 1024: "sd2", 1280: "the SDXL refiner", 2048: "sdxl"}  # nu
 
 HEAD = 64  # channels of one attention head: SD 2 and SDXL UNets, and every CLIP text encoder
 SD1_HEADS = 8
-SD2_LAYERS = 23  # of SD 2's text encoder; OpenCLIP's has one more, which is not read
+SD2_LAYERS = 23  # layers of SD 2's text encoder; OpenCLIP's has one more, which is not read
 SCALING = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 RESNET = re.compile(r"input_blocks\.(\d{1,3})\.0\.out_layers\.3\.weight")
 DOWNSAMPLER = re.compile(r"input_blocks\.(\d{1,3})\.0\.op\.weight")

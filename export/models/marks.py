@@ -93,7 +93,7 @@ def _prediction(
                 "--prediction-type"
             )
     stated = {SAID[value.lower()] for value in said.values()}
-    if V_KEY in header.shapes:  # as ComfyUI: the key decides
+    if V_KEY in header.shapes:  # ComfyUI's rule: the key decides
         if stated - {V}:
             assumed.append(f"prediction_type: {V}, by the key {V_KEY}, although the file's metadata states another")
         return V

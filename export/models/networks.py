@@ -32,9 +32,9 @@ CLIP_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id",
 )  # fmt: skip
-TEXTS = ("hidden_act",)  # those of CLIP_KEYS that are not numbers
+TEXTS = ("hidden_act",)  # members of CLIP_KEYS that are not numbers
 REPEATS = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
-MOST = 10_000_000  # of any whole number in a config; the largest real one is a vocabulary of 49,408
+MOST = 10_000_000  # largest whole number in a config; real ones end at a vocabulary of 49,408
 MOST_LEVELS = 16
 KINDS = {"linear": nn.Linear, "conv": nn.Conv2d, "norm": (nn.GroupNorm, nn.LayerNorm)}
 

@@ -21,7 +21,7 @@ from stepforge.runtime.files import printable
 from stepforge.runtime.plan.samplers import SAMPLERS
 
 COUNTS = range(1, 101)  # step counts that are compiled
-EXAMINED = (20, 4, 1)  # those of them that show early whether the steps can be compiled
+EXAMINED = (20, 4, 1)  # counts that are compiled before any weight is read, to refuse early
 
 # class -> our sampler, for the options below
 FORMULAS = {

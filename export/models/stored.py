@@ -17,6 +17,14 @@ from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.files import printable
 
 Rename = Callable[[State, nn.Module], State]  # weights by the file's names, the empty network -> by the network's names
+CONVERTERS_RAISE = (
+    KeyError,
+    IndexError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+)  # of diffusers, on odd files
 SIZES = 6  # numbers that tell SDXL of an image: its original size, its crop, its target size
 
 
@@ -24,7 +32,7 @@ SIZES = 6  # numbers that tell SDXL of an image: its original size, its crop, it
 class Stored:
     """One network: examined by `check` from its config and its files' headers, read by `load`."""
 
-    what: str  # in errors
+    what: str  # name in errors
     config: Mapping[str, Any]
     build: Callable[[], Any]  # network without weights
     files: Sequence[Path]
@@ -53,14 +61,7 @@ class Stored:
     def _renamed(self, state: State, network: nn.Module) -> State:
         try:
             return self.rename(state, network)
-        except (
-            KeyError,
-            IndexError,
-            ValueError,
-            RuntimeError,
-            TypeError,
-            AttributeError,
-        ) as error:  # diffusers' converters
+        except CONVERTERS_RAISE as error:
             missing = printable(first_line(error), 120)
             raise CheckpointError(f"{self.what} is damaged or of an unknown layout: weight {missing}") from error
 

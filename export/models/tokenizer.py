@@ -29,7 +29,7 @@ FILES = (  # all that transformers may read of a tokenizer; nothing else of the 
 class Tokenizer:
     """A tokenizer as a bundle stores it."""
 
-    text: str  # of tokenizer.json
+    text: str  # content of tokenizer.json
     card: dict[str, int]  # max_length, bos_id, eos_id, pad_id
     vocabulary: int  # highest id, and one
     corrected: str = ""  # how the padding differs from the folder's; empty: it does not

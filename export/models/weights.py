@@ -37,7 +37,7 @@ TYPES = {name: dtype for dtype, name in (FLOATS | CASTS | WHOLE_NUMBERS).items()
 # Scales beside float8 or integer weights: ComfyUI's and NVIDIA's names. Without them the weights are numbers of no meaning.
 SCALED = re.compile(r"(.*\.)?(scaled_fp8|comfy_quant|scale_weight|scale_input|weight_scale(_2)?|input_scale)")
 MOST_HEADER = 32 << 20  # bytes; that of SDXL has 0.3 MB
-MOST_WEIGHTS = 20_000  # in one file; SDXL has 2600 with its text encoders
+MOST_WEIGHTS = 20_000  # weights of one file
 MOST_AXES, LONGEST_AXIS = 8, 1 << 40
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANTS = ("fp16", "bf16")  # taken in this order, other ones if there is one only

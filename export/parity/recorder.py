@@ -29,9 +29,9 @@ class Call:
     """One call of a network: a graph of the bundle gives these outputs for these inputs."""
 
     component: ComponentId
-    name: str  # of the check
+    name: str  # label of the check
     inputs: Arrays
-    outputs: Arrays  # by the graph's names; one output `residuals` is all residuals of a ControlNet together
+    outputs: Arrays  # values by the graph's names; one output `residuals` is all residuals of a ControlNet together
 
 
 class Recorder:

@@ -49,7 +49,7 @@ class References:
     again: Reference  # the first prompt with one thread
     controlled: Mapping[str, Reference]  # the first prompt with the drawn hint, by ControlNet
     hint: Image.Image
-    calls: Sequence[Call]  # of networks, during the first prompt's runs
+    calls: Sequence[Call]  # calls of networks, during the first prompt's runs
     size: Size | None  # the pipeline's own image size; None: its configs state none
     loader: str
     assumed: tuple[str, ...]

@@ -21,7 +21,7 @@ from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.files import printable
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-PREFIX = "stepforge-"  # of temporary folders
+PREFIX = "stepforge-"  # beginning of temporary folders
 LIBRARIES = ("diffusers", "transformers")  # the only ones that a model_index.json may name
 PUBLIC = ("_class_name", "_diffusers_version")  # keys with an underscore that are kept
 CODE = (  # keys that make a loader import, download or rewrite something

@@ -33,12 +33,7 @@ BACKENDS = {
     "fake": "stepforge.runtime.backends.fake:Fake",
 }
 AUTO = ("torch", "openvino", "onnxruntime")  # best first; torch on a GPU only (benchmarks/bench_denoiser.py)
-PRECISIONS = (
-    "auto",
-    "fp32",
-    "bf16",
-    "fp16",
-)  # precisions of the arithmetic; a bundle's weights have `bundle.WEIGHT_PRECISIONS`
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")  # arithmetic; weights have `bundle.WEIGHT_PRECISIONS`
 FP16 = ("torch", "torch-exact")  # backends that compute in fp16
 THREADS_PER_CORE = 4  # most that a caller may ask for; engine libraries start every one of them
 # Text encoders cost nothing beside the denoiser, and every step depends on them.

@@ -18,10 +18,10 @@ from stepforge.runtime.bundle import Bundle, Component, ComponentId
 from stepforge.runtime.checks import shown
 from stepforge.runtime.errors import BackendError
 
-MOST_BYTES = 256 << 20  # of a graph file; SDXL's with banks in every layer has 2 MB
+MOST_BYTES = 256 << 20  # bytes of a graph file, whose larger weights lie beside it
 MOST_NODES = 200_000
 MOST_ELEMENTS = 1 << 40
-MOST_NUMBER = 1 << 24  # of inline whole numbers (shapes, axes, indices), beside those that mean "to the end"
+MOST_NUMBER = 1 << 24  # largest of inline whole numbers (shapes, axes, indices), beside those that mean "to the end"
 ENDS = (2**63 - 1, -(2**63), 2**31 - 1, -(2**31))
 # The standard domain: what exports write, and arithmetic by element. None has a subgraph, and none makes a value of any size
 # of a few numbers, but for Range and Resize, whose numbers are bounded below: after Expand to [0, 2^62] OpenVINO 2026.4.1
@@ -37,7 +37,7 @@ ONNXRUNTIME = frozenset(
     ("MultiHeadAttention", "SkipLayerNormalization", "BiasGelu", "FastGelu", "FusedMatMul", "QuickGelu")
 )
 OPERATORS = {"": STANDARD, "ai.onnx": STANDARD, "com.microsoft": ONNXRUNTIME}
-BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}  # an element, by TensorProto.DataType
+BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}  # size of an element, by TensorProto.DataType
 WHOLE = {6: "<i", 7: "<q"}
 IR_VERSIONS = range(8, 20)
 OPSETS = {"": range(18, 30), "ai.onnx": range(18, 30), "com.microsoft": range(1, 2)}
@@ -45,7 +45,7 @@ LIMITS = {  # engines divide by these, and make room for those
     "strides": (1, 64), "dilations": (1, 64), "kernel_shape": (1, 64), "group": (1, 1 << 16), "num_outputs": (1, 1 << 10),
     "num_heads": (1, 1 << 10), "pads": (0, 64),
 }  # fmt: skip
-MOST_SCALE = 64.0  # of Resize
+MOST_SCALE = 64.0  # largest scale of Resize
 
 Span = tuple[int, int]
 
@@ -233,7 +233,7 @@ def _decimal(entries: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _name(data: bytes, span: Span) -> str:
-    """Of a ValueInfoProto."""
+    """Name of a ValueInfoProto."""
     return next((_text(data, value) for field, value in _fields(data, span) if field == 1), "")
 
 

@@ -16,11 +16,11 @@ from stepforge.runtime.errors import BackendError
 SIZE = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)(?:/(\d+))?")  # "8*height", "height/2"
 
 FLOATS = ("float32", "torch.float32", "torch.bfloat16", "torch.float16")  # the torch backend converts what leaves it
-Size = int | tuple[str, int, int]  # or the name of an input's size, times one number, divided by another
+Size = int | tuple[str, int, int]  # a number, or the name of an input's size, times one number, divided by another
 
 
 class Signature:
-    """Compares shapes only, which costs some microseconds a call. Components without statements are not checked."""
+    """Compares names, shapes and types, no values. Components without statements are not checked."""
 
     def __init__(self, bundle: Bundle, component: ComponentId) -> None:
         entry = bundle.components[component]

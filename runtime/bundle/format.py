@@ -122,7 +122,7 @@ class Tensor:
 class Module:
     """A layer of a network that a LoRA may change."""
 
-    path: Text  # as in diffusers; in text encoders without "text_model."
+    path: Text  # diffusers' path; in text encoders without "text_model."
     kind: Annotated[str, OneOf(("linear", "conv", "norm"))]
     shape: Annotated[tuple[Channels, ...], Between(1, 5)]  # weight's: [out, in], [out, in, k, k] or [channels]
     bias: bool
@@ -140,7 +140,7 @@ class Bank:
     strength. Slot 0 holds zeros: no adapter.
     """
 
-    slots: Annotated[int, Between(2, 65)]  # with slot 0
+    slots: Annotated[int, Between(2, 65)]  # slot 0 included
     rank: Annotated[int, Between(1, 512)]
     shared: Mapping[
         Text, Annotated[tuple[Text, ...], Between(1, 64)]
@@ -235,7 +235,7 @@ class Bundle:
     card: ModelCard
     scheduler: SchedulerCard
     components: Mapping[ComponentId, Component]
-    precision: Precision  # of the weights
+    precision: Precision  # type of the weights
     versions: Mapping[str, str]
     source: Mapping[str, Any]  # where the model came from: kind, file name, sha256 of its weights
     files: Mapping[str, tuple[int, str]]  # relative path -> (bytes, sha256)

@@ -35,8 +35,8 @@ from stepforge.runtime.errors import BundleError
 from stepforge.runtime.files import printable, strict_json
 
 PARTIAL = re.compile(r"\.[0-9a-f]{16}\.tmp")  # a manifest that is being written, see `files.written`; nobody reads it
-MOST_BYTES = 32 << 20  # of a manifest; SDXL's with banks in every layer has 1 MB
-MOST_FILES = 4096  # in the folder
+MOST_BYTES = 32 << 20  # bytes of a manifest
+MOST_FILES = 4096  # files and folders of a bundle
 
 Digest = Annotated[str, Matches(re.compile(r"[0-9a-f]{64}"), "a sha256")]
 SOURCE: tuple[

@@ -22,8 +22,8 @@ from stepforge.runtime.errors import BundleError, RequestError
 
 STEPS_FILE = "scheduler/steps.json"
 MOST_BYTES = 64 * 2**20
-MOST_STEPS = 1000  # of an entry
-MOST_EVALUATIONS = 4  # of a step, and of the first steps of Runge-Kutta
+MOST_STEPS = 1000  # steps of an entry
+MOST_EVALUATIONS = 4  # evaluations of a step, and of the first steps of Runge-Kutta
 LONGEST_WINDOW = 16  # latents or predictions
 
 

@@ -25,7 +25,7 @@ class Stream:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self.raw = inner  # for what draws on the terminal
+        self.raw = inner  # stream for what draws on the terminal
         self.error: OSError | None = None
         if hasattr(inner, "reconfigure"):
             inner.reconfigure(errors="backslashreplace", line_buffering=True)

@@ -41,7 +41,7 @@ _MARK = re.compile(
     r"|(?P<bracket>[()\[\]])"
     r"|(?P<text>[^\\()\[\]:]+|:)"
 )
-_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>|\bembedding:[^\s,()]+")  # of A1111 and ComfyUI
+_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>|\bembedding:[^\s,()]+")  # marks of A1111 and ComfyUI
 _BREAK = re.compile(r"\bBREAK\b")
 
 
@@ -120,7 +120,7 @@ class ClipTokenizer:
     def _tokens(self, text: str) -> list[int]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         if self._vectors and (found := [token for token in dict.fromkeys(encoding.tokens) if token in self._vectors]):
-            for token in found:  # as diffusers: wherever its letters stand
+            for token in found:  # diffusers' rule: wherever its letters stand
                 if len(text) + text.count(token) * len(self._vectors[token]) > MAX_CHARACTERS:
                     raise RequestError(
                         f"prompt has more than {MAX_CHARACTERS} characters once {shown(token)} is written out"

@@ -70,7 +70,7 @@ class Contents:
     name: str
     tensors: Mapping[str, Tensor]
     configs: Mapping[str, PeftConfig] = field(default_factory=dict)
-    sha256: Callable[[], str] = str  # of all that was read
+    sha256: Callable[[], str] = str  # digest of all that was read
 
 
 @contextmanager

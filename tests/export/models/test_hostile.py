@@ -140,7 +140,7 @@ def test_what_is_no_file_is_not_opened(model: Path, file: str, kind: str) -> Non
         path.mkdir()
     else:
         path.symlink_to(path.name)
-    if file.endswith("added_tokens.json") and kind == "loop":  # as if it were absent, which is usual
+    if file.endswith("added_tokens.json") and kind == "loop":  # a loop counts as absent, which is usual
         load(model)
         return
     refuse(model, {"fifo": "it is a FIFO, a file was", "folder": "it is a folder, a file was", "loop": path.name}[kind])
