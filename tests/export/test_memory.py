@@ -19,7 +19,7 @@ def test_too_little_memory(tiny_sd1, tmp_path, monkeypatch):
 
 
 def test_too_little_disk(tiny_sd1, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=10**6))
     with pytest.raises(CheckpointError, match=r"takes more than 0.0 GB; .* has 0.0 GB free"):
         export_bundle(tiny_sd1, tmp_path / "no" / "such" / "folder")
     assert list(tmp_path.iterdir()) == []
