@@ -69,12 +69,13 @@ def build_text_encoder(vocabulary: int, width: int, act: str, *, layers: int = 3
     return (CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config)
 
 
-def build_vae(**options: Any) -> Any:
+def build_vae(levels: int = 2, **options: Any) -> Any:
+    """A latent is 2^(levels − 1) pixels wide."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(32, 64), layers_per_block=1, latent_channels=4, sample_size=64,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **options,
+        block_out_channels=(32,) * (levels - 1) + (64,), layers_per_block=1, latent_channels=4, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, **options,
     )  # fmt: skip
 
 
@@ -184,6 +185,80 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "text_encoder": build_text_encoder(vocabulary, 32, "quick_gelu"),
             "text_encoder_2": build_text_encoder(vocabulary, 48, "gelu", projection=40),
             "scheduler": EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_x4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD x4 upscaler: 7 channels, noise levels as class labels, v-prediction, a VAE of factor 4, noise of its own."""
+    import torch
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    torch.manual_seed(14)
+    folder = tmp_path_factory.mktemp("models") / "tiny-x4"
+    vocabulary = save_tokenizer(folder / "tokenizer", pad="!")
+    scheduler = DDIMScheduler(
+        beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+    return save_pipeline(
+        folder,
+        {"_class_name": "StableDiffusionUpscalePipeline", "max_noise_level": 350, "watermarker": [None, None]},
+        {
+            "unet": build_unet(
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                in_channels=7,
+                num_class_embeds=1000,
+                only_cross_attention=[True, False],
+                cross_attention_dim=32,
+                attention_head_dim=8,
+                use_linear_projection=True,
+            ),
+            "vae": build_vae(3, scaling_factor=0.08333),
+            "text_encoder": build_text_encoder(vocabulary, 32, "gelu", layers=2),
+            "scheduler": scheduler,
+            "low_res_scheduler": DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear"),
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_x2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """x2 latent upscaler: the blocks of Katherine Crowson's UNet, Fourier time, text and pooled text, 5 channels out."""
+    import torch
+    from diffusers import EulerDiscreteScheduler
+
+    torch.manual_seed(15)
+    folder = tmp_path_factory.mktemp("models") / "tiny-x2"
+    vocabulary = save_tokenizer(folder / "tokenizer")
+    return save_pipeline(
+        folder,
+        {"_class_name": "StableDiffusionLatentUpscalePipeline"},
+        {
+            "unet": build_unet(
+                block_out_channels=(32, 64, 64),
+                down_block_types=("KDownBlock2D", "KDownBlock2D", "KCrossAttnDownBlock2D"),
+                up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D", "KUpBlock2D"),
+                mid_block_type=None,
+                in_channels=8,
+                out_channels=5,
+                cross_attention_dim=32,
+                attention_head_dim=8,
+                norm_num_groups=None,
+                act_fn="gelu",
+                conv_in_kernel=1,
+                conv_out_kernel=1,
+                resnet_time_scale_shift="scale_shift",
+                time_embedding_type="fourier",
+                timestep_post_act="gelu",
+                time_cond_proj_dim=128 + 32,
+                only_cross_attention=False,
+            ),
+            "vae": build_vae(),
+            "text_encoder": build_text_encoder(vocabulary, 32, "quick_gelu"),
+            "scheduler": EulerDiscreteScheduler(**BETAS, prediction_type="sample"),
         },
     )
 
