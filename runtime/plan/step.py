@@ -28,6 +28,9 @@ class Step:
     control: tuple[float, ...] = ()  # scale of each of the request's ControlNets; 0.0: that network is not run
     reuse: str = ""  # a variant of the denoiser that reuses an earlier step's activations: "deepcache", "tgate"
     denoiser: str = "unet"
+    threshold: tuple[float, float] | None = None  # ratio, cap: p_k is then the limited clean latent, see limits.py
+    raw: float = 0.0  # coefficient of the raw output of the network, where p_k is the limited clean latent
+    variance: tuple[float, float] | None = None  # log beta, log beta~: the network predicts how strong the noise is
     index: int = 0  # number of the sampler's step; the two evaluations of a Heun step share one
 
 
