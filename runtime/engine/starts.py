@@ -2,12 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+
+from stepforge.runtime.arrays import Float32
+from stepforge.runtime.bundle import SchedulerCard
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.engine.state import Leg
-from stepforge.runtime.engine.trajectory import Start
+from stepforge.runtime.engine.trajectory import Start, Waypoint
+from stepforge.runtime.plan.schedules import alphas_cumprod
+
+Encode = Callable[[Float32, str], Float32]  # picture in [-1, 1], [3, H, W], and stage -> moments of its VAE, [2C, h, w]
 
 
 def from_noise(leg: Leg, shape: tuple[int, int, int], seed: int) -> Start:
     """Text to image: noise at the plan's first level. shape: of the latents, [C, h, w]."""
     generator = Generator(seed)
     return Start(leg.plan.init_noise * generator.normal(shape), generator)
+
+
+def from_picture(leg: Leg, image: Waypoint, encode: Encode) -> Start:
+    """Super-resolution: noise, and the smaller image that the network reads beside it.
+
+    The order of draws is that of diffusers' pipeline of the stage's kind.
+    """
+    card, upscale = leg.card, leg.upscale
+    assert card is not None and card.model is not None and upscale is not None
+    generator = image.generator if upscale.seed is None else Generator(upscale.seed + image.index)
+    shape = card.model.latent_shape(leg.size)
+    if card.kind == "x2":
+        latents = image.latents
+        if not leg.reads_latents:
+            assert image.picture is not None
+            latents = card.model.scaling_factor * drawn(encode(image.picture, leg.stage), generator)
+        assert latents is not None
+        low = latents.repeat(2, axis=1).repeat(2, axis=2)
+        return Start(leg.plan.init_noise * generator.normal(shape), generator, concat=low)
+    assert image.picture is not None and card.noising is not None
+    level = card.noise_level if upscale.noise_level is None else upscale.noise_level
+    low = noised(np.clip(image.picture, -1, 1), card.noising, level, generator)
+    x = leg.plan.init_noise * generator.normal(shape)
+    return Start(x, generator, concat=low, inputs={"class_labels": np.int64(level)})
+
+
+def noised(picture: Float32, noising: SchedulerCard, level: int, generator: Generator) -> Float32:
+    """A picture with fresh noise of a level: √ᾱ·picture + √(1 − ᾱ)·z."""
+    bar = float(alphas_cumprod(noising)[level])
+    z = generator.normal(picture.shape)
+    return np.float32(bar**0.5) * picture + np.float32((1 - bar) ** 0.5) * z
+
+
+def drawn(moments: Float32, generator: Generator) -> Float32:
+    """Latents, [C, h, w], drawn from the means and log variances that a VAE encoder makes, [2C, h, w]."""
+    mean, log_variance = np.split(moments, 2)
+    return mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * generator.normal(mean.shape)

@@ -145,6 +145,11 @@ class Trajectory:
         self.k += 1
         self.x[:] = latent
 
+    def end(self) -> Waypoint:
+        """The image behind its leg."""
+        done = next(number for number, leg in enumerate(self.job.legs, 1) if leg is self.leg)
+        return Waypoint(self.job, self.index, done, self.begin.generator, self.latents())
+
     def latents(self) -> Float32:
         """A copy of the current latent, [C, h, w]."""
         return self.x.reshape(self.shape).copy()
@@ -176,6 +181,23 @@ class Trajectory:
                 self._means[name] = values.mean(axis=0, keepdims=True, dtype=np.float32)
             return self._means[name]
         return values[[kept.index(role) for role in roles]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Waypoint:
+    """One image of a job between two legs, or behind the last."""
+
+    job: Job
+    index: int
+    done: int  # legs behind it; 0: its picture was given
+    generator: Generator  # its stream goes on in the next leg
+    latents: Float32 | None = None  # that the last denoiser behind it made, [C, h, w]
+    picture: Float32 | None = None  # in [-1, 1], [3, height, width]; None: latents are not decoded
+
+    @property
+    def next(self) -> Leg | None:
+        """The leg that comes next; None behind the last."""
+        return self.job.legs[self.done] if self.done < len(self.job.legs) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,26 @@ def read_image(source: str | Path | bytes | Picture | Image.Image | NDArray[Any]
         return _decoded(image)
 
 
+def read_picture(source: str | Path | bytes | Picture | Image.Image | NDArray[Any]) -> Float32:
+    """An image as decoders make them: RGB in [-1, 1], float32 [3, height, width]; transparent parts on black.
+
+    Raises RequestError as `read_image`."""
+    values = np.asarray(on_black(read_image(source)), np.float32) / np.float32(255)
+    return np.ascontiguousarray((np.float32(2) * values - np.float32(1)).transpose(2, 0, 1))
+
+
+def image_size(source: Any) -> tuple[int, int]:
+    """Width and height of the upright image, from its header. Raises RequestError as `check_image`."""
+    if isinstance(source, Picture):
+        return source.width, source.height
+    if isinstance(source, np.ndarray):
+        _check_array(source)
+        return source.shape[1], source.shape[0]
+    with _opened(source) as image:
+        turned = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+        return (image.height, image.width) if turned else (image.width, image.height)
+
+
 def check_image(source: object) -> None:
     """Raise RequestError for what `read_image` refuses by its type, its header or its size; nothing is decoded."""
     if isinstance(source, np.ndarray):

@@ -74,11 +74,12 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
         request.sigmas,
         request.eta,
     )
-    return _compiled(scheduler, sampling, weighing)
+    return compiled(scheduler, sampling, weighing)
 
 
 @lru_cache(CACHED_PLANS)
-def _compiled(scheduler: SchedulerCard, sampling: Sampling, weighing: Weighing) -> Plan:
+def compiled(scheduler: SchedulerCard, sampling: Sampling, weighing: Weighing) -> Plan:
+    """The plan that these decide, made once. Raises RequestError."""
     return _weighed(*sample_steps(scheduler, **sampling._asdict()), weighing)
 
 
