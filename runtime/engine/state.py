@@ -27,10 +27,14 @@ class Leg:
     """One stage of a job: a model of the bundle, the plan that it runs, and what its rows are conditioned on.
 
     size: of the pictures that it makes. stage: name of the super-resolution stage; empty for the base model.
+    prompt, negative: None for the request's.
     """
 
-    def __init__(self, plan: Plan, size: Size, stage: str = "") -> None:
+    def __init__(
+        self, plan: Plan, size: Size, stage: str = "", *, prompt: str | None = None, negative: str | None = None
+    ) -> None:
         self.plan, self.size, self.stage = plan, size, stage
+        self.prompt, self.negative = prompt, negative
         self.guider = plan.guider
         self.recordings = recordings(plan.steps)
         # set when the job is admitted

@@ -141,14 +141,15 @@ class Worker:
             self._denoise(half)
 
     def _update(self, trajectory: Trajectory, batch: Batch, span: slice, prediction: Float32) -> None:
-        """Guidance, then x_{k+1}."""
+        """Guidance, then x_{k+1}. Channels beyond the latents' are a variance; the first row's counts, the conditional one."""
         flat = prediction.reshape(len(prediction), -1)
-        given = {row.is_cond: values for row, values in zip(batch.rows[span], flat, strict=True)}
+        size = trajectory.x.size
+        given = {row.is_cond: values[:size] for row, values in zip(batch.rows[span], flat, strict=True)}
         trajectory.leg.guider(
             trajectory.guide, trajectory.step, trajectory.weight, trajectory.x, given.get(True), given.get(False),
             trajectory.p,
         )  # fmt: skip
-        trajectory.advance()
+        trajectory.advance(flat[0, size:])
 
     def _look(self, trajectory: Trajectory) -> None:
         """Check the new latent where it is on the host, and tell the caller of the step."""
