@@ -76,20 +76,28 @@ def read_x4(path: Path, index: Mapping[str, Any]) -> Upscaler:
     corrected = []
     if (factor := configs["vae"].get("scaling_factor", 0.18215)) != X4_SCALING:
         configs["vae"]["scaling_factor"] = X4_SCALING
-        corrected.append(f"vae: scaling_factor {X4_SCALING} instead of {printable(repr(factor), 80)}, as the pipeline's")
+        corrected.append(
+            f"vae: scaling_factor {X4_SCALING} instead of {printable(repr(factor), 80)}, as the pipeline's"
+        )
     source, unet, vae, text = _source(
         path, index, configs, "x4", partial(_unet, configs["unet"], ("num_class_embeds",)), corrected
     )
-    _check(unet.in_channels == vae.latent_channels + 3, f"its UNet takes {unet.in_channels} channels, not latents and RGB")
+    _check(
+        unet.in_channels == vae.latent_channels + 3, f"its UNet takes {unet.in_channels} channels, not latents and RGB"
+    )
     _check(unet.out_channels == vae.latent_channels, f"its UNet makes {unet.out_channels} channels, not latents")
     _check(unet.num_class_embeds is not None, "its UNet has no num_class_embeds, so that it is told no noise level")
     _check(unet.cross_attention_dim == text.hidden_size, "its UNet does not read its text encoder")
     most = index.get("max_noise_level", 350)
     if type(most) is not int or not 0 <= most < unet.num_class_embeds:
-        raise CheckpointError(f"{path}: max_noise_level is {printable(repr(most), 80)}; the UNet knows {unet.num_class_embeds}")
+        raise CheckpointError(
+            f"{path}: max_noise_level is {printable(repr(most), 80)}; the UNet knows {unet.num_class_embeds}"
+        )
     entry = index.get("low_res_scheduler")
     if entry != ["diffusers", "DDPMScheduler"]:
-        raise CheckpointError(f"{path}: low_res_scheduler is {printable(repr(entry), 80)}; supported: diffusers' DDPMScheduler")
+        raise CheckpointError(
+            f"{path}: low_res_scheduler is {printable(repr(entry), 80)}; supported: diffusers' DDPMScheduler"
+        )
     return Upscaler(
         kind="x4",
         scale=source.vae_scale,
@@ -111,10 +119,18 @@ def read_x2(path: Path, index: Mapping[str, Any]) -> Upscaler:
     configs = _configs(path, index)
     build = partial(_unet, configs["unet"], ("time_cond_proj_dim",))
     source, unet, vae, text = _source(path, index, configs, "x2", build, [])
-    _check(unet.in_channels == 2 * vae.latent_channels, f"its UNet takes {unet.in_channels} channels, not latents twice")
-    _check(unet.out_channels == vae.latent_channels + 1, f"its UNet makes {unet.out_channels} channels, not latents and one")
+    _check(
+        unet.in_channels == 2 * vae.latent_channels, f"its UNet takes {unet.in_channels} channels, not latents twice"
+    )
+    _check(
+        unet.out_channels == vae.latent_channels + 1,
+        f"its UNet makes {unet.out_channels} channels, not latents and one",
+    )
     _check(unet.time_embedding_type == "fourier", f"its UNet embeds times by {unet.time_embedding_type}, not fourier")
-    _check(unet.time_cond_proj_dim == X2_FEATURES + text.hidden_size, "its UNet does not read its text encoder's pooled text")
+    _check(
+        unet.time_cond_proj_dim == X2_FEATURES + text.hidden_size,
+        "its UNet does not read its text encoder's pooled text",
+    )
     _check(unet.cross_attention_dim == text.hidden_size, "its UNet does not read its text encoder")
     scheduler = dict(source.scheduler)
     _check(

@@ -146,11 +146,9 @@ def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
     encoders = [encoder.component for encoder in card.text_encoders]
     text = [shapes[encoder].get("hidden_states", ()) for encoder in encoders]
     width = sum(size for shape in text for size in shape[-1:] if isinstance(size, int))
-    read: dict[str, Shape] = {
-        "sample": image,
-        "timestep": ("rows",),
-        "encoder_hidden_states": ("rows", "tokens", width),
-    }
+    read: dict[str, Shape] = {"sample": image, "timestep": ("rows",)}
+    if encoders:
+        read["encoder_hidden_states"] = ("rows", "tokens", width)
     if card.family == "sdxl":
         pooled = shapes[encoders[-1]].get("pooled", ())
         read |= {"text_embeds": ("rows", *pooled[1:]), "time_ids": ("rows", 6)}
@@ -160,7 +158,11 @@ def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
             given: dict[str, Shape] = {"hidden_states": ("rows", length, ANY)}
             if card.family == "sdxl" and key == encoders[-1]:
                 given["pooled"] = ("rows", ANY)
-            return _Signature({"input_ids": ("rows", length)}, given)
+            ids: Shape = ("rows", length)
+            masked = {"attention_mask": ids} if card.family == "if" else {}
+            return _Signature({"input_ids": ids, **masked}, given)
+        case "denoiser" if card.family == "if":
+            return _pixel_denoiser(bundle, key, card, read)
         case "denoiser":
             return _Signature(read, {"prediction": image})
         case "control_hint":
@@ -188,6 +190,20 @@ def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
             return _Signature({"latents": image}, {"pixels": pixels})
 
 
+def _pixel_denoiser(bundle: Bundle, key: ComponentId, card: ModelCard, read: Mapping[str, Shape]) -> _Signature:
+    """A denoiser of DeepFloyd IF: a stage also reads the smaller image and its noise level; a variance may follow the mean."""
+    channels = card.latent_channels
+    scheduler = bundle.stages[key.stage].scheduler if key.stage else bundle.scheduler
+    doubled = any(tensor.shape[1:2] == (2 * channels,) for tensor in bundle.components[key].outputs)
+    if scheduler is not None and scheduler.learned_range:
+        doubled = True
+    beside: dict[str, Shape] = {}
+    if key.stage:
+        beside = {"sample": ("rows", 2 * channels, "height", "width"), "class_labels": ("rows",)}
+    given: Shape = ("rows", 2 * channels if doubled else channels, "height", "width")
+    return _Signature({**read, **beside}, {"prediction": given})
+
+
 def _shapes(tensors: Iterable[Tensor]) -> dict[str, Shape]:
     return {tensor.name: tensor.shape for tensor in tensors}
 
@@ -200,7 +216,7 @@ def _check_tensors(what: str, found: tuple[Tensor, ...], known: Mapping[str, Sha
         names.add(tensor.name)
         if tensor.name not in known:
             raise ValueError(f"it states the {what} {tensor.name!r}, which no network of its kind has")
-        dtype = "int64" if tensor.name in ("input_ids", "adapter") else "float32"
+        dtype = "int64" if tensor.name in ("input_ids", "attention_mask", "adapter") else "float32"
         wanted = known[tensor.name]
         same = len(wanted) == len(tensor.shape) and all(
             a in (ANY, b) for a, b in zip(wanted, tensor.shape, strict=True)

@@ -44,6 +44,8 @@ class Leg:
     ) -> None:
         self.plan, self.size, self.stage = plan, size, stage
         self.card, self.upscale, self.reads_latents = card, upscale, reads_latents
+        self.prompt = None if upscale is None else upscale.prompt  # None: the request's
+        self.negative = None if upscale is None else upscale.negative
         self.guider = plan.guider
         self.recordings = recordings(plan.steps)
         # set when the job is admitted

@@ -42,24 +42,19 @@ class Worker:
     def __init__(self, bundle: Bundle, backend: Backend, scheduler: Scheduler, adapters: Adapters) -> None:
         self._bundle, self._backend, self._scheduler, self._adapters = bundle, backend, scheduler, adapters
         self._encoders: dict[ComponentId, Graph] = {}
-        self.conditioners = {
-            name: Conditioner(bundle, backend, adapters, name)
-            for name in ("", *bundle.stages)
-            if bundle.model(name) is not None
-        }
+        self.conditioner = Conditioner(bundle, backend, adapters)
         self.denoisers = Denoisers(bundle, backend, adapters)
         self._decoder = Decoder(bundle, backend, scheduler.resume)
         self.decoding: Stage[Waypoint] = Stage("stepforge-decode", self._decoder)
 
     def check(self, request: Request) -> None:
         """Refuse, on the caller's thread, unreadable prompts and images, and ControlNets that the bundle lacks."""
-        if not request.upscale or request.upscale[0].image is None:
-            for text in (request.prompt, request.negative):
-                self.conditioners[""].tokenize(text, request.prompt_syntax)
+        for text in (request.prompt, request.negative):
+            self.conditioner.tokenize(text, request.prompt_syntax)
         for upscale in request.upscale:
-            if upscale.name in self.conditioners:
+            if upscale.name in self._bundle.stages:  # others are refused when their plan is made
                 for text in upscale.prompts(request):
-                    self.conditioners[upscale.name].tokenize(text, request.prompt_syntax)
+                    self.conditioner.tokenize(text, request.prompt_syntax, upscale.name)
         self.denoisers.controls.check(request.controls)
 
     def run(self) -> None:
@@ -137,9 +132,7 @@ class Worker:
                 if slot is None:
                     return False
                 job.bank_slot = slot
-            for leg in job.legs:
-                if not leg.is_network:
-                    self.conditioners[leg.stage].prepare(job, leg)
+            self.conditioner.prepare(job)
         with stage("hint encoder"):
             self.denoisers.controls.prepare(job)
         job.future.start()
@@ -188,14 +181,15 @@ class Worker:
             self._denoise(half)
 
     def _update(self, trajectory: Trajectory, batch: Batch, span: slice, prediction: Float32) -> None:
-        """Guidance, then x_{k+1}."""
+        """Guidance, then x_{k+1}. Channels beyond the latents' are a variance; the first row's counts, the conditional one."""
         flat = prediction.reshape(len(prediction), -1)
-        given = {row.is_cond: values for row, values in zip(batch.rows[span], flat, strict=True)}
+        size = trajectory.x.size
+        given = {row.is_cond: values[:size] for row, values in zip(batch.rows[span], flat, strict=True)}
         trajectory.leg.guider(
             trajectory.guide, trajectory.step, trajectory.weight, trajectory.x, given.get(True), given.get(False),
             trajectory.p,
         )  # fmt: skip
-        trajectory.advance()
+        trajectory.advance(flat[0, size:])
 
     def _look(self, trajectory: Trajectory) -> None:
         """Check the new latent where it is on the host, and tell the caller of the step."""

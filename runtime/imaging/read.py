@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.files import is_lfs_pointer, printable
 
@@ -20,6 +21,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_SIDE = 4096  # pixels, of images read and drawn: above this one latent's attention exceeds any memory we know of
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values for pictures that are stored on their side
 WITHOUT_ALPHA = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV")
 
 
