@@ -18,7 +18,8 @@ from stepforge.export.models.scheduler import EXAMINED, read_scheduler, schedule
 from stepforge.export.models.source import Source
 from stepforge.export.models.stored import Stored, check_tokenizers
 from stepforge.export.models.weights import read_header, variant_of, weight_files
-from stepforge.runtime.bundle import UNET, ComponentId, SchedulerCard, sha256
+from stepforge.runtime.bundle import UNET, ComponentId, sha256
+from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import BundleError, CheckpointError
 from stepforge.runtime.files import printable
 
@@ -186,7 +187,7 @@ def _source(
         if (variant := variant_of(found))
     ]
     encoder = any(key.startswith("encoder.") for file in files["vae"] for key in read_header(file).shapes)
-    builds = {
+    builds: dict[str, Callable[[], Any]] = {
         "unet": unet,
         "vae": partial(empty_vae, configs["vae"], encoder=encoder),
         "text_encoder": partial(empty_clip, configs["text_encoder"], projection=False),

@@ -22,8 +22,8 @@ from stepforge.runtime.backends import Backend
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.future import RequestFuture
-from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
 from stepforge.runtime.engine.legs import legs_of
+from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
 from stepforge.runtime.engine.state import Job, OnStep
 from stepforge.runtime.engine.worker import Worker
 from stepforge.runtime.errors import Cancelled, QueueFull, RequestError

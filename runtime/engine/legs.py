@@ -41,8 +41,14 @@ def legs_of(request: Request, bundle: Bundle, base: Callable[[], Plan]) -> list[
                 card.model.size(size.width, size.height)
             except RequestError as error:
                 raise RequestError(f"{what} would make {size.width}x{size.height}: {error}") from error
-        if card.kind == "x2" and not reads_latents and replace(VAE_ENCODER, stage=upscale.name) not in bundle.components:
-            raise RequestError(f"{what} reads latents of its own VAE, and the bundle has no encoder to make them of pictures")
+        if (
+            card.kind == "x2"
+            and not reads_latents
+            and replace(VAE_ENCODER, stage=upscale.name) not in bundle.components
+        ):
+            raise RequestError(
+                f"{what} reads latents of its own VAE, and the bundle has no encoder to make them of pictures"
+            )
         legs.append(Leg(plan, size, upscale.name, card=card, upscale=upscale, reads_latents=reads_latents))
         last = card.model
     return legs

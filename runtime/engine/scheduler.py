@@ -143,7 +143,7 @@ class Scheduler:
     def abandon(self, tell: Callable[[Job], None]) -> None:
         """Empty queue and batch; `tell` settles each job."""
         with self._changed:
-            images = (*self._between, *self._running)
+            images: tuple[Waypoint | Trajectory, ...] = (*self._between, *self._running)
             jobs = dict.fromkeys((*self._waiting, *(image.job for image in images)))
             self._waiting.clear()
             self._between.clear()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from stepforge.runtime.arrays import Float32
-from stepforge.runtime.bundle import SchedulerCard
+from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.engine.state import Leg
 from stepforge.runtime.engine.trajectory import Start, Waypoint
@@ -28,7 +28,9 @@ def from_picture(leg: Leg, image: Waypoint, encode: Encode) -> Start:
     The order of draws is that of diffusers' pipeline of the stage's kind.
     """
     card, upscale = leg.card, leg.upscale
-    assert card is not None and card.model is not None and upscale is not None
+    assert card is not None
+    assert card.model is not None
+    assert upscale is not None
     generator = image.generator if upscale.seed is None else Generator(upscale.seed + image.index)
     shape = card.model.latent_shape(leg.size)
     if card.kind == "x2":
@@ -39,11 +41,12 @@ def from_picture(leg: Leg, image: Waypoint, encode: Encode) -> Start:
         assert latents is not None
         low = latents.repeat(2, axis=1).repeat(2, axis=2)
         return Start(leg.plan.init_noise * generator.normal(shape), generator, concat=low)
-    assert image.picture is not None and card.noising is not None
+    assert image.picture is not None
+    assert card.noising is not None
     level = card.noise_level if upscale.noise_level is None else upscale.noise_level
     low = noised(np.clip(image.picture, -1, 1), card.noising, level, generator)
     x = leg.plan.init_noise * generator.normal(shape)
-    return Start(x, generator, concat=low, inputs={"class_labels": np.int64(level)})
+    return Start(x, generator, concat=low, inputs={"class_labels": np.asarray(level, np.int64)})
 
 
 def noised(picture: Float32, noising: SchedulerCard, level: int, generator: Generator) -> Float32:
@@ -56,4 +59,5 @@ def noised(picture: Float32, noising: SchedulerCard, level: int, generator: Gene
 def drawn(moments: Float32, generator: Generator) -> Float32:
     """Latents, [C, h, w], drawn from the means and log variances that a VAE encoder makes, [2C, h, w]."""
     mean, log_variance = np.split(moments, 2)
-    return mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * generator.normal(mean.shape)
+    latents: Float32 = mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * generator.normal(mean.shape)
+    return latents

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from stepforge.runtime.engine.conditions.text import Condition
 from stepforge.runtime.engine.future import RequestFuture
 from stepforge.runtime.errors import BackendError, GenerationError, StepforgeError
 from stepforge.runtime.files import printable
+from stepforge.runtime.imaging.read import Picture
 from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.reuse import recordings
 from stepforge.runtime.request import Progress, Request, Upscale
@@ -90,8 +92,13 @@ class Job:
         self.pixels: list[NDArray[np.uint8] | None] = [None] * request.images
         self.rows: dict[str, int] = {}
         self.seconds = {"prompt": 0.0, "denoise": 0.0, "decode": 0.0}
-        self.seconds |= {f"{leg.stage}/denoise": 0.0 for leg in self.legs if leg.stage}
+        self.seconds |= {f"{leg.stage}/denoise": 0.0 for leg in self.legs if leg.stage and not leg.is_network}
         self.calls = 0
+
+    @property
+    def given(self) -> Path | bytes | Picture | None:
+        """The image that the first leg enlarges; None if it draws one."""
+        return self.request.upscale[0].image if self.request.upscale else None
 
     @property
     def is_over(self) -> bool:

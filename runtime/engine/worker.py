@@ -96,27 +96,28 @@ class Worker:
 
     def _start(self, asked: Waypoint | Job) -> None:
         """Set an image of a job, or one between two legs, on its way."""
-        if isinstance(asked, Job):
-            leg, index = asked.legs[0], asked.started
-            if not leg.stage:
-                start = from_noise(leg, self._bundle.card.latent_shape(leg.size), asked.request.seed + index)
-                self._run(asked, index, leg, start)
+        image = asked
+        if isinstance(image, Job):
+            job, index = image, image.started
+            if job.given is None:
+                leg = job.legs[0]
+                start = from_noise(leg, self._bundle.card.latent_shape(leg.size), job.request.seed + index)
+                self._run(job, index, leg, start)
                 return
-            generator = Generator(asked.request.seed + index)
-            asked = Waypoint(asked, index, 0, generator, picture=read_picture(asked.request.upscale[0].image))
-        leg = asked.next
-        assert leg is not None
-        if leg.is_network:
-            self.decoding.submit(asked)
+            image = Waypoint(job, index, 0, Generator(job.request.seed + index), picture=read_picture(job.given))
+        assert image.next is not None
+        if image.next.is_network:
+            self.decoding.submit(image)
         else:
-            self._run(asked.job, asked.index, leg, from_picture(leg, asked, self._encode))
+            self._run(image.job, image.index, image.next, from_picture(image.next, image, self._encode))
 
     def _encode(self, picture: Float32, stage: str) -> Float32:
         """Moments of a picture, by the VAE encoder of a stage."""
         key = replace(VAE_ENCODER, stage=stage)
         if key not in self._encoders:
             self._encoders[key] = self._backend.open(key)
-        return self._encoders[key]({"pixels": picture[None]})["moments"][0]
+        moments: Float32 = self._encoders[key]({"pixels": picture[None]})["moments"][0]
+        return moments
 
     def _run(self, job: Job, index: int, leg: Leg, start: Start) -> None:
         on_device = start.concat is None and not start.inputs  # the loops of backends know neither

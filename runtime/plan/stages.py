@@ -40,7 +40,9 @@ def compile_stage(upscale: Upscale, bundle: Bundle) -> Plan:
         if card.noising is None:
             raise RequestError(f"{what} reads its image without noise and takes no noise_level")
         if upscale.noise_level > card.most_noise:
-            raise RequestError(f"noise_level of {what} is {upscale.noise_level}; it knows levels from 0 to {card.most_noise}")
+            raise RequestError(
+                f"noise_level of {what} is {upscale.noise_level}; it knows levels from 0 to {card.most_noise}"
+            )
     sampling = Sampling(upscale.sampler, upscale.steps or card.steps, upscale.schedule, None, None, None, None)
     guidance = parse_guidance(card.guidance) if upscale.guidance is None else upscale.guidance
     try:

@@ -104,7 +104,9 @@ def stages_of(given: object, most: int) -> tuple[Upscale, ...]:
         return ()
     stages = tuple(_stage(stage) for stage in listed("upscale", given, most))
     if any(stage.image is not None for stage in stages[1:]):
-        raise RequestError("only the first upscale stage can be given an image; the others enlarge what comes before them")
+        raise RequestError(
+            "only the first upscale stage can be given an image; the others enlarge what comes before them"
+        )
     return stages
 
 

@@ -71,7 +71,7 @@ class Decoder:
         key = ComponentId("upscaler", "upscaler", stage=leg.stage)
         pixels = self._open(key)({"image": np.clip(image.picture * 0.5 + 0.5, 0, 1)[None].astype(np.float32)})["pixels"]
         self._check(image, pixels, "enlarged")
-        image.job.spend(leg, "denoise", time.perf_counter() - started)
+        image.job.spend(leg, "upscale", time.perf_counter() - started)
         image.job.count(key.label, 1)
         return replace(image, done=image.done + 1, picture=pixels[0] * np.float32(2) - np.float32(1))
 
