@@ -109,10 +109,7 @@ def test_images_between_two_legs_come_before_waiting_requests_and_keep_to_rows_a
     started(scheduler, *younger)
     scheduler.submit(Job(submitted=4.0), wait=False)
     job = Job(submitted=1.0)
-    large, other = (
-        Waypoint(SimpleNamespace(legs=[SimpleNamespace(pixels=side**2)], is_over=False), 0, 0, None)
-        for side in (128, 64)
-    )
+    large, other = (Waypoint(Job(side=side), 0, 0, None) for side in (128, 64))
     for waypoint in (large, other):
         scheduler.resume(waypoint)
     assert scheduler.admissible() is None  # the larger one waits for pixels, and what is behind it waits with it
