@@ -26,6 +26,7 @@ from stepforge.export.memory import check_fits
 from stepforge.export.models.controlnet import ControlSource, load_control
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
+from stepforge.export.models.pixel.t5 import t5_tokenizer_json
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source
 from stepforge.export.models.tokenizer import Pad, tokenizer_json
@@ -146,7 +147,11 @@ class _Export:
         self.source, self.controls, self.folder, self.precision = source, controls, folder, precision
         self.dtype, self.bank, self.reuse = DTYPES[precision], bank, reuse
         self.components: dict[ComponentId, Component] = {}
-        self.progress, self.done, self.stages = progress, 0, len(source.text_encoders) + len(controls) + 4
+        self.progress, self.done, self.stages = (
+            progress,
+            0,
+            len(source.text_encoders) + len(controls) + 4 - (source.vae is None),
+        )
 
     def run(self, name: str) -> Bundle:
         encoders = self.text_encoders()
@@ -190,9 +195,8 @@ class _Export:
         cards = []
         networks = list(zip(self.source.text_encoders, self.source.tokenizers, self.source.pads, strict=True))
         for key, (loader, tokens, pad) in zip(TEXT_ENCODERS, networks, strict=False):
-            card = _tokenizer(tokens, pad, self.folder, key)
-            make = partial(trace.text_encoder, length=card.max_length, penultimate=self.source.family == "sdxl")
-            self.add(key, loader, make)
+            card = _tokenizer(tokens, pad, self.folder, key, t5=self.source.family == "if")
+            self.add(key, loader, _text_trace(self.source.family, card.max_length))
             cards.append(card)
         return tuple(cards)
 
@@ -220,7 +224,9 @@ class _Export:
         release()
 
     def decoder(self) -> Any:
-        """The VAE decoder; the VAE's config."""
+        """The VAE decoder; the VAE's config. None for a model of pixels."""
+        if self.source.vae is None:
+            return None
         return self.add(VAE_DECODER, lambda dtype: _vae(self.source, dtype), trace.vae_decoder)
 
     def card(self, name: str, encoders: tuple[TextEncoder, ...], unet: Any, vae: Any) -> ModelCard:
@@ -233,8 +239,8 @@ class _Export:
             height=height * scale,
             latent_channels=unet.in_channels,
             vae_scale=scale,
-            size_multiple=scale,
-            scaling_factor=vae.scaling_factor,
+            size_multiple=self.source.size_multiple or scale,
+            scaling_factor=1.0 if vae is None else vae.scaling_factor,
             text_encoders=encoders,
             zero_empty_negative=self.source.force_zeros_for_empty_prompt,
         )
@@ -318,8 +324,15 @@ def prefixed(key: ComponentId, entry: Component) -> Component:
     return replace(entry, graph=f"{key.folder}/{entry.graph}", derived=derived)
 
 
-def _tokenizer(tokens: Path, pad: Pad | None, folder: Path, encoder: ComponentId) -> TextEncoder:
-    text, card = tokenizer_json(tokens, pad)
+def _text_trace(family: str, length: int) -> Callable[[Any], trace.Traced]:
+    """How a text encoder of a family becomes a graph; length: tokens of one chunk."""
+    if family == "if":
+        return partial(trace.t5_encoder, length=length)
+    return partial(trace.text_encoder, length=length, penultimate=family == "sdxl")
+
+
+def _tokenizer(tokens: Path, pad: Pad | None, folder: Path, encoder: ComponentId, *, t5: bool = False) -> TextEncoder:
+    text, card = tokenizer_json(tokens, pad) if not t5 else t5_tokenizer_json(tokens)
     path = f"{encoder.name.replace('text_encoder', 'tokenizer')}/tokenizer.json"
     (folder / path).parent.mkdir()
     (folder / path).write_text(text, encoding="utf-8")
@@ -328,6 +341,7 @@ def _tokenizer(tokens: Path, pad: Pad | None, folder: Path, encoder: ComponentId
 
 def _vae(source: Source, dtype: torch.dtype) -> Any:
     """SDXL's VAE overflows in fp16 unless its config says otherwise; diffusers decodes with it in fp32 too."""
+    assert source.vae is not None
     if dtype == torch.float16 and source.family == "sdxl":
         vae = source.vae(torch.float32)
         return vae if vae.config.force_upcast else vae.half()

@@ -11,7 +11,7 @@
 All inputs and outputs are float32 but ids, masks and class labels of a table; a network in fp16 casts at its border. What is
 embedded as sines, timesteps, noise levels and SDXL's time_ids, stays float32 up to them, and pooled text joins those before the
 cast: no operator reads two types.
-Height and width of latents are any numbers of at least 2: see `Upsample`; but for UNets with blocks other than SIZED.
+Height and width of latents are any numbers of at least 2: see `Upsample`; but for UNets with a `size_multiple`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch.export import Dim
 from torch.nn import functional
 
 from stepforge.export.graph.passes import clean, forget_shapes, name_weights
+from stepforge.export.models.networks import reads_text, size_multiple
 from stepforge.runtime import bundle
 from stepforge.runtime.bundle import Component
 from stepforge.runtime.errors import CheckpointError
@@ -45,8 +46,6 @@ DERIVED = "model.onnxruntime.onnx"
 INLINE = 1024  # bytes; smaller weights stand in the graph file, where engines can fold them
 
 NEVER_DIVIDES = 40  # levels: diffusers' UNet forwards the sizes of skip connections unless 2^levels divides all sides
-
-SIZED = ("UpBlock2D", "CrossAttnUpBlock2D")  # blocks of diffusers that upsample to a given size
 
 Axes = Mapping[str, tuple[int | str, ...]]
 
@@ -79,21 +78,17 @@ class Upsample(nn.Module):
         return result if self.conv is None else self.conv(result)
 
 
-def for_any_size(unet: Any) -> int:
+def for_any_size(unet: Any) -> None:
     """Have a UNet upsample to the sizes of its skip connections, as diffusers' forward does for sides that are no multiples
     of 2^levels; for those that are, both are the same. Changes the UNet.
 
-    Returns what height and width must be multiples of: 1, or 2^levels where a block can only double them.
     Raises CheckpointError for other upsamplers.
     """
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.upsampling import Upsample2D
 
-    multiple = 1
     for block in unet.up_blocks:
         for index, layer in enumerate(block.upsamplers or ()):
-            if type(block).__name__ not in SIZED:
-                multiple = 2 ** (len(unet.up_blocks) - 1)
             if type(layer) is ResnetBlock2D and type(layer.upsample) is Upsample2D and not layer.upsample.use_conv:
                 layer.upsample = Upsample(None)
                 continue
@@ -108,8 +103,7 @@ def for_any_size(unet: Any) -> int:
                     "nearest neighbours and a convolution"
                 )
             block.upsamplers[index] = Upsample(layer.conv)
-    unet.num_upsamplers = NEVER_DIVIDES if multiple == 1 else 0
-    return multiple
+    unet.num_upsamplers = NEVER_DIVIDES if size_multiple(unet.config) == 1 else 0
 
 
 class Denoiser(nn.Module):
@@ -122,7 +116,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, unet: Any, *, probe: bool = False) -> None:
         super().__init__()
-        self.multiple = for_any_size(unet)
+        for_any_size(unet)
         self.unet = unet
         self._text: list[Tensor] = []
         self._skips: list[tuple[Tensor, tuple[Tensor, ...]]] = []
@@ -249,17 +243,10 @@ def denoiser(unet: Any, *, probe: bool = False) -> Traced:
     example, inputs, least = network_inputs(unet.config)
     module = Denoiser(unet, probe=probe)
     outputs = {"prediction": ("rows", unet.config.out_channels, "height", "width")}
+    multiple = size_multiple(unet.config)
     return Traced(
-        module, example, inputs, outputs, module.multiple, max(1, least // module.multiple), derive=True,
-        probes=module.probes,
-    )  # fmt: skip
-
-
-def reads_text(config: Any) -> bool:
-    """Whether a UNet or a ControlNet attends to text, or has it in its time embedding."""
-    blocks = (*config.down_block_types, getattr(config, "mid_block_type", None))
-    added = getattr(config, "addition_embed_type", None)
-    return any("CrossAttn" in str(block) for block in blocks) or added in ("text", "text_time")
+        module, example, inputs, outputs, multiple, max(1, least // multiple), derive=True, probes=module.probes
+    )
 
 
 def network_inputs(config: Any) -> tuple[dict[str, Tensor], dict[str, tuple[int | str, ...]], int]:

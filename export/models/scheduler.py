@@ -175,6 +175,12 @@ def scheduler_card(config: Mapping[str, Any], counts: Iterable[int] = COUNTS) ->
     return replace(card, table=step_table(scheduler, counts))
 
 
+def noising_card(config: Mapping[str, Any]) -> SchedulerCard:
+    """The card of a scheduler that noises the low-resolution image: of its options only the betas count."""
+    plain = {"clip_sample": False, "thresholding": False, "variance_type": "fixed_small", "prediction_type": "epsilon"}
+    return scheduler_card({**config, **plain, "_class_name": "DDPMScheduler"}, ())
+
+
 def formula_of(name: str, read: Mapping[str, Any], card: SchedulerCard) -> str | None:
     """Our sampler that does what the class does with these options, all of its own; None if there is none."""
     sampler = FORMULAS.get(name)

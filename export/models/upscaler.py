@@ -6,7 +6,7 @@ Which kind a path holds is decided by what lies there: a diffusers folder by the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from typing import Any
 from stepforge.export.models import tokenizer
 from stepforge.export.models.files import read_json, reading, refuse_code
 from stepforge.export.models.networks import PLAIN_UNET, empty_clip, empty_network, empty_vae, levels
-from stepforge.export.models.scheduler import EXAMINED, read_scheduler, scheduler_card
-from stepforge.export.models.source import Source
+from stepforge.export.models.pixel.read import read_pixel_sr
+from stepforge.export.models.scheduler import EXAMINED, noising_card, read_scheduler, scheduler_card
+from stepforge.export.models.source import Source, Upscaler
 from stepforge.export.models.stored import Stored, check_tokenizers
 from stepforge.export.models.weights import read_header, variant_of, weight_files
 from stepforge.runtime.bundle import UNET, ComponentId, sha256
-from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import BundleError, CheckpointError
 from stepforge.runtime.files import printable
 
@@ -32,22 +32,6 @@ CLASSES = {  # component of a pipeline -> classes that it may have
     "tokenizer": tokenizer.CLASSES,
 }
 PARTS = tuple(CLASSES)
-
-
-@dataclass(frozen=True, slots=True)
-class Upscaler:
-    """A super-resolution model as the exporter sees it."""
-
-    kind: str  # `StageCard.kind`
-    scale: int  # pixels of the result for one of the image, a side
-    source: Source  # networks, sampler, provenance
-    size_multiple: int  # width and height of the result must be multiples of this many pixels
-    # what requests take unless they say otherwise, diffusers' defaults
-    steps: int
-    guidance: float
-    noise_level: int = 0
-    most_noise: int = 0  # highest noise level
-    noising: SchedulerCard | None = None  # schedule of the noise on the low-resolution image
 
 
 def read_upscaler(path: str | Path) -> Upscaler:
@@ -149,13 +133,8 @@ def read_x2(path: Path, index: Mapping[str, Any]) -> Upscaler:
 READERS: dict[str, Callable[[Path, Mapping[str, Any]], Upscaler]] = {  # class of a pipeline -> its reader
     "StableDiffusionUpscalePipeline": read_x4,
     "StableDiffusionLatentUpscalePipeline": read_x2,
+    "IFSuperResolutionPipeline": read_pixel_sr,
 }
-
-
-def noising_card(config: Mapping[str, Any]) -> SchedulerCard:
-    """The card of a scheduler that noises the low-resolution image: of its options only the betas count."""
-    plain = {"clip_sample": False, "thresholding": False, "variance_type": "fixed_small", "prediction_type": "epsilon"}
-    return scheduler_card({**config, **plain, "_class_name": "DDPMScheduler"}, ())
 
 
 def _configs(path: Path, index: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

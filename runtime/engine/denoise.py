@@ -70,8 +70,9 @@ class Denoisers:
         ends = {
             tensor.shape[1] for tensor in (*entry.inputs, *entry.outputs) if tensor.name in ("sample", "prediction")
         }
-        loops = isinstance(graph, LoopingGraph) and can_run_on_device(leg.plan, graph.rings)
-        return graph.rings if loops and len(ends) <= 1 else None  # loops know latents in and latents out
+        if not isinstance(graph, LoopingGraph) or len(ends) > 1:  # loops know latents in and latents out
+            return None
+        return graph.rings if can_run_on_device(leg.plan, graph.rings) else None
 
     def step(self, batch: Batch) -> None:
         """One whole step of the batch's images in their loop."""

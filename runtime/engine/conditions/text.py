@@ -78,9 +78,7 @@ class Conditioner:
             if all(step.guidance == 1.0 for step in leg.plan.steps):
                 negative = None
             adapters = None if leg.stage else job.adapters
-            leg.cond, leg.uncond = self(
-                prompt, negative, request.prompt_syntax, adapters, job.bank_slot, stage=leg.stage
-            )
+            leg.cond, leg.uncond = self(prompt, negative, request.prompt_syntax, adapters, job.bank_slot, leg.stage)
         job.count("text_encoder", self.rows - before)
 
     def __call__(
@@ -90,7 +88,6 @@ class Conditioner:
         syntax: str,
         adapters: AdapterSet | None = None,
         slot: int = NONE,
-        *,
         stage: str = "",
     ) -> tuple[Condition, Condition | None]:
         """Conditions of the prompt and of the negative prompt (None: not needed), padded to equal length.
