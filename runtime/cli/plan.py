@@ -35,7 +35,7 @@ def plan(
     )  # fmt: skip
     request = Request(prompt="", **fields)
     opened = open_bundle(bundle, check=False)
-    compiled = compile_plan(resolve(request, opened), opened.scheduler)
+    compiled = compile_plan(resolve(request, opened), opened.scheduler, blends=not opened.reads_mask)
     check_variants(compiled, opened)
     rows = describe(compiled)
     if as_json:
