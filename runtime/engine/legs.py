@@ -11,6 +11,7 @@ from stepforge.runtime.engine.state import Leg
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.imaging.read import image_size
 from stepforge.runtime.plan import Plan
+from stepforge.runtime.plan.compile import check_text
 from stepforge.runtime.plan.stages import compile_stage
 from stepforge.runtime.request import Request
 
@@ -24,7 +25,9 @@ def legs_of(request: Request, bundle: Bundle, base: Callable[[], Plan]) -> list[
     legs: list[Leg] = []
     if given is None:
         size, model = bundle.card.size(request.width, request.height), bundle.card
-        legs.append(Leg(base(), size))
+        plan = base()
+        check_text(plan, model)
+        legs.append(Leg(plan, size))
         last: ModelCard | None = model
     else:
         if request.controls or request.adapters:
@@ -37,6 +40,7 @@ def legs_of(request: Request, bundle: Bundle, base: Callable[[], Plan]) -> list[
         size = Size(size.width * card.scale, size.height * card.scale)
         what = f"stage {shown(upscale.name)}"
         if card.model is not None:
+            check_text(plan, card.model)
             try:
                 card.model.size(size.width, size.height)
             except RequestError as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from stepforge.runtime.arrays import Float32
+from stepforge.runtime.bundle import Size
 from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.engine.state import Leg
@@ -44,6 +45,10 @@ def from_picture(leg: Leg, image: Waypoint, encode: Encode) -> Start:
     assert image.picture is not None
     assert card.noising is not None
     level = card.noise_level if upscale.noise_level is None else upscale.noise_level
+    if card.kind == "pixel":
+        x = leg.plan.init_noise * generator.normal(shape)
+        low = noised(resized(np.clip(image.picture, -1, 1), leg.size), card.noising, level, generator)
+        return Start(x, generator, concat=low, inputs={"class_labels": np.asarray(level, np.float32)})
     low = noised(np.clip(image.picture, -1, 1), card.noising, level, generator)
     x = leg.plan.init_noise * generator.normal(shape)
     return Start(x, generator, concat=low, inputs={"class_labels": np.asarray(level, np.int64)})
@@ -54,6 +59,18 @@ def noised(picture: Float32, noising: SchedulerCard, level: int, generator: Gene
     bar = float(alphas_cumprod(noising)[level])
     z = generator.normal(picture.shape)
     return np.float32(bar**0.5) * picture + np.float32((1 - bar) ** 0.5) * z
+
+
+def resized(picture: Float32, size: Size) -> Float32:
+    """A picture, [C, h, w], in another size: bilinear, corners on corners, as torch's interpolate(align_corners=True)."""
+    for axis, side in ((1, size.height), (2, size.width)):
+        last = picture.shape[axis] - 1
+        place = np.arange(side, dtype=np.float32) * np.float32(last / max(side - 1, 1))
+        low = np.minimum(place.astype(np.int64), last)
+        high = np.minimum(low + 1, last)
+        share = (place - low).astype(np.float32).reshape([-1 if i == axis else 1 for i in range(3)])
+        picture = np.take(picture, low, axis) * (np.float32(1) - share) + np.take(picture, high, axis) * share
+    return picture
 
 
 def drawn(moments: Float32, generator: Generator) -> Float32:

@@ -28,7 +28,8 @@ class Decoder:
     def __init__(self, bundle: Bundle, backend: Backend, resume: Callable[[Waypoint], None]) -> None:
         self._bundle, self._backend, self._resume = bundle, backend, resume
         self._graphs: dict[ComponentId, Graph] = {}
-        self._open(VAE_DECODER)  # those of stages when they are first used
+        if VAE_DECODER in bundle.components:
+            self._open(VAE_DECODER)  # those of stages when they are first used
 
     def __call__(self, image: Waypoint) -> None:
         """Decode one image and send it on; the last of a request settles it. Never raises: what fails is the request's."""
@@ -56,8 +57,10 @@ class Decoder:
         """The image with its picture, by the decoder of the leg behind it."""
         job, leg, latents = image.job, image.job.legs[image.done - 1], image.latents
         assert latents is not None
-        started = time.perf_counter()
         key = replace(VAE_DECODER, stage=leg.stage)
+        if key not in self._bundle.components:  # a model of pixels
+            return replace(image, picture=latents)
+        started = time.perf_counter()
         picture = self._open(key)({"latents": latents[None]})["pixels"][0]
         self._check(image, picture, "decoded")
         job.spend(leg, "decode", time.perf_counter() - started)
