@@ -30,10 +30,9 @@ from stepforge.export.models.pixel.t5 import t5_tokenizer_json
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source, Upscaler
 from stepforge.export.models.tokenizer import Pad, tokenizer_json
-from stepforge.export.models.upscaler import read_upscaler
 from stepforge.export.models.weights import Loader
 from stepforge.export.publish import check_out, staged
-from stepforge.export.stages import export_stage, networks_of
+from stepforge.export.stages import export_stage, networks_of, read_upscalers, told
 from stepforge.runtime.bundle import (
     MANIFEST,
     NAME,
@@ -125,19 +124,6 @@ def export_bundle(
     with staged(out, overwrite=overwrite) as folder:
         bundle = _Export(source, nets, stages, folder, precision, bank, reuse, progress).run(name or source.name)
     return replace(bundle, path=out)
-
-
-def read_upscalers(paths: Mapping[str, str | Path]) -> dict[str, Upscaler]:
-    """The super-resolution models of an export, examined. Raises CheckpointError."""
-    if bad := [name for name in paths if not NAME.fullmatch(name) or "." in name]:
-        raise CheckpointError(f"stage name {bad[0]!r} is not allowed; use letters, digits, - and _")
-    found = {}
-    for name, path in paths.items():
-        found[name] = read_upscaler(path)
-        source = found[name].source
-        for line in (*source.assumed, *source.corrected):
-            log.warning("stage %s: %s", name, printable(line, 400))
-    return found
 
 
 def read_controls(source: Source, controls: Mapping[str, str | Path]) -> list[ControlSource]:
@@ -262,7 +248,7 @@ class _Export:
         def tokenize(tokens: Path, pad: Pad | None, key: ComponentId) -> TextEncoder:
             return _tokenizer(tokens, pad, self.folder, key, t5=t5)
 
-        return export_stage(name, upscaler, base, self.add, tokenize, _vae)
+        return export_stage(name, upscaler, self.source, base, self.add, tokenize, _vae)
 
     def card(self, name: str, encoders: tuple[TextEncoder, ...], unet: Any, vae: Any) -> ModelCard:
         scale = self.source.vae_scale
@@ -291,7 +277,7 @@ class _Export:
         if self.controls:
             provenance["controls"] = {control.name: dict(control.provenance) for control in self.controls}
         if self.upscalers:
-            provenance["upscalers"] = {name: _told(upscaler.source) for name, upscaler in self.upscalers.items()}
+            provenance["upscalers"] = {name: told(upscaler.source) for name, upscaler in self.upscalers.items()}
         return Bundle(
             path=self.folder,
             card=card,
@@ -307,11 +293,6 @@ class _Export:
             },
             stages=stages,
         )
-
-
-def _told(source: Source) -> dict[str, Any]:
-    """Where a stage's model comes from, and what was assumed and corrected of it."""
-    return {**source.provenance, "assumed": list(source.assumed), "corrected": list(source.corrected)}
 
 
 def _hashed(folder: Path) -> dict[str, tuple[int, str]]:

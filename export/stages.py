@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from stepforge.export.graph import trace, upscaler
 from stepforge.export.models.scheduler import scheduler_card
-from stepforge.export.models.source import Upscaler
+from stepforge.export.models.pixel.read import shares_text
+from stepforge.export.models.source import Source, Upscaler
 from stepforge.export.models.tokenizer import Pad
+from stepforge.export.models.upscaler import read_upscaler
 from stepforge.export.models.weights import Loader
 from stepforge.runtime.bundle import (
+    NAME,
     TEXT_ENCODERS,
     UNET,
     VAE_DECODER,
@@ -24,6 +30,9 @@ from stepforge.runtime.bundle import (
     TextEncoder,
 )
 from stepforge.runtime.errors import CheckpointError
+from stepforge.runtime.files import printable
+
+log = logging.getLogger(__name__)
 
 
 class Add(Protocol):
@@ -35,6 +44,24 @@ class Add(Protocol):
 Tokenize = Callable[[Path, Pad | None, ComponentId], TextEncoder]  # tokenizer's folder -> card of the encoder it feeds
 
 
+def read_upscalers(paths: Mapping[str, str | Path]) -> dict[str, Upscaler]:
+    """The super-resolution models of an export, examined. Raises CheckpointError."""
+    if bad := [name for name in paths if not NAME.fullmatch(name) or "." in name]:
+        raise CheckpointError(f"stage name {bad[0]!r} is not allowed; use letters, digits, - and _")
+    found = {}
+    for name, path in paths.items():
+        found[name] = read_upscaler(path)
+        source = found[name].source
+        for line in (*source.assumed, *source.corrected):
+            log.warning("stage %s: %s", name, printable(line, 400))
+    return found
+
+
+def told(source: Source) -> dict[str, Any]:
+    """Where a stage's model comes from, and what was assumed and corrected of it."""
+    return {**source.provenance, "assumed": list(source.assumed), "corrected": list(source.corrected)}
+
+
 def networks_of(stage: Upscaler) -> int:
     """Networks that an export of the stage traces."""
     source = stage.source
@@ -42,10 +69,16 @@ def networks_of(stage: Upscaler) -> int:
 
 
 def export_stage(
-    name: str, stage: Upscaler, base: ModelCard, add: Add, tokenize: Tokenize, vae: Callable[[Any], Any]
+    name: str,
+    stage: Upscaler,
+    base_source: Source,
+    base: ModelCard,
+    add: Add,
+    tokenize: Tokenize,
+    vae: Callable[[Source, torch.dtype], Any],
 ) -> StageCard:
-    """Export the networks of a stage. base: of the model whose pictures it enlarges. vae: loads a source's VAE in the
-    precision that it needs. Raises CheckpointError."""
+    """Export the networks of a stage. base_source, base: of the model whose pictures it enlarges. vae: loads a source's VAE in
+    the precision that it needs. Raises CheckpointError."""
     source = stage.source
     scheduler = scheduler_card(source.scheduler, ())
     if scheduler.is_compiled:
@@ -53,7 +86,7 @@ def export_stage(
             f"stage {name}: stepforge has no formula for {scheduler.sampler} with these options; name another scheduler "
             "class in its model_index.json"
         )
-    encoders = tuple(_text_encoders(name, stage, base, add, tokenize))
+    encoders = tuple(base.text_encoders if shares_text(stage, base_source) else _text_encoders(name, stage, add, tokenize))
     unet = add(
         replace(UNET, stage=name), source.unet, upscaler.latent_upscaler if stage.kind == "x2" else trace.denoiser
     )
@@ -88,12 +121,12 @@ def export_stage(
     )
 
 
-def _text_encoders(name: str, stage: Upscaler, base: ModelCard, add: Add, tokenize: Tokenize) -> Sequence[TextEncoder]:
-    """Cards of the stage's text encoders: its own, or the base model's where it comes without and reads text."""
+def _text_encoders(name: str, stage: Upscaler, add: Add, tokenize: Tokenize) -> Sequence[TextEncoder]:
+    """Cards of the stage's own text encoders."""
     source = stage.source
-    if stage.text_width and not source.text_encoders:
-        return base.text_encoders
-    make = upscaler.text_encoder if stage.kind == "x2" else partial(trace.text_encoder, penultimate=False)
+    make: Callable[..., trace.Traced] = partial(trace.text_encoder, penultimate=False)
+    if stage.kind != "x4":
+        make = upscaler.text_encoder if stage.kind == "x2" else trace.t5_encoder
     cards = []
     for key, loader, tokens, pad in zip(
         TEXT_ENCODERS, source.text_encoders, source.tokenizers, source.pads, strict=False
