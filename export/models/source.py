@@ -9,7 +9,8 @@ from typing import Any
 
 from stepforge.export.models.tokenizer import Pad
 from stepforge.export.models.weights import Loader
-from stepforge.runtime.bundle import ComponentId, SchedulerCard
+from stepforge.runtime.bundle import ComponentId
+from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import CheckpointError
 
 
