@@ -5,6 +5,7 @@
                   no text: without it) -> prediction [rows, C', height, width]
     text encoder  input_ids [rows, L] int64 -> hidden_states [rows, L, dim] (SDXL's second: pooled [rows, p])
     T5            input_ids [rows, L] int64, attention_mask [rows, L] int64 -> hidden_states [rows, L, dim]
+    VAE encoder   pixels [rows, 3, s·height, s·width] in [-1, 1] -> moments [rows, 2C, height, width]
     VAE decoder   latents [rows, C, height, width], as the sampler leaves them -> pixels [rows, 3, s·height, s·width]
     ControlNet    see control.py
 
@@ -207,12 +208,15 @@ class ClipEncoder(nn.Module):
         last = core.final_layer_norm(layers[-1](hidden, self.mask))
         if not self.penultimate:
             return last.float()
-        if core.eos_token_id == 2:  # the end token is the one with the highest id; see CLIPTextModel.forward
-            end = input_ids.int().argmax(dim=-1)
-        else:
-            end = (input_ids == core.eos_token_id).int().argmax(dim=-1)
-        at_end = last[torch.arange(last.shape[0]), end]
-        return before_last.float(), self.model.text_projection(at_end).float()
+        return before_last.float(), self.model.text_projection(at_end(core, input_ids, last)).float()
+
+
+def at_end(core: Any, input_ids: Tensor, hidden: Tensor) -> Tensor:
+    """CLIP's pooled text: hidden states of the end token, [rows, dim]."""
+    # an eos_token_id of 2 is an old default, and the end token then the one with the highest id; see CLIPTextModel.forward
+    marks = input_ids if core.eos_token_id == 2 else input_ids == core.eos_token_id
+    end = marks.int().argmax(dim=-1)
+    return hidden[torch.arange(hidden.shape[0]), end]
 
 
 class T5Encoder(nn.Module):
@@ -241,6 +245,18 @@ class T5Encoder(nn.Module):
             hidden = hidden + attention.o((weights @ v).transpose(1, 2).flatten(2))
             hidden = block.layer[1](hidden)
         return self.norm(hidden).float()
+
+
+class VaeEncoder(nn.Module):
+    """Means and log variances of the latents, unscaled: who samples them has the seed."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv, self.dtype = vae.encoder, vae.quant_conv, vae.dtype
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        moments = self.encoder(pixels.to(self.dtype))
+        return (moments if self.quant_conv is None else self.quant_conv(moments)).float()
 
 
 class VaeDecoder(nn.Module):
@@ -314,6 +330,18 @@ def t5_encoder(model: Any, length: int) -> Traced:
     example["attention_mask"] = torch.ones(2, length, dtype=torch.int64)
     outputs = {"hidden_states": (*shape, model.config.d_model)}
     return Traced(T5Encoder(model, length), example, {"input_ids": shape, "attention_mask": shape}, outputs)
+
+
+def vae_encoder(vae: Any) -> Traced:
+    config = vae.config
+    scale = 2 ** (len(config.block_out_channels) - 1)
+    return Traced(
+        VaeEncoder(vae),
+        {"pixels": torch.zeros(2, config.in_channels, 8 * scale, 12 * scale)},
+        {"pixels": ("rows", config.in_channels, "height", "width")},
+        {"moments": ("rows", 2 * config.latent_channels, f"height/{scale}", f"width/{scale}")},
+        multiple=scale,
+    )
 
 
 def vae_decoder(vae: Any) -> Traced:

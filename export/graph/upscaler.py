@@ -1,4 +1,4 @@
-"""Denoisers of latent upscalers: the x2 latent upscaler as a network that predicts v.
+"""The x2 latent upscaler as a network that predicts v, and its text encoder.
 
     sample [rows, 8, height, width], timestep [rows] = 0.25·ln sigma, encoder_hidden_states [rows, tokens, dim],
     text_embeds [rows, dim] -> prediction [rows, 4, height, width]
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepforge.export.graph.trace import Traced
+from stepforge.export.graph.trace import ClipEncoder, Traced, at_end
 
 NOISE_FEATURES = 64  # cosines and as many sines of the low-resolution latents' noise level, which is 0 always
 
@@ -57,6 +57,28 @@ class LatentUpscaler(nn.Module):
             sample.to(dtype), timestep, encoder_hidden_states.to(dtype), timestep_cond=condition, return_dict=False
         )[0]
         return -out[:, :-1].float()
+
+
+class PooledClipEncoder(ClipEncoder):
+    """Hidden states of the last layer before the final norm, and pooled text behind it."""
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        core = getattr(self.model, "text_model", self.model)
+        hidden = core.embeddings(input_ids=input_ids)
+        for layer in core.encoder.layers:
+            hidden = layer(hidden, self.mask)
+        return hidden.float(), at_end(core, input_ids, core.final_layer_norm(hidden)).float()
+
+
+def text_encoder(model: Any, length: int) -> Traced:
+    """length: tokens of one chunk."""
+    width = model.config.hidden_size
+    return Traced(
+        PooledClipEncoder(model, length, penultimate=False),
+        {"input_ids": torch.zeros(2, length, dtype=torch.int64)},
+        {"input_ids": ("rows", length)},
+        {"hidden_states": ("rows", length, width), "pooled": ("rows", width)},
+    )
 
 
 def latent_upscaler(unet: Any) -> Traced:
