@@ -407,10 +407,21 @@ def slice_rule_at_slices() -> Iterator[None]:
 
 
 def save(traced: Traced, folder: Path, opset: int = OPSET) -> Component:
-    """Export into `folder`: model.onnx, its weights in model.onnx.data, and the graph for ONNX Runtime over the same.
+    """Export into `folder`. The graph names of the component are relative to `folder`."""
+    write(traced, folder, opset)
+    return Component(
+        graph=GRAPH,
+        inputs=tuple(
+            bundle.Tensor(name, "int64" if traced.example[name].dtype == torch.int64 else "float32", shape)
+            for name, shape in traced.inputs.items()
+        ),
+        outputs=tuple(bundle.Tensor(n, "float32", s) for n, s in traced.outputs.items()),
+        derived={"onnxruntime": DERIVED} if traced.derive else {},
+    )
 
-    The graph names of the component are relative to `folder`.
-    """
+
+def write(traced: Traced, folder: Path, opset: int) -> None:
+    """model.onnx, its weights in model.onnx.data, and the graph for ONNX Runtime over the same."""
     folder.mkdir(parents=True, exist_ok=True)
     model = trace(traced, opset)
     name_weights(model)
@@ -423,15 +434,6 @@ def save(traced: Traced, folder: Path, opset: int = OPSET) -> Component:
     model = ir.load(folder / GRAPH)  # its weights stay in their file
     forget_shapes(model)
     ir.save(model, folder / GRAPH)
-    return Component(
-        graph=GRAPH,
-        inputs=tuple(
-            bundle.Tensor(name, "int64" if traced.example[name].dtype == torch.int64 else "float32", shape)
-            for name, shape in traced.inputs.items()
-        ),
-        outputs=tuple(bundle.Tensor(n, "float32", s) for n, s in traced.outputs.items()),
-        derived={"onnxruntime": DERIVED} if traced.derive else {},
-    )
 
 
 def derive(graph: Path, out: Path) -> None:
