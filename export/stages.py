@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from stepforge.export.graph import trace, upscaler
-from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.pixel.read import shares_text
+from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source, Upscaler
 from stepforge.export.models.tokenizer import Pad
 from stepforge.export.models.upscaler import read_upscaler
@@ -86,7 +86,9 @@ def export_stage(
             f"stage {name}: stepforge has no formula for {scheduler.sampler} with these options; name another scheduler "
             "class in its model_index.json"
         )
-    encoders = tuple(base.text_encoders if shares_text(stage, base_source) else _text_encoders(name, stage, add, tokenize))
+    encoders = tuple(
+        base.text_encoders if shares_text(stage, base_source) else _text_encoders(name, stage, add, tokenize)
+    )
     unet = add(
         replace(UNET, stage=name), source.unet, upscaler.latent_upscaler if stage.kind == "x2" else trace.denoiser
     )
