@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,20 @@ def for_any_size(unet: Any) -> None:
     unet.num_upsamplers = NEVER_DIVIDES if size_multiple(unet.config) == 1 else 0
 
 
+def pooled_text(pool: Any, x: Tensor) -> Tensor:
+    """diffusers' AttentionPooling, the text of IF in the time embedding, by products of matrices: its own has Einsum, which a
+    graph of a bundle must not have."""
+    token = x.mean(dim=1, keepdim=True) + pool.positional_embedding.to(x.dtype)
+    x = torch.cat([token, x], dim=1)
+    scale = pool.dim_per_head**-0.25
+    q, k, v = (
+        layer(value).unflatten(-1, (pool.num_heads, pool.dim_per_head)).transpose(1, 2)
+        for layer, value in ((pool.q_proj, token), (pool.k_proj, x), (pool.v_proj, x))
+    )
+    weight = torch.softmax(((q * scale) @ (k * scale).transpose(2, 3)).float(), dim=-1).to(x.dtype)
+    return (weight @ v).flatten(1)  # [rows, heads, 1, dim] side by side
+
+
 class Denoiser(nn.Module):
     """A UNet, which it changes (`for_any_size`), and the inner values that `probes` names.
 
@@ -118,6 +133,9 @@ class Denoiser(nn.Module):
     def __init__(self, unet: Any, *, probe: bool = False) -> None:
         super().__init__()
         for_any_size(unet)
+        if unet.config.addition_embed_type == "text":
+            pool = unet.add_embedding.pool
+            pool.forward = partial(pooled_text, pool)
         self.unet = unet
         self._text: list[Tensor] = []
         self._skips: list[tuple[Tensor, tuple[Tensor, ...]]] = []

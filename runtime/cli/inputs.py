@@ -1,4 +1,4 @@
-"""What the texts on the command line mean: requests, adapters, ControlNets, numbers."""
+"""What the texts on the command line mean: requests, adapters, ControlNets, stages, numbers."""
 
 from __future__ import annotations
 
@@ -135,6 +135,18 @@ def parse_controls(texts: Sequence[str], preprocessor: str, window: str, guess_m
         given = {"name": name, "image": image, "scale": scale, "preprocessor": preprocessor, "guess_mode": guess_mode}
         controls.append({**given, **times})
     return controls
+
+
+def parse_stages(
+    names: Sequence[str], steps: int | None, noise_level: int | None, guidance: str | None
+) -> list[dict[str, Any]]:
+    """Fields of Upscale, which checks them, of each stage; what is None stays the stage's own. Raises RequestError."""
+    options = {"steps": steps, "noise_level": noise_level, "guidance": guidance}
+    stated = {name: value for name, value in options.items() if value is not None}
+    if stated and not names:
+        flags = {"steps": "--sr-steps", "noise_level": "--noise-level", "guidance": "--sr-guidance"}
+        raise RequestError(f"{flags[next(iter(stated))]} needs --sr NAME")
+    return [{"name": name, **stated} for name in names]
 
 
 def file_and_strength(text: str) -> tuple[Path, float]:

@@ -68,6 +68,21 @@ Preprocessor = Annotated[
     ),
 ]
 
+# Super-resolution
+StageNames = Annotated[
+    list[str] | None,
+    typer.Option("--sr", metavar="NAME", help="Enlarge by this stage of the bundle; repeatable, one after the other."),
+]
+StageSteps = Annotated[
+    int | None, typer.Option("--sr-steps", metavar="N", help="Steps of the stages. [default: theirs]")
+]
+NoiseLevel = Annotated[
+    int | None, typer.Option("--noise-level", metavar="N", help="Noise on what the stages read. [default: theirs]")
+]
+StageGuidance = Annotated[
+    str | None, typer.Option("--sr-guidance", metavar="TEXT", help="Guidance of the stages, as -g. [default: theirs]")
+]
+
 # The engine
 Backend = Annotated[str, typer.Option(metavar="NAME", help="auto, openvino, onnxruntime, torch, torch-exact or fake.")]
 Precision = Annotated[str, typer.Option(metavar="NAME", help="auto, fp32, bf16, or fp16 (torch on CUDA).")]

@@ -130,8 +130,8 @@ def check_text(plan: Plan, card: ModelCard) -> None:
         raise RequestError(f"{card.name} reads no text, so that nothing can guide it: guidance is {odd[0]:g}; give 1")
 
 
-def describe(plan: Plan) -> list[dict[str, object]]:
-    """The plan as printable rows, one dict a step."""
+def describe(plan: Plan, stage: str = "") -> list[dict[str, object]]:
+    """The plan as printable rows, one dict a step. stage: whose it is, empty for the base model."""
     return [
         {
             "step": k,
@@ -145,7 +145,7 @@ def describe(plan: Plan) -> list[dict[str, object]]:
             "noise": round(step.noise, 6),
             "adapters": step.adapters,
             **({"control": list(step.control)} if step.control else {}),
-            "denoiser": ComponentId("denoiser", step.denoiser, step.reuse).label,
+            "denoiser": ComponentId("denoiser", step.denoiser, step.reuse, stage).label,
         }
         for k, step in enumerate(plan.steps)
     ]
