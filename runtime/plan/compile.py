@@ -145,6 +145,7 @@ def describe(plan: Plan, stage: str = "") -> list[dict[str, object]]:
             "noise": round(step.noise, 6),
             "adapters": step.adapters,
             **({"control": list(step.control)} if step.control else {}),
+            **({"known": [round(value, 6) for value in step.known]} if step.known else {}),
             "denoiser": ComponentId("denoiser", step.denoiser, step.reuse, stage).label,
         }
         for k, step in enumerate(plan.steps)
