@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -43,16 +44,24 @@ def hole(width=72, height=56):
     return mask
 
 
-def pipeline(kind, folder, sampler):
+@cache
+def loaded(kind, folder):
     import diffusers
     import torch
 
     made = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-    name, options = SCHEDULERS[sampler]
-    made.scheduler = getattr(diffusers, name).from_config(made.scheduler.config, **options)
     made.set_progress_bar_config(disable=True)
     if hasattr(made, "watermark"):
         made.watermark = None
+    return made, made.scheduler.config
+
+
+def pipeline(kind, folder, sampler):
+    import diffusers
+
+    made, config = loaded(kind, folder)
+    name, options = SCHEDULERS[sampler]
+    made.scheduler = getattr(diffusers, name).from_config(config, **options)
     return made
 
 
