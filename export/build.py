@@ -39,6 +39,7 @@ from stepforge.runtime.bundle import (
     TEXT_ENCODERS,
     UNET,
     VAE_DECODER,
+    VAE_ENCODER,
     WEIGHT_PRECISIONS,
     Bundle,
     Component,
@@ -237,10 +238,19 @@ class _Export:
         release()
 
     def decoder(self) -> Any:
-        """The VAE decoder; the VAE's config. None for a model of pixels."""
+        """The VAE decoder, and the encoder if the VAE has one; the VAE's config. None for a model of pixels."""
         if self.source.vae is None:
             return None
-        return self.add(VAE_DECODER, lambda dtype: _vae(self.source, dtype), trace.vae_decoder)
+        load, halves = partial(_vae, self.source), []
+
+        def decoder(vae: Any) -> trace.Traced:
+            halves.append(vae.encoder is not None)
+            return trace.vae_decoder(vae)
+
+        config = self.add(VAE_DECODER, load, decoder)
+        if halves[0]:
+            self.add(VAE_ENCODER, load, trace.vae_encoder)
+        return config
 
     def stage(self, name: str, upscaler: Upscaler, base: ModelCard) -> StageCard:
         t5 = upscaler.source.family == "if"
@@ -258,7 +268,7 @@ class _Export:
             family=self.source.family,
             width=width * scale,
             height=height * scale,
-            latent_channels=unet.in_channels,
+            latent_channels=unet.in_channels if vae is None else vae.latent_channels,
             vae_scale=scale,
             size_multiple=self.source.size_multiple or scale,
             scaling_factor=1.0 if vae is None else vae.scaling_factor,

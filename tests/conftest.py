@@ -166,6 +166,33 @@ def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd1_inpaint(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD 1's inpainting layout: the UNet also reads a mask and the masked image."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd1-inpaint"
+    shutil.copytree(tiny_sd1, folder, ignore=shutil.ignore_patterns("unet"))
+    torch.manual_seed(4)
+    unet = build_unet(
+        in_channels=9,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+    )
+    unet.save_pretrained(folder / "unet")
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    index["_class_name"] = "StableDiffusionInpaintPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1_inpaint_bundle(tiny_sd1_inpaint: Path, request: pytest.FixtureRequest) -> Path:
+    return _export(tiny_sd1_inpaint, request)
+
+
+@pytest.fixture(scope="session")
 def tiny_sd2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SD 2: DDIM, v-prediction, zero terminal SNR; OpenCLIP's activation, linear projections, one more layer unused."""
     import torch

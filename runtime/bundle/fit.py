@@ -175,6 +175,8 @@ def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
                 read["class_labels"] = ("rows",)
             return _Signature(read, {"prediction": image}, (*IDS, "class_labels"))
         case "denoiser":
+            if not key.stage and bundle.reads_mask:
+                read["sample"] = ("rows", 2 * card.latent_channels + 1, "height", "width")
             return _Signature(read, {"prediction": image})
         case "control_hint":
             by = card.vae_scale

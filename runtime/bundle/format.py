@@ -307,6 +307,12 @@ class Bundle:
         """The base model's card and those of diffusion stages."""
         return self.card, *(stage.model for stage in self.stages.values() if stage.model is not None)
 
+    @property
+    def reads_mask(self) -> bool:
+        """Whether the base model reads a mask and the masked image beside its latents: an inpainting model."""
+        sample = next((tensor.shape for tensor in self.components[UNET].inputs if tensor.name == "sample"), (0, 0))
+        return sample[1] == 2 * self.card.latent_channels + 1
+
     def model(self, stage: str) -> ModelCard | None:
         """Card of the base model ("") or of a stage; None for a feed-forward network."""
         return self.stages[stage].model if stage else self.card

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepforge.runtime.cli import options
-from stepforge.runtime.cli.inputs import parse_adapters, parse_controls, parse_stages, read_requests
+from stepforge.runtime.cli.inputs import parse_adapters, parse_controls, parse_init, parse_stages, read_requests
 from stepforge.runtime.cli.output import complain, progress_bar
 from stepforge.runtime.cli.signals import Stopped, on_signal
 from stepforge.runtime.cli.targets import claimed
@@ -82,6 +82,10 @@ def generate(
     guess_mode: Annotated[
         bool, typer.Option("--guess-mode", help="ControlNets in conditional rows only, weaker where shallow.")
     ] = False,
+    init: options.InitImage = None,
+    mask: options.InitMask = None,
+    strength: options.InitStrength = None,
+    overlay: options.InitOverlay = False,
     sr: options.StageNames = None,
     sr_steps: options.StageSteps = None,
     noise_level: options.NoiseLevel = None,
@@ -130,6 +134,7 @@ def generate(
             "prompt_syntax": prompt_syntax, **planned,
             "controls": parse_controls(control or (), preprocessor, control_window, guess_mode),
             "adapters": {name: strength for name, (_, strength) in adapters.items()},
+            "init": parse_init(init, mask, strength, overlay),
             "upscale": parse_stages(sr or (), sr_steps, noise_level, sr_guidance),
         },
     )  # fmt: skip

@@ -43,7 +43,11 @@ def read_requests(
 
 
 def _found_beside(file: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """A line's values with the images of its ControlNets looked for beside the file."""
+    """A line's values with the images of its ControlNets and its init image looked for beside the file."""
+    init = values.get("init")
+    if isinstance(init, dict):
+        beside = {name: file.parent / init[name] for name in ("image", "mask") if isinstance(init.get(name), str)}
+        values = {**values, "init": {**init, **beside}}
     controls = values.get("controls", ())
     controls = [controls] if isinstance(controls, dict) else controls
     if not isinstance(controls, list) or not all(isinstance(control, dict) for control in controls):
@@ -71,6 +75,19 @@ def read_lines(file: Path) -> list[tuple[int, str]]:
     if not (found := [(number, line) for number, line in enumerate(lines, 1) if line.strip()]):
         raise RequestError(f"{printable(file)} has no prompts")
     return found
+
+
+def parse_init(
+    image: Path | None, mask: Path | None, strength: float | None, overlay: bool = False
+) -> dict[str, Any] | None:
+    """The init image of the options, as fields of `Init`. Raises RequestError for what needs one."""
+    given = {"mask": mask, "strength": strength, "overlay": overlay or None}
+    stated = {name: value for name, value in given.items() if value is not None}
+    if image is None:
+        if stated:
+            raise RequestError(f"--{next(iter(stated))} needs --init")
+        return None
+    return {"image": image, **stated}
 
 
 def parse_adapters(texts: Sequence[str]) -> dict[str, tuple[Path, float]]:

@@ -13,6 +13,20 @@ from stepforge.runtime.errors import BackendError, RequestError
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory, or `fake` for a test model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
+# What a picture starts from
+InitImage = Annotated[
+    Path | None,
+    typer.Option("--init", metavar="IMAGE", help="Start from this image (img2img; inpainting with --mask)."),
+]
+InitMask = Annotated[Path | None, typer.Option("--mask", metavar="IMAGE", help="White is drawn anew, black is kept.")]
+InitStrength = Annotated[
+    float | None,
+    typer.Option("--strength", metavar="X", help="Share of the steps that run. [default: 0.8; with a mask 1]"),
+]
+InitOverlay = Annotated[
+    bool, typer.Option("--overlay", help="Put the image's own pixels back where the mask is black.")
+]
+
 # What decides a plan
 Steps = Annotated[int, typer.Option("--steps", "-n", metavar="N", help="Denoising steps.")]
 Sampler = Annotated[

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from stepforge.runtime.cli import options
-from stepforge.runtime.cli.inputs import parse_stages
+from stepforge.runtime.cli.inputs import parse_init, parse_stages
 from stepforge.runtime.cli.output import print_table
 from stepforge.runtime.files import printable
 
@@ -27,6 +27,9 @@ def plan(
     guider: options.GuiderText = None,
     reuse: options.ReuseText = None,
     preset: options.PresetName = None,
+    init: options.InitImage = None,
+    mask: options.InitMask = None,
+    strength: options.InitStrength = None,
     sr: options.StageNames = None,
     sr_steps: options.StageSteps = None,
     noise_level: options.NoiseLevel = None,
@@ -44,9 +47,14 @@ def plan(
         steps=steps, sampler=sampler, schedule=schedule, spacing=spacing, timesteps=timesteps, sigmas=sigmas, eta=eta,
         guidance=guidance, guider=guider, reuse=reuse, preset=preset,
     )  # fmt: skip
-    request = Request(prompt="", upscale=parse_stages(sr or (), sr_steps, noise_level, sr_guidance), **fields)
+    request = Request(
+        prompt="",
+        init=parse_init(init, mask, strength),
+        upscale=parse_stages(sr or (), sr_steps, noise_level, sr_guidance),
+        **fields,
+    )
     opened = open_bundle(bundle, check=False)
-    compiled = compile_plan(resolve(request, opened), opened.scheduler)
+    compiled = compile_plan(resolve(request, opened), opened.scheduler, blends=not opened.reads_mask)
     check_variants(compiled, opened)
     stages = [(upscale.name, compile_stage(upscale, opened)) for upscale in request.upscale]
     if as_json:
@@ -60,10 +68,13 @@ def plan(
             print("one pass of a feed-forward network")
             continue
         print_table(describe(each, name))
-        print(f"initial noise {each.init_noise:.6g}; {len(each.steps)} network evaluations, {each.rows} denoiser rows")
+        image = f"{each.start:.6g} of the image's latents, " if each.start else ""
+        print(
+            f"{image}initial noise {each.init_noise:.6g}; {len(each.steps)} network evaluations, {each.rows} denoiser rows"
+        )
 
 
 def _told(plan: Plan, stage: str = "") -> dict[str, Any]:
     from stepforge.runtime.plan.compile import describe
 
-    return {"init_noise": plan.init_noise, "rows": plan.rows, "steps": describe(plan, stage)}
+    return {"start": plan.start, "init_noise": plan.init_noise, "rows": plan.rows, "steps": describe(plan, stage)}

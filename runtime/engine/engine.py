@@ -233,7 +233,7 @@ class Engine:
         self.close()
 
     def _plan(self, request: Request, rows: Rows | None) -> Plan:
-        plan = compile_plan(request, self.scheduler_card, rows)
+        plan = compile_plan(request, self.scheduler_card, rows, blends=not self.bundle.reads_mask)
         check_variants(plan, self.bundle)
         return plan
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from stepforge.runtime.imaging.read import Picture
 from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.reuse import recordings
 from stepforge.runtime.request import Progress, Request, Upscale
+
+if TYPE_CHECKING:
+    from stepforge.runtime.engine.pictures.inits import Given
 
 OnStep = Callable[[Progress], None]
 
@@ -85,6 +89,7 @@ class Job:
         self.submitted = time.perf_counter()
         # set when it is admitted
         self.is_prepared = False
+        self.init: Given | None = None  # the request's init image, encoded
         self.bank_slot = NONE
         self.started = 0  # images that have become trajectories
         # filled as images end

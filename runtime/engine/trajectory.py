@@ -29,6 +29,22 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """What inpainting puts back after each step."""
+
+    mask: Float32  # 1 where the image is drawn anew, [1, h, w]
+    latents: Float32  # [C, h, w]
+    noise: Float32  # [C, h, w], the same in all steps
+
+    def put_back(self, x: Float32, level: tuple[float, float]) -> Float32:
+        """Latents whose known part is alpha·latents + sigma·noise."""
+        alpha, sigma = map(np.float32, level)
+        known = alpha * self.latents + sigma * self.noise if sigma else self.latents
+        blended: Float32 = (1 - self.mask) * known + self.mask * x.reshape(known.shape)
+        return blended.reshape(-1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Start:
     """What the first step of an image is given."""
 
@@ -36,6 +52,12 @@ class Start:
     generator: Generator  # its stream goes on with the steps' noise
     concat: Float32 | None = None  # [C', h, w], beside the scaled latents in the network's `sample`
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # of each of its rows in a network call
+    known: Known | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but the first latents sets it apart; loops of backends know no more."""
+        return self.concat is None and not self.inputs and self.known is None
 
 
 class Trajectory:
@@ -154,6 +176,8 @@ class Trajectory:
         latent = self.table[self.k] @ self.state
         if raw is not None and step.raw:
             latent += np.float32(step.raw) * raw
+        if step.known is not None and self.begin.known is not None:
+            latent = self.begin.known.put_back(latent, step.known)
         self.k += 1
         self.x[:] = latent
 

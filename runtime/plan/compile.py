@@ -15,6 +15,7 @@ from stepforge.runtime.plan.plan import Plan
 from stepforge.runtime.plan.reuse import Reuse, variants
 from stepforge.runtime.plan.sample import sample_steps
 from stepforge.runtime.plan.step import Step, rows_of
+from stepforge.runtime.plan.truncate import Strength
 from stepforge.runtime.plan.windows import Window
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Sampling(NamedTuple):
     timesteps: tuple[float, ...] | None
     sigmas: tuple[float, ...] | None
     eta: float | None
+    init: Strength | None = None
 
 
 class Weighing(NamedTuple):
@@ -47,13 +49,14 @@ class Weighing(NamedTuple):
     controls: tuple[Window, ...]
 
 
-def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None = None) -> Plan:
+def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None = None, *, blends: bool = True) -> Plan:
     """The request as steps. Raises RequestError for what the model's scheduler cannot do.
 
     Requests that differ only in what decides no step, such as prompts and seeds, get one and the same plan.
 
     rows: steps and initial noise of the caller's own, in place of the request's sampler (`export.oracle.from_diffusers`
     makes them from any linear diffusers scheduler); the request's guidance applies to them too.
+    blends: inpainting puts the known part back after each step; a model that reads mask and image does without.
     """
     weighing = Weighing(
         request.guidance,
@@ -62,6 +65,9 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
         request.adapter_schedule,
         tuple(control.window for control in request.controls),
     )
+    init = request.init
+    if rows is not None and init is not None:
+        raise RequestError("steps of the caller's own take no init image")
     if rows is not None:
         return _weighed(*rows, weighing)
     has_steps = request.timesteps is None and request.sigmas is None
@@ -73,6 +79,7 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
         request.timesteps,
         request.sigmas,
         request.eta,
+        None if init is None else Strength(init.strength, init.mask is not None, blends and init.mask is not None),
     )
     return compiled(scheduler, sampling, weighing)
 
@@ -80,7 +87,11 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
 @lru_cache(CACHED_PLANS)
 def compiled(scheduler: SchedulerCard, sampling: Sampling, weighing: Weighing) -> Plan:
     """The plan that these decide, made once. Raises RequestError."""
-    return _weighed(*sample_steps(scheduler, **sampling._asdict()), weighing)
+    plan = _weighed(*sample_steps(scheduler, **sampling._asdict()), weighing)
+    if sampling.init is None or sampling.init.is_whole:
+        return plan
+    first = plan.steps[0].sigma  # sigma / alpha, and init_noise is sigma
+    return replace(plan, start=plan.init_noise / first)
 
 
 def _weighed(steps: tuple[Step, ...], init_noise: float, weighing: Weighing) -> Plan:
@@ -134,6 +145,7 @@ def describe(plan: Plan, stage: str = "") -> list[dict[str, object]]:
             "noise": round(step.noise, 6),
             "adapters": step.adapters,
             **({"control": list(step.control)} if step.control else {}),
+            **({"known": [round(value, 6) for value in step.known]} if step.known else {}),
             "denoiser": ComponentId("denoiser", step.denoiser, step.reuse, stage).label,
         }
         for k, step in enumerate(plan.steps)

@@ -18,6 +18,7 @@ from stepforge.runtime.plan.linear import Linear, NoisePath
 from stepforge.runtime.plan.samplers import SAMPLERS, Sampler
 from stepforge.runtime.plan.schedules import check_falling, check_timesteps
 from stepforge.runtime.plan.step import Step
+from stepforge.runtime.plan.truncate import Strength, truncated, with_known
 
 CLIP = (1.0, 1.0)  # clipping to -1..1 is thresholding whose limit cannot rise
 
@@ -32,8 +33,11 @@ def sample_steps(
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     eta: float | None = None,
+    init: Strength | None = None,
 ) -> tuple[tuple[Step, ...], float]:
     """Steps of a sampler, and the factor of the noise that it starts from. Raises RequestError.
+
+    init: the steps that an image of the caller's goes through, see truncate.py.
 
     sampler, schedule, spacing: None for the model's own, and where it has none that fits, the sampler's. timesteps,
     sigmas: in place of steps. Sigmas for euler include the one that the last step ends at, usually 0; sigmas for
@@ -41,6 +45,10 @@ def sample_steps(
     """
     if sampler is None and card.is_compiled:
         given = {"schedule": schedule, "spacing": spacing, "timesteps": timesteps, "sigmas": sigmas, "eta": eta}
+        if init is not None:
+            raise RequestError(
+                f"the model's sampler {card.sampler} takes no init image; {_those(card, lambda kind: kind.truncates)}"
+            )
         return compiled_steps(card, steps, [option for option, value in given.items() if value is not None])
     name = choice("sampler", sampler or card.sampler, tuple(SAMPLERS))
     kind = SAMPLERS[name]
@@ -70,6 +78,9 @@ def sample_steps(
             " choose euler, or a spacing that starts later"
         )
     path = replace(path, limited=limit is not None)
+    if init is not None:
+        _check_init(card, name, init)
+        path = truncated(path, init, options.steps, kind.evaluations, repeats=name == "pndm")
     found = tuple(step_of(path, k, kind.move(path, k), k // kind.evaluations) for k in range(len(path.at)))
     if limit is not None:
         found = tuple(replace(step, threshold=limit) for step in found)
@@ -78,10 +89,23 @@ def sample_steps(
             replace(step, noise=1.0, variance=kind.variance(*path.moves[k])) if step.t > 0 else step
             for k, step in enumerate(found)
         )
+    if init is not None:
+        found = with_known(found, path) if init.blends else found
+        if not init.is_whole:
+            return found, path.at[0].sigma
     if path.at[0].scale_in == 1.0:
         return found, 1.0
     first = max(level.sigma for level in path.at)
     return found, math.hypot(first, 1.0) if options.spacing == "leading" else first
+
+
+def _check_init(card: SchedulerCard, name: str, init: Strength) -> None:
+    if not SAMPLERS[name].truncates:
+        fit = _those(card, lambda kind: kind.truncates)
+        raise RequestError(f"sampler {name!r} cannot start from an image (its history is missing); {fit}")
+    if init.blends and not SAMPLERS[name].blends:
+        fit = _those(card, lambda kind: kind.truncates and kind.blends)
+        raise RequestError(f"sampler {name!r} cannot have its latents changed between steps, as inpainting does; {fit}")
 
 
 def compiled_steps(card: SchedulerCard, steps: int | None, given: Sequence[str]) -> tuple[tuple[Step, ...], float]:

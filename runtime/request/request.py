@@ -17,6 +17,7 @@ from stepforge.runtime.plan.guidance import MAX_WEIGHTS, Guidance, parse_guidanc
 from stepforge.runtime.plan.guiders import Guider
 from stepforge.runtime.plan.reuse import Reuse
 from stepforge.runtime.request.control import Control, controls_of
+from stepforge.runtime.request.init import Init
 from stepforge.runtime.request.upscale import MAX_PROMPT, MAX_SEED, MAX_STEPS, Upscale, stages_of
 
 MAX_IMAGES = 64
@@ -89,6 +90,7 @@ class Request:
     prompt_syntax: str  # "a1111": (word:1.3) weights; "plain": brackets are text, as in diffusers
     adapters: Strengths  # name in `engine.adapters` -> strength
     adapter_schedule: float | tuple[float, ...]  # multiplies the strengths in the denoiser: one number, or one a step
+    init: Init | None  # the image that it starts from, see init.py
     upscale: tuple[Upscale, ...]  # super-resolution stages, in the order in which an image passes them
 
     def __init__(
@@ -115,6 +117,7 @@ class Request:
         prompt_syntax: str = "a1111",
         adapters: Mapping[str, float] | None = None,
         adapter_schedule: float | Sequence[float] = 1.0,
+        init: Init | Mapping[str, Any] | None = None,
         upscale: Sequence[Upscale | Mapping[str, Any] | str] | Upscale | Mapping[str, Any] | str = (),
     ) -> None:
         count = whole("images", images, 1, MAX_IMAGES)
@@ -140,6 +143,7 @@ class Request:
             "prompt_syntax": choice("prompt_syntax", prompt_syntax, ("a1111", "plain")),
             "adapters": _strengths(adapters),
             "adapter_schedule": _adapter_schedule(adapter_schedule),
+            "init": Init.of(init),
             "upscale": stages_of(upscale, MAX_STAGES),
         }
         for name, value in checked.items():
@@ -175,6 +179,7 @@ class Request:
             "controls": [control.to_dict() for control in self.controls],
             "reuse": str(self.reuse),
             "adapters": dict(self.adapters),
+            "init": None if self.init is None else self.init.to_dict(),
             "upscale": [stage.to_dict() for stage in self.upscale],
         }
 

@@ -15,6 +15,7 @@ from stepforge.runtime.bundle import VAE_DECODER, Bundle, ComponentId
 from stepforge.runtime.engine.state import Job, Leg
 from stepforge.runtime.engine.trajectory import Waypoint
 from stepforge.runtime.errors import GenerationError
+from stepforge.runtime.imaging.masks import sized_mask, sized_picture
 from stepforge.runtime.imaging.png import to_pil, to_uint8
 from stepforge.runtime.request import Result, Stats
 
@@ -63,6 +64,11 @@ class Decoder:
         started = time.perf_counter()
         picture = self._open(key)({"latents": latents[None]})["pixels"][0]
         self._check(image, picture, "decoded")
+        if (init := job.request.init) is not None and init.overlay and not leg.stage:
+            assert init.mask is not None
+            width, height = leg.size.width, leg.size.height
+            is_new = sized_mask(init.mask, width, height) > 0
+            picture = np.where(is_new, picture, sized_picture(init.image, width, height))
         job.spend(leg, "decode", time.perf_counter() - started)
         job.count(key.label, 1)
         return replace(image, picture=picture)
