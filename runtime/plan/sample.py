@@ -89,6 +89,8 @@ def sample_steps(
             replace(step, noise=1.0, variance=kind.variance(*path.moves[k])) if step.t > 0 else step
             for k, step in enumerate(found)
         )
+    if (kind.draws_last or (options.eta and name == "ddim")) and not found[-1].noise:
+        found = (*found[:-1], replace(found[-1], draws_more=True))
     if init is not None:
         found = with_known(found, path) if init.blends else found
         if not init.is_whole:
