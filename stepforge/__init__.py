@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from stepforge.runtime.load import load, open_bundle
     from stepforge.runtime.lora.adapter import Adapter
-    from stepforge.runtime.request import Control, Progress, Request, Result, Stats
+    from stepforge.runtime.request import Control, Progress, Request, Result, Stats, Upscale
 
     __version__: str
 
@@ -54,6 +54,7 @@ HOMES = {
     "Result": "request",
     "Stats": "request",
     "StepforgeError": "errors",
+    "Upscale": "request",
     "load": "load",
     "open_bundle": "load",
 }
@@ -77,6 +78,7 @@ __all__ = [
     "Result",
     "Stats",
     "StepforgeError",
+    "Upscale",
     "__version__",
     "load",
     "open_bundle",

@@ -141,8 +141,12 @@ def run_reference(
 
 
 def drawn_hint(bundle: Bundle) -> Image.Image:
-    """A disc in a frame, with edges in every direction; of the model's size."""
-    width, height = bundle.card.width, bundle.card.height
+    """`drawn_picture` of the model's size."""
+    return drawn_picture(bundle.card.width, bundle.card.height)
+
+
+def drawn_picture(width: int, height: int) -> Image.Image:
+    """A disc in a frame, with edges in every direction."""
     image = Image.new("RGB", (width, height))
     draw = ImageDraw.Draw(image)
     draw.ellipse((width // 8, height // 4, width * 5 // 8, height * 7 // 8), fill="white")

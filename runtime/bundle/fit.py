@@ -24,6 +24,9 @@ from stepforge.runtime.bundle.format import (
 
 ANY = "any"  # a size that only the network knows
 ENCODERS = {"sd1": (1,), "sd2": (1,), "sdxl": (2,), "x4": (1,), "x2": (1,), "if": (0, 1)}  # numbers of text encoders
+POOLED = ("sdxl", "x2")  # families that read pooled text
+BESIDE = ("x4", "x2")  # families that read a smaller image beside the latents: RGB, or latents
+IDS = ("input_ids", "attention_mask", "adapter")
 MOST_BANKED = 1 << 37  # elements of all LoRA banks: half a terabyte, beyond any model
 KEPT = re.compile(r"deep|text_\d{1,4}")  # activations that variants take from earlier steps
 RESIDUAL = re.compile(r"residual_\d{1,4}")
@@ -38,6 +41,7 @@ class _Signature:
 
     inputs: Mapping[str, Shape]
     outputs: Mapping[str, Shape]
+    ids: tuple[str, ...] = IDS  # what is int64
 
 
 def check_fit(bundle: Bundle) -> None:
@@ -125,7 +129,7 @@ def _check_network(bundle: Bundle, key: ComponentId, entry: Component) -> None:
     if key.variant:
         extra |= {tensor.name: tensor.shape for tensor in whole.outputs if KEPT.fullmatch(tensor.name)}
     needed = ("sample",) if key.variant else (*expected.inputs, *_banks(whole))
-    _check_tensors("input", entry.inputs, {**expected.inputs, **extra}, needed)
+    _check_tensors("input", entry.inputs, {**expected.inputs, **extra}, needed, expected.ids)
     outputs = dict(expected.outputs)
     if key.role == "denoiser":
         outputs |= {tensor.name: (ANY,) * len(tensor.shape) for tensor in entry.outputs if KEPT.fullmatch(tensor.name)}
@@ -146,21 +150,30 @@ def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
     encoders = [encoder.component for encoder in card.text_encoders]
     text = [shapes[encoder].get("hidden_states", ()) for encoder in encoders]
     width = sum(size for shape in text for size in shape[-1:] if isinstance(size, int))
-    read: dict[str, Shape] = {
-        "sample": image,
-        "timestep": ("rows",),
-        "encoder_hidden_states": ("rows", "tokens", width),
-    }
+    read: dict[str, Shape] = {"sample": image, "timestep": ("rows",)}
+    if encoders:
+        read["encoder_hidden_states"] = ("rows", "tokens", width)
+    if card.family in POOLED:
+        read["text_embeds"] = ("rows", *shapes[encoders[-1]].get("pooled", ())[1:])
     if card.family == "sdxl":
-        pooled = shapes[encoders[-1]].get("pooled", ())
-        read |= {"text_embeds": ("rows", *pooled[1:]), "time_ids": ("rows", 6)}
+        read["time_ids"] = ("rows", 6)
     match key.role:
         case "text_encoder":
             length = next((one.max_length for one in card.text_encoders if one.component == key), 0)
             given: dict[str, Shape] = {"hidden_states": ("rows", length, ANY)}
-            if card.family == "sdxl" and key == encoders[-1]:
+            if card.family in POOLED and key == encoders[-1]:
                 given["pooled"] = ("rows", ANY)
-            return _Signature({"input_ids": ("rows", length)}, given)
+            ids: Shape = ("rows", length)
+            masked = {"attention_mask": ids} if card.family == "if" else {}
+            return _Signature({"input_ids": ids, **masked}, given)
+        case "denoiser" if card.family == "if":
+            return _pixel_denoiser(bundle, key, card, read)
+        case "denoiser" if card.family in BESIDE:
+            beside = card.latent_channels if card.family == "x2" else 3
+            read["sample"] = ("rows", card.latent_channels + beside, "height", "width")
+            if card.family == "x4":
+                read["class_labels"] = ("rows",)
+            return _Signature(read, {"prediction": image}, (*IDS, "class_labels"))
         case "denoiser":
             return _Signature(read, {"prediction": image})
         case "control_hint":
@@ -188,11 +201,27 @@ def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
             return _Signature({"latents": image}, {"pixels": pixels})
 
 
+def _pixel_denoiser(bundle: Bundle, key: ComponentId, card: ModelCard, read: Mapping[str, Shape]) -> _Signature:
+    """A denoiser of DeepFloyd IF: a stage also reads the smaller image and its noise level; a variance may follow the mean."""
+    channels = card.latent_channels
+    scheduler = bundle.stages[key.stage].scheduler if key.stage else bundle.scheduler
+    doubled = any(tensor.shape[1:2] == (2 * channels,) for tensor in bundle.components[key].outputs)
+    if scheduler is not None and scheduler.learned_range:
+        doubled = True
+    beside: dict[str, Shape] = {}
+    if key.stage:
+        beside = {"sample": ("rows", 2 * channels, "height", "width"), "class_labels": ("rows",)}
+    given: Shape = ("rows", 2 * channels if doubled else channels, "height", "width")
+    return _Signature({**read, **beside}, {"prediction": given})
+
+
 def _shapes(tensors: Iterable[Tensor]) -> dict[str, Shape]:
     return {tensor.name: tensor.shape for tensor in tensors}
 
 
-def _check_tensors(what: str, found: tuple[Tensor, ...], known: Mapping[str, Shape], needed: Iterable[str]) -> None:
+def _check_tensors(
+    what: str, found: tuple[Tensor, ...], known: Mapping[str, Shape], needed: Iterable[str], ids: tuple[str, ...] = IDS
+) -> None:
     names = set()
     for tensor in found:
         if tensor.name in names:
@@ -200,7 +229,7 @@ def _check_tensors(what: str, found: tuple[Tensor, ...], known: Mapping[str, Sha
         names.add(tensor.name)
         if tensor.name not in known:
             raise ValueError(f"it states the {what} {tensor.name!r}, which no network of its kind has")
-        dtype = "int64" if tensor.name in ("input_ids", "adapter") else "float32"
+        dtype = "int64" if tensor.name in ids else "float32"
         wanted = known[tensor.name]
         same = len(wanted) == len(tensor.shape) and all(
             a in (ANY, b) for a, b in zip(wanted, tensor.shape, strict=True)

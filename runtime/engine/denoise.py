@@ -65,8 +65,14 @@ class Denoisers:
 
     def rings(self, leg: Leg) -> tuple[int, int] | None:
         """Latents and predictions of the loop that the leg's steps can run in; None if they run here."""
-        graph = self._open(ComponentId("denoiser", leg.plan.steps[0].denoiser, stage=leg.stage))
-        return graph.rings if isinstance(graph, LoopingGraph) and can_run_on_device(leg.plan, graph.rings) else None
+        network = ComponentId("denoiser", leg.plan.steps[0].denoiser, stage=leg.stage)
+        graph, entry = self._open(network), self._bundle.components[network]
+        ends = {
+            tensor.shape[1] for tensor in (*entry.inputs, *entry.outputs) if tensor.name in ("sample", "prediction")
+        }
+        if not isinstance(graph, LoopingGraph) or len(ends) > 1:  # loops know latents in and latents out
+            return None
+        return graph.rings if can_run_on_device(leg.plan, graph.rings) else None
 
     def step(self, batch: Batch) -> None:
         """One whole step of the batch's images in their loop."""
@@ -127,7 +133,9 @@ class Denoisers:
         if self._packed is not None and self._packed[0] == key:
             return self._packed[1]
         conditions = [row.condition for row in rows]
-        inputs = {"encoder_hidden_states": np.stack([condition.context for condition in conditions])}
+        inputs = {}
+        if conditions[0].context.size:
+            inputs["encoder_hidden_states"] = np.stack([condition.context for condition in conditions])
         if conditions[0].pooled is not None:
             inputs["text_embeds"] = np.stack([c.pooled for c in conditions if c.pooled is not None])
             sizes = [(row.trajectory.leg.size.height, row.trajectory.leg.size.width) for row in rows]

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, overload
 
@@ -21,8 +22,9 @@ from stepforge.runtime.backends import Backend
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.future import RequestFuture
+from stepforge.runtime.engine.legs import legs_of
 from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
-from stepforge.runtime.engine.state import Job, Leg, OnStep
+from stepforge.runtime.engine.state import Job, OnStep
 from stepforge.runtime.engine.worker import Worker
 from stepforge.runtime.errors import Cancelled, QueueFull, RequestError
 from stepforge.runtime.plan import Plan
@@ -87,8 +89,14 @@ class Engine:
         self._end = weakref.finalize(self, _end, self._pid, self._scheduler, self._thread)
 
     def plan(self, request: Asked, **options: Any) -> Plan:
-        """The plan that `generate` would run. Raises RequestError."""
+        """The plan that `generate` would run, of the base model. Raises RequestError."""
         return self._plan(resolve(Request.of(request, **options), self.bundle), None)
+
+    def plans(self, request: Asked, **options: Any) -> list[tuple[str, Plan]]:
+        """The plans that `generate` would run, each with the name of its stage, which is empty for the base model; those of
+        feed-forward networks are empty. Raises RequestError."""
+        request = resolve(Request.of(request, **options), self.bundle)
+        return [(leg.stage, leg.plan) for leg in legs_of(request, self.bundle, partial(self._plan, request, None))]
 
     def submit(
         self,
@@ -211,12 +219,11 @@ class Engine:
         """A request that can be run. Raises RequestError for one that cannot."""
         self._check_process()
         request = resolve(request, self.bundle)
-        size = self.bundle.card.size(request.width, request.height)
         self._worker.check(request)  # unreadable prompts, unknown ControlNets
-        plan = self._plan(request, rows)
+        legs = legs_of(request, self.bundle, partial(self._plan, request, rows))
         self._warn(request)
         return Job(
-            request, [Leg(plan, size)], RequestFuture(self._check_wait),
+            request, legs, RequestFuture(self._check_wait),
             on_step=on_step, adapters=self.adapters.choose(request.adapters),
         )  # fmt: skip
 

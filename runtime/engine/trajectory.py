@@ -16,6 +16,7 @@ from stepforge.runtime.engine.conditions.text import Condition
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.engine.state import Job, Leg
 from stepforge.runtime.plan import Step
+from stepforge.runtime.plan.limits import deviation, limited
 
 
 class Kind(NamedTuple):
@@ -138,12 +139,28 @@ class Trajectory:
         noise: Float32 = self.state[-1]
         return noise
 
-    def advance(self) -> None:
-        """x_{k+1} = Σ keep·x + Σ gain·p + noise·z."""
-        self.draw()
+    def advance(self, variance: Float32 | None = None) -> None:
+        """x_{k+1} = Σ keep·x + Σ gain·p + noise·z, p and z as plan/limits.py makes them.
+
+        variance: the network's variance channels, flat.
+        """
+        step, noise, raw = self.step, self.draw(), None
+        if step.threshold is not None:
+            raw = self.p.copy()
+            a, b = map(np.float32, step.denoised)
+            self.p[:] = limited(a * self.x + b * raw, step.threshold)
+        if step.variance is not None and noise is not None and variance is not None:
+            noise *= deviation(variance, step.variance)
         latent = self.table[self.k] @ self.state
+        if raw is not None and step.raw:
+            latent += np.float32(step.raw) * raw
         self.k += 1
         self.x[:] = latent
+
+    def end(self) -> Waypoint:
+        """The image behind its leg."""
+        done = next(number for number, leg in enumerate(self.job.legs, 1) if leg is self.leg)
+        return Waypoint(self.job, self.index, done, self.begin.generator, self.latents())
 
     def latents(self) -> Float32:
         """A copy of the current latent, [C, h, w]."""
@@ -152,7 +169,8 @@ class Trajectory:
     def denoised(self) -> Float32:
         """Estimate of the clean latent that the last step made, [C, h, w]."""
         k = self.k - 1
-        a, b = self.leg.plan.steps[k].denoised
+        step = self.leg.plan.steps[k]
+        a, b = step.denoised if step.threshold is None else (0.0, 1.0)
         x, p = self.state[k % self.num_x], self.state[self.num_x + k % self.num_p]
         estimate: Float32 = (np.float32(a) * x + np.float32(b) * p).reshape(self.shape)
         return estimate
@@ -176,6 +194,23 @@ class Trajectory:
                 self._means[name] = values.mean(axis=0, keepdims=True, dtype=np.float32)
             return self._means[name]
         return values[[kept.index(role) for role in roles]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Waypoint:
+    """One image of a job between two legs, or behind the last."""
+
+    job: Job
+    index: int
+    done: int  # legs behind it; 0: its picture was given
+    generator: Generator  # its stream goes on in the next leg
+    latents: Float32 | None = None  # that the last denoiser behind it made, [C, h, w]
+    picture: Float32 | None = None  # in [-1, 1], [3, height, width]; None: latents are not decoded
+
+    @property
+    def next(self) -> Leg | None:
+        """The leg that comes next; None behind the last."""
+        return self.job.legs[self.done] if self.done < len(self.job.legs) else None
 
 
 @dataclass(frozen=True, slots=True)

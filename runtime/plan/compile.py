@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from stepforge.runtime.bundle import Bundle, ComponentId
+from stepforge.runtime.bundle import Bundle, ComponentId, ModelCard
 from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan.guidance import Guidance, weights
@@ -74,11 +74,12 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
         request.sigmas,
         request.eta,
     )
-    return _compiled(scheduler, sampling, weighing)
+    return compiled(scheduler, sampling, weighing)
 
 
 @lru_cache(CACHED_PLANS)
-def _compiled(scheduler: SchedulerCard, sampling: Sampling, weighing: Weighing) -> Plan:
+def compiled(scheduler: SchedulerCard, sampling: Sampling, weighing: Weighing) -> Plan:
+    """The plan that these decide, made once. Raises RequestError."""
     return _weighed(*sample_steps(scheduler, **sampling._asdict()), weighing)
 
 
@@ -110,6 +111,12 @@ def check_variants(plan: Plan, bundle: Bundle) -> None:
     for denoiser, variant in sorted({(step.denoiser, step.reuse) for step in plan.steps if step.reuse}):
         if ComponentId("denoiser", denoiser, variant) not in bundle.components:
             raise RequestError(f"the bundle has no variant {variant!r}; export it with --reuse {variant}")
+
+
+def check_text(plan: Plan, card: ModelCard) -> None:
+    """Raises RequestError if the plan guides a model that reads no text: it has one row a step."""
+    if not card.text_encoders and (odd := [step.guidance for step in plan.steps if step.guidance != 1.0]):
+        raise RequestError(f"{card.name} reads no text, so that nothing can guide it: guidance is {odd[0]:g}; give 1")
 
 
 def describe(plan: Plan) -> list[dict[str, object]]:

@@ -120,7 +120,7 @@ def deis(path: NoisePath, k: int) -> Linear:
     start, end = path.moves[k]
     steps = len(path.at)
     if k == 0 or (k == steps - 1 and steps < FEW):
-        return (end.alpha / start.alpha) * x(k) + (end.sigma - end.alpha * start.ratio) * path.eps(k)
+        return (end.alpha / start.alpha) * x(k) + (end.sigma - end.alpha * start.ratio) * path.limited_eps(k)
     now, past = start.ratio, path.at[k - 1].ratio
 
     def weight(node: float, other: float) -> float:
@@ -128,7 +128,7 @@ def deis(path: NoisePath, k: int) -> Linear:
         at_end, at_start = (rho * (math.log(rho) - math.log(other) - 1) for rho in (end.ratio, now))
         return (at_end - at_start) / (math.log(node) - math.log(other))
 
-    step = weight(now, past) * path.eps(k) + weight(past, now) * path.eps(k - 1)
+    step = weight(now, past) * path.limited_eps(k) + weight(past, now) * path.limited_eps(k - 1)
     return end.alpha * (x(k) / start.alpha + step)
 
 

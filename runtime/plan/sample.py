@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from stepforge.runtime.plan.linear import Linear, NoisePath
 from stepforge.runtime.plan.samplers import SAMPLERS, Sampler
 from stepforge.runtime.plan.schedules import check_falling, check_timesteps
 from stepforge.runtime.plan.step import Step
+
+CLIP = (1.0, 1.0)  # clipping to -1..1 is thresholding whose limit cannot rise
 
 
 def sample_steps(
@@ -58,12 +61,23 @@ def sample_steps(
         alpha_to_one=kind.alpha_to_one if card.set_alpha_to_one is None else card.set_alpha_to_one,
     )
     path = kind.levels(card, options)
+    limit = card.threshold if kind.thresholds else None
+    if limit is None and card.clip_sample and kind.clips:
+        limit = CLIP
     if card.prediction_type == "epsilon" and path.at[0].alpha == 0:
         raise RequestError(
             f"sampler {name!r} cannot start where there is no signal on a model that predicts epsilon;"
             " choose euler, or a spacing that starts later"
         )
+    path = replace(path, limited=limit is not None)
     found = tuple(step_of(path, k, kind.move(path, k), k // kind.evaluations) for k in range(len(path.at)))
+    if limit is not None:
+        found = tuple(replace(step, threshold=limit) for step in found)
+    if card.learned_range and kind.variance is not None:
+        found = tuple(
+            replace(step, noise=1.0, variance=kind.variance(*path.moves[k])) if step.t > 0 else step
+            for k, step in enumerate(found)
+        )
     if path.at[0].scale_in == 1.0:
         return found, 1.0
     first = max(level.sigma for level in path.at)
@@ -89,7 +103,8 @@ def as_step(row: Row) -> Step:
 
 def step_of(path: NoisePath, k: int, latent: Linear, index: int) -> Step:
     """x_{k+1} as a step of the plan, of the sampler's step `index`; its windows end at the oldest coefficient that is not 0."""
-    level, clean = path.at[k], path.x0(k)
+    level, clean = path.at[k], path.estimate(k)
+    out = next(iter(path.raw(k).terms))
     return Step(
         t=float(np.float32(level.t)),  # what the network is told
         sigma=level.ratio,
@@ -97,7 +112,8 @@ def step_of(path: NoisePath, k: int, latent: Linear, index: int) -> Step:
         keep=window(latent, "x", k),
         gain=window(latent, "p", k),
         noise=latent["z", k],
-        denoised=(clean["x", k], clean["p", k]),
+        denoised=(clean["x", k], clean[out]),
+        raw=latent["r", k],
         index=index,
     )
 
