@@ -88,4 +88,4 @@ def save(unet: UNet2DConditionModel, out: Path) -> None:
 
 
 def load(folder: Path) -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).eval()
+    return UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""Training pairs whose 64-px picture came out of the demo model: `python examples/emoji/sr_pool.py --out runs/emoji/sr/pool.npz`.
+"""Training pairs whose 64-px picture came out of the demo model: `python examples/emoji/sr_pool.py` writes --out.
 
 A third passed the autoencoder only; the others were noised to a random timestep and denoised again with their caption (six
 DDIM steps at most, no guidance), which melts detail as the demo model melts it and leaves shapes where they were. Held-out
@@ -45,7 +45,7 @@ def round_trip(pipe: StableDiffusionPipeline, low: np.ndarray, captions: list[st
 def make(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     random = np.random.RandomState(args.seed)
-    pipe = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32).to(args.device)
+    pipe = StableDiffusionPipeline.from_pretrained(args.model, safety_checker=None, dtype=torch.float32).to(args.device)
     names = {row.code_point: row.name for row in emoji() if row.code_point not in HELD_OUT}
     every, ours, colours = training_points(), list(names), list(BACKGROUNDS)
     lows, highs, started = [], [], time.time()
@@ -59,7 +59,9 @@ def make(args: argparse.Namespace) -> None:
         ]
         captions = None
         if steps:
-            captions = [f"{names[point]} on a {ground} background" for point, ground in zip(points, grounds, strict=True)]
+            captions = [
+                f"{names[point]} on a {ground} background" for point, ground in zip(points, grounds, strict=True)
+            ]
         lows.append(round_trip(pipe, np.stack([low for low, _ in drawn]), captions, steps))
         highs.append(np.stack([high for _, high in drawn]))
         if index % 10 == 9 or index == args.batches - 1:
