@@ -1,7 +1,7 @@
 """What the demo's SR network gains over bicubic on emoji that its training never saw: `python benchmarks/emoji_sr.py`.
 
 Pictures: the 33 emoji of `sr_data.HELD_OUT`, each on two backgrounds, 64 px. `clean` are Lanczos downscales of the font's
-bitmap; `decoded` have passed the demo's autoencoder; `melted` were noised to timestep 240 and denoised by the demo model with their
+bitmap; `decoded` have passed the autoencoder; `melted` were noised to timestep 240 and denoised by the demo model with their
 caption, which is nearest to what the stage is for. The target is the 128-px picture of the same bitmap at the places that
 align_corners upsampling puts pixels (sr_data.py); `bicubic` is torch's, align_corners too.
 

@@ -26,12 +26,16 @@ CROP = 64
 STRIDE = 8  # of the deepest level: crops keep the phase of the strided convolutions
 
 
-def corner(high: np.ndarray, random: np.random.RandomState) -> tuple[int, int]:
-    """The busiest of three random crops."""
-    corners = random.randint(0, (high.shape[0] - CROP) // STRIDE + 1, (3, 2)) * STRIDE
-    contrast = [high[y : y + CROP, x : x + CROP].std() for y, x in corners]
-    y, x = corners[int(np.argmax(contrast))]
-    return int(y), int(x)
+def crops(
+    image: torch.Tensor, target: torch.Tensor, random: np.random.RandomState
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One crop of each picture, at the same place in both: of three random ones that with most contrast in the target."""
+    chosen = []
+    for i in range(len(target)):
+        corners = random.randint(0, (target.shape[2] - CROP) // STRIDE + 1, (3, 2)) * STRIDE
+        windows = [(i, slice(None), slice(y, y + CROP), slice(x, x + CROP)) for y, x in corners.tolist()]
+        chosen.append(max(windows, key=lambda window: float(target[window].std())))
+    return torch.stack([image[window] for window in chosen]), torch.stack([target[window] for window in chosen])
 
 
 class Pairs:
@@ -55,14 +59,7 @@ class Pairs:
         drawn = [self.draw() for _ in range(size)]
         image = upsample(to_tensor(np.stack([low for low, _ in drawn])))
         target = to_tensor(np.stack([high for _, high in drawn]))
-        if whole:
-            return image, target
-        corners = [corner(high, self.random) for _, high in drawn]
-        image, target = (
-            torch.stack([row[:, y : y + CROP, x : x + CROP] for row, (y, x) in zip(rows, corners, strict=True)])
-            for rows in (image, target)
-        )
-        return image, target
+        return (image, target) if whole else crops(image, target, self.random)
 
 
 class Loss:
