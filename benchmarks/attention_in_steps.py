@@ -29,9 +29,11 @@ from stepforge import Request, load, open_bundle
 from stepforge.runtime.backends import open_backend
 from stepforge.runtime.bundle import MANIFEST, UNET, VAE_DECODER
 from stepforge.runtime.engine.adapters import Adapters
+from stepforge.runtime.engine.conditions.text import Condition, Conditioner
 from stepforge.runtime.engine.denoise import Denoisers
-from stepforge.runtime.engine.state import Batch, Job, Trajectory
-from stepforge.runtime.engine.text import Condition, Conditioner
+from stepforge.runtime.engine.starts import from_noise
+from stepforge.runtime.engine.state import Job, Leg
+from stepforge.runtime.engine.trajectory import Batch, Trajectory
 from stepforge.runtime.imaging.png import to_pil, to_uint8
 from stepforge.runtime.plan.compile import compile_plan
 from stepforge.runtime.plan.guiders import alignment
@@ -58,9 +60,10 @@ class Tables:
     def start(self, request: Request) -> Trajectory:
         """The first image of a request, before its first step."""
         plan = compile_plan(request, self.bundle.scheduler)
-        job = Job(request, plan, self.bundle.card.size(request.width, request.height), None)
-        job.cond, job.uncond = self.conditioner(request.prompt, request.negative, request.prompt_syntax)
-        return Trajectory(job, 0, self.bundle.card.latent_shape(job.size))
+        leg = Leg(plan, self.bundle.card.size(request.width, request.height))
+        leg.cond, leg.uncond = self.conditioner(request.prompt, request.negative, request.prompt_syntax)
+        start = from_noise(leg, self.bundle.card.latent_shape(leg.size), request.seed)
+        return Trajectory(Job(request, [leg], None), 0, leg, start)
 
     def step(self, images: Sequence[Trajectory]) -> list[tuple[np.ndarray, np.ndarray]]:
         """One step of every image, all guided; the conditional and unconditional prediction of each."""
@@ -69,7 +72,7 @@ class Tables:
             chunk = images[first : first + ROWS // 2]
             predictions = self._denoisers(Batch.of(chunk)).reshape(len(chunk), 2, -1)
             for image, (cond, uncond) in zip(chunk, predictions, strict=True):
-                image.job.guider(image.guide, image.step, image.weight, image.x, cond, uncond, image.p)
+                image.leg.guider(image.guide, image.step, image.weight, image.x, cond, uncond, image.p)
                 image.advance()
                 found.append((cond.copy(), uncond.copy()))
         return found
@@ -89,22 +92,22 @@ class Tables:
 
 def fork(image: Trajectory, condition: Condition | None) -> Trajectory:
     """A copy that goes its own way, with another prompt."""
-    twin, job = copy.copy(image), copy.copy(image.job)
-    job.cond = condition
-    twin.job, twin.state = job, image.state.copy()
-    twin.generator, twin.guide = copy.deepcopy(image.generator), copy.deepcopy(image.guide)
+    twin, leg = copy.copy(image), copy.copy(image.leg)
+    leg.cond = condition
+    twin.leg, twin.state = leg, image.state.copy()
+    twin.begin, twin.guide = copy.deepcopy(image.begin), copy.deepcopy(image.guide)
     return twin
 
 
 def trace(tables: Tables, asked: Request, other: Request, look: Any) -> dict[str, list[Any]]:
     """One pair of prompts: pictures by the step of the switch, and the measures of each step."""
     a, b = tables.start(asked), tables.start(other)
-    steps = len(a.job.plan.steps)
+    steps = len(a.leg.plan.steps)
     switched: list[Trajectory] = []
     found: dict[str, list[Any]] = {"ratio": [], "cosine": [], "mass": []}
     for k in range(steps):
         if k:
-            switched.append(fork(a, b.job.cond))
+            switched.append(fork(a, b.leg.cond))
         if look is not None:
             found["mass"].append(look(a))
         cond, uncond = tables.step([a, b, *switched])[0]
@@ -139,7 +142,7 @@ def watcher(tables: Tables, model: Path) -> Any:
     unet.set_attn_processor(Record())
 
     def look(image: Trajectory) -> list[float]:
-        condition, step, size = image.job.cond, image.step, image.job.size
+        condition, step, size = image.leg.cond, image.step, image.leg.size
         assert condition is not None
         added = {}
         if condition.pooled is not None:

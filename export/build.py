@@ -323,7 +323,7 @@ def _tokenizer(tokens: Path, pad: Pad | None, folder: Path, encoder: ComponentId
     path = f"{encoder.name.replace('text_encoder', 'tokenizer')}/tokenizer.json"
     (folder / path).parent.mkdir()
     (folder / path).write_text(text, encoding="utf-8")
-    return TextEncoder(name=encoder.name, tokenizer=path, **card)
+    return TextEncoder(encoder.name, path, **card, stage=encoder.stage)
 
 
 def _vae(source: Source, dtype: torch.dtype) -> Any:

@@ -12,7 +12,7 @@ from stepforge.export.parity.recorder import Arrays, Call
 from stepforge.runtime.backends import Backend
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.engine.adapters import no_adapter
-from stepforge.runtime.engine.controls import no_residuals
+from stepforge.runtime.engine.conditions.controls import no_residuals
 
 
 def component_errors(bundle: Bundle, calls: Sequence[Call], backend: Backend) -> Iterator[tuple[str, float]]:

@@ -9,12 +9,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from stepforge.runtime.bundle.format import TEXT_ENCODERS, VAE_DECODER, Bundle, Component, ComponentId, Tensor
+from stepforge.runtime.bundle.format import (
+    TEXT_ENCODERS,
+    UNET,
+    VAE_DECODER,
+    Bundle,
+    Component,
+    ComponentId,
+    ModelCard,
+    Tensor,
+)
 
 ANY = "any"  # a size that only the network knows
-ENCODERS = {"sd1": 1, "sd2": 1, "sdxl": 2}
+ENCODERS = {"sd1": (1,), "sd2": (1,), "sdxl": (2,), "x4": (1,), "x2": (1,), "if": (0, 1)}  # numbers of text encoders
 MOST_BANKED = 1 << 37  # elements of all LoRA banks: half a terabyte, beyond any model
 KEPT = re.compile(r"deep|text_\d{1,4}")  # activations that variants take from earlier steps
 RESIDUAL = re.compile(r"residual_\d{1,4}")
@@ -33,17 +42,19 @@ class _Signature:
 
 def check_fit(bundle: Bundle) -> None:
     """Raises ValueError in one line for the first thing that does not fit."""
+    _check_model(bundle.card, "model")
+    for name, stage in bundle.stages.items():
+        if (stage.model is None) != (stage.kind == "network") or (stage.model is None) != (stage.scheduler is None):
+            raise ValueError(
+                f"stages.{name} is a {stage.kind}; networks have no model and scheduler, all others have both"
+            )
+        if stage.model is not None:
+            _check_model(stage.model, f"stages.{name}.model")
     card = bundle.card
-    if len(card.text_encoders) != ENCODERS[card.family]:
-        raise ValueError(
-            f"model.text_encoders has {len(card.text_encoders)} elements; {card.family} has {ENCODERS[card.family]}"
-        )
     if bundle.text_encoders != TEXT_ENCODERS[: len(card.text_encoders)]:
         raise ValueError(
             f"model.text_encoders are not {' and '.join(key.name for key in TEXT_ENCODERS)}, in this order"
         )
-    if card.size_multiple % card.vae_scale:
-        raise ValueError(f"model.size_multiple is {card.size_multiple}, no multiple of vae_scale {card.vae_scale}")
     _check_components(bundle)
     _check_files(bundle)
     for key, entry in bundle.components.items():
@@ -56,19 +67,37 @@ def check_fit(bundle: Bundle) -> None:
         raise ValueError(f"its LoRA banks have {banked} elements; at most {MOST_BANKED} are possible")
 
 
+def _check_model(card: ModelCard, where: str) -> None:
+    if (count := len(card.text_encoders)) not in ENCODERS[card.family]:
+        most = " or ".join(map(str, ENCODERS[card.family]))
+        raise ValueError(f"{where}.text_encoders has {count} elements; {card.family} has {most}")
+    if card.size_multiple % card.vae_scale:
+        raise ValueError(f"{where}.size_multiple is {card.size_multiple}, no multiple of vae_scale {card.vae_scale}")
+
+
+def _needed(card: ModelCard | None, stage: str) -> list[ComponentId]:
+    """Networks that a model cannot do without."""
+    if card is None:
+        return [ComponentId("upscaler", "upscaler", stage=stage)]
+    decoder = [] if card.family == "if" else [replace(VAE_DECODER, stage=stage)]
+    return [*(encoder.component for encoder in card.text_encoders), replace(UNET, stage=stage), *decoder]
+
+
 def _check_components(bundle: Bundle) -> None:
-    needed = [*bundle.text_encoders, VAE_DECODER]
+    needed = _needed(bundle.card, "")
+    for name, stage in bundle.stages.items():
+        needed += _needed(stage.model, name)
     for control in bundle.controls:
         needed += [ComponentId("control_hint", control), ComponentId("control_residuals", control)]
     needed += [key.whole for key in bundle.components]
     for key in needed:
         if key not in bundle.components:
             raise ValueError(f"it has no component {str(key)!r}")
-    if not bundle.denoisers:
-        raise ValueError("it has no denoiser")
     for key in bundle.components:
         if key.variant and key.role not in ("denoiser", "control_residuals"):
             raise ValueError(f"component {str(key)!r} is a variant, which a {key.role} has not")
+        if key.stage and key.stage not in bundle.stages:
+            raise ValueError(f"component {str(key)!r} belongs to no entry of stages")
         if key.role.startswith("control") and key.name not in bundle.controls:
             raise ValueError(f"component {str(key)!r} belongs to no entry of controls")
 
@@ -77,7 +106,7 @@ def _check_files(bundle: Bundle) -> None:
     named = [
         *(component.graph for component in bundle.components.values()),
         *(graph for component in bundle.components.values() for graph in component.derived.values()),
-        *(encoder.tokenizer for encoder in bundle.card.text_encoders),
+        *(encoder.tokenizer for card in bundle.models for encoder in card.text_encoders),
     ]
     for name in named:
         if name not in bundle.files:
@@ -109,9 +138,13 @@ def _names(tensors: Iterable[Tensor]) -> list[str]:
 
 def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
     """What a network of this role reads and gives."""
-    card, shapes = bundle.card, {other: _shapes(entry.outputs) for other, entry in bundle.components.items()}
+    shapes = {other: _shapes(entry.outputs) for other, entry in bundle.components.items()}
+    card = bundle.model(key.stage)
+    if card is None:
+        return _Signature({"image": ("rows", 3, "height", "width")}, {"pixels": ("rows", 3, ANY, ANY)})
     image: Shape = ("rows", card.latent_channels, "height", "width")
-    text = [shapes[encoder].get("hidden_states", ()) for encoder in bundle.text_encoders]
+    encoders = [encoder.component for encoder in card.text_encoders]
+    text = [shapes[encoder].get("hidden_states", ()) for encoder in encoders]
     width = sum(size for shape in text for size in shape[-1:] if isinstance(size, int))
     read: dict[str, Shape] = {
         "sample": image,
@@ -119,13 +152,13 @@ def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
         "encoder_hidden_states": ("rows", "tokens", width),
     }
     if card.family == "sdxl":
-        pooled = shapes[bundle.text_encoders[-1]].get("pooled", ())
+        pooled = shapes[encoders[-1]].get("pooled", ())
         read |= {"text_embeds": ("rows", *pooled[1:]), "time_ids": ("rows", 6)}
     match key.role:
         case "text_encoder":
             length = next((one.max_length for one in card.text_encoders if one.component == key), 0)
             given: dict[str, Shape] = {"hidden_states": ("rows", length, ANY)}
-            if card.family == "sdxl" and key == bundle.text_encoders[-1]:
+            if card.family == "sdxl" and key == encoders[-1]:
                 given["pooled"] = ("rows", ANY)
             return _Signature({"input_ids": ("rows", length)}, given)
         case "denoiser":
@@ -143,6 +176,12 @@ def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
                         outputs[tensor.name] = ("rows", *tensor.shape[1:2], ANY, ANY)
             read |= {"hint": ("rows", *hinted[1:2], "height", "width"), "scale": ("rows", max(len(outputs), 1))}
             return _Signature(read, outputs)
+        case "vae_encoder":
+            by = card.vae_scale
+            moments: Shape = ("rows", 2 * card.latent_channels, f"height/{by}", f"width/{by}")
+            return _Signature({"pixels": ("rows", 3, "height", "width")}, {"moments": moments})
+        case "upscaler":
+            raise ValueError("a diffusion model has no upscaler")
         case "vae_decoder":
             by = card.vae_scale
             pixels: Shape = ("rows", 3, f"{by}*height", f"{by}*width")

@@ -5,6 +5,7 @@
     scheduler/steps.json        steps of the model's sampler where stepforge has no formula for it, see steps.py
     text_encoder*/model.onnx    ids [n, L] -> hidden states (SDXL: and pooled)
     denoiser/<name>/model.onnx  sample, timestep, encoder_hidden_states, ... -> prediction
+    sr/<name>/...               the networks of a super-resolution stage, in folders as the base model's
     control/<name>/hint/model.onnx       image in 0..1 -> hint
     control/<name>/residuals/model.onnx  what the denoiser reads, hint, scale -> residual_i
     vae_decoder/model.onnx      latents -> pixels in [-1, 1]
@@ -35,15 +36,19 @@ from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.bundle.typed import Between, Matches, OneOf
 from stepforge.runtime.errors import RequestError
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "bundle.json"
+FAMILIES = ("sd1", "sd2", "sdxl", "x4", "x2", "if")  # x4, x2: the upscalers of SD; if: pixels as latents
+STAGE_KINDS = ("network", "x4", "x2", "pixel")
 WEIGHT_PRECISIONS = ("fp32", "fp16")  # precisions of a bundle's weights
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 SIZE = re.compile(r"[A-Za-z_]\w*|[1-9]\d{0,3}\*[A-Za-z_]\w*|[A-Za-z_]\w*/[1-9]\d{0,3}", re.ASCII)
 
 # What values of a manifest may be; typed.py reads them so.
-Role = Literal["text_encoder", "denoiser", "control_hint", "control_residuals", "vae_decoder"]
+Role = Literal[
+    "text_encoder", "denoiser", "control_hint", "control_residuals", "vae_encoder", "vae_decoder", "upscaler"
+]
 Precision = Annotated[str, OneOf(WEIGHT_PRECISIONS)]
 Text = Annotated[str, Between(1, 1000)]
 Word = Annotated[str, Matches(WORD, "a name of letters, digits, - and _")]
@@ -62,11 +67,13 @@ class ComponentId:
 
     name: of the text encoder and the VAE as in diffusers, of the expert for a denoiser, of the ControlNet for its two parts.
     variant: what it reuses of earlier steps ("deepcache", "tgate"); empty for the whole network.
+    stage: super-resolution stage that it belongs to; empty for the base model.
     """
 
     role: Role
     name: Word
     variant: Variant = ""
+    stage: Variant = ""
 
     @property
     def whole(self) -> ComponentId:
@@ -76,6 +83,10 @@ class ComponentId:
     @property
     def folder(self) -> str:
         """Where an export puts its graphs, relative to the bundle. Readers go by `Component.graph`."""
+        return f"sr/{self.stage}/{self._place}" if self.stage else self._place
+
+    @property
+    def _place(self) -> str:
         match self.role:
             case "text_encoder":
                 return self.name
@@ -85,15 +96,15 @@ class ComponentId:
                 return f"control/{self.name}/hint"
             case "control_residuals":
                 return f"control/{self.name}/residuals"
-            case "vae_decoder":
-                return "vae_decoder"
+            case "vae_encoder" | "vae_decoder" | "upscaler":
+                return self.role
 
     @property
     def label(self) -> str:
         """As statistics and plans print it: "unet", "unet.deepcache", "control/edge", "control/edge/hint"."""
         match self.role:
             case "denoiser":
-                base = self.name
+                base = f"{self.stage}/{self.name}" if self.stage else self.name
             case "control_residuals":
                 base = f"control/{self.name}"
             case _:
@@ -105,6 +116,7 @@ class ComponentId:
 
 
 UNET = ComponentId("denoiser", "unet")
+VAE_ENCODER = ComponentId("vae_encoder", "vae")
 VAE_DECODER = ComponentId("vae_decoder", "vae")
 TEXT_ENCODERS = (ComponentId("text_encoder", "text_encoder"), ComponentId("text_encoder", "text_encoder_2"))
 
@@ -174,10 +186,11 @@ class TextEncoder:
     bos_id: TokenId
     eos_id: TokenId
     pad_id: TokenId
+    stage: Variant = ""  # component's stage, which need not be the model's own: stages share encoders
 
     @property
     def component(self) -> ComponentId:
-        return ComponentId("text_encoder", self.name)
+        return ComponentId("text_encoder", self.name, stage=self.stage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +206,14 @@ class ModelCard:
     """What the engine must know of the model."""
 
     name: Text
-    family: Annotated[str, OneOf(("sd1", "sd2", "sdxl"))]
+    family: Annotated[str, OneOf(FAMILIES)]
     width: Pixels  # the size the model was trained for
     height: Pixels
     latent_channels: Annotated[int, Between(1, 256)]
     vae_scale: Annotated[int, Between(1, 64)]  # pixels per latent
     size_multiple: Annotated[int, Between(1, 4096)]  # width and height must be multiples of this many pixels
     scaling_factor: Annotated[float, Between(1e-6, 1e6)]  # latents = scaling_factor · vae latents
-    text_encoders: Annotated[tuple[TextEncoder, ...], Between(1, 2)]
+    text_encoders: Annotated[tuple[TextEncoder, ...], Between(0, 2)]
     zero_empty_negative: bool = False  # SDXL's force_zeros_for_empty_prompt
 
     def size(self, width: int | None, height: int | None) -> Size:
@@ -227,6 +240,30 @@ class ControlCard:
     global_pool: bool = False  # its residuals are means over height and width; guess mode does not scale them
 
 
+@dataclass(frozen=True, slots=True)
+class StageCard:
+    """What the engine must know of a super-resolution stage.
+
+    kind: "network": one pass of a feed-forward network; the others are diffusion models that read the smaller image:
+    "x4": SD x4 upscaler, "x2": latent upscaler, "pixel": DeepFloyd IF's stage II.
+    """
+
+    kind: Annotated[str, OneOf(STAGE_KINDS)]
+    scale: Annotated[int, Between(1, 16)]  # sides of what it makes / sides of what it reads
+    model: ModelCard | None = None  # of a diffusion stage
+    scheduler: SchedulerCard | None = None
+    noising: SchedulerCard | None = None  # noise levels of what it reads; None: it is read as it is
+    most_noise: Annotated[int, Between(0, 100_000)] = 0  # highest noise level
+    noise_level: Annotated[int, Between(0, 100_000)] = 0  # used where a request names none; so are the following
+    steps: Annotated[int, Between(1, 1000)] = 50
+    guidance: Annotated[float, Between(0.0, 100.0)] = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        cards = {name: getattr(self, name) for name in ("scheduler", "noising")}
+        return asdict(self) | {name: None if card is None else card.to_dict() for name, card in cards.items()}
+
+
 @dataclass(frozen=True)  # no slots: the digest is kept
 class Bundle:
     """A manifest and where it lies."""
@@ -240,6 +277,7 @@ class Bundle:
     source: Mapping[str, Any]  # where the model came from: kind, file name, sha256 of its weights
     files: Mapping[str, tuple[int, str]]  # relative path -> (bytes, sha256)
     controls: Mapping[str, ControlCard] = field(default_factory=dict)
+    stages: Mapping[str, StageCard] = field(default_factory=dict)  # super-resolution, by name
     verdict: Mapping[str, Any] | None = None  # what `stepforge verify` found; not part of the digest
     presets: Mapping[str, Preset] = field(default_factory=dict)  # not part of the digest
 
@@ -256,13 +294,22 @@ class Bundle:
 
     @property
     def denoisers(self) -> tuple[ComponentId, ...]:
-        """The whole denoisers, without variants: one, or one for each expert."""
-        return tuple(key for key in self.components if key.role == "denoiser" and not key.variant)
+        """The whole denoisers of the base model, without variants: one, or one for each expert."""
+        return tuple(key for key in self.components if key.role == "denoiser" and not key.variant and not key.stage)
 
     @property
     def text_encoders(self) -> tuple[ComponentId, ...]:
         """In the order in which their hidden states stand side by side."""
         return tuple(encoder.component for encoder in self.card.text_encoders)
+
+    @property
+    def models(self) -> tuple[ModelCard, ...]:
+        """The base model's card and those of diffusion stages."""
+        return self.card, *(stage.model for stage in self.stages.values() if stage.model is not None)
+
+    def model(self, stage: str) -> ModelCard | None:
+        """Card of the base model ("") or of a stage; None for a feed-forward network."""
+        return self.stages[stage].model if stage else self.card
 
     def variants(self, key: ComponentId) -> tuple[str, ...]:
         """The variants of a network, without the network itself."""
@@ -281,6 +328,7 @@ def to_dict(bundle: Bundle) -> dict[str, Any]:
         "source": dict(bundle.source),
         "files": {name: list(entry) for name, entry in sorted(bundle.files.items())},
         "controls": {name: asdict(card) for name, card in bundle.controls.items()},
+        "stages": {name: card.to_dict() for name, card in bundle.stages.items()},
         "verdict": bundle.verdict,
         "presets": {name: preset.to_dict() for name, preset in bundle.presets.items()},
     }

@@ -22,6 +22,7 @@ from stepforge.runtime.bundle.format import (
     ModelCard,
     Named,
     Precision,
+    StageCard,
     Text,
     Word,
 )
@@ -63,6 +64,7 @@ class _Manifest:
     source: Mapping[str, Any]
     files: Mapping[File, tuple[Annotated[int, Between(0, 1 << 50)], Digest]]
     controls: Annotated[Mapping[Word, ControlCard], Between(0, 64)]
+    stages: Annotated[Mapping[Word, Mapping[str, Any]], Between(0, 64)]
     verdict: Mapping[str, Any] | None
     presets: Annotated[Mapping[Named, Mapping[str, Any]], Between(0, 4096)]
 
@@ -140,6 +142,7 @@ def _parse(path: Path, data: Any) -> Bundle:
         source=manifest.source,
         files=manifest.files,
         controls=manifest.controls,
+        stages={name: _stage(values, f"stages.{name}") for name, values in manifest.stages.items()},
         verdict=manifest.verdict,
         presets={name: Preset.from_dict(values) for name, values in manifest.presets.items()},
     )
@@ -152,11 +155,18 @@ def _scheduler(values: Mapping[str, Any]) -> SchedulerCard:
         raise ValueError(f"scheduler: {printable(error)}") from error
 
 
+def _stage(values: Mapping[str, Any], where: str) -> StageCard:
+    names = ("scheduler", "noising")
+    card = parse(StageCard, {**values, **{name: None for name in names if name in values}}, where)
+    scheduler, noising = (None if values[name] is None else _scheduler(values[name]) for name in names)
+    return replace(card, scheduler=scheduler, noising=noising)
+
+
 def _components(rows: tuple[Mapping[str, Any], ...]) -> dict[ComponentId, Component]:
     found: dict[ComponentId, Component] = {}
     for index, row in enumerate(rows):
         where = f"components[{index}]"
-        names = ("role", "name", "variant")
+        names = ("role", "name", "variant", "stage")
         key = parse(ComponentId, {name: row[name] for name in names if name in row}, where)
         if key in found:
             raise ValueError(f"it has the component {str(key)!r} twice")

@@ -9,7 +9,8 @@ import numpy as np
 
 from stepforge.runtime.backends import Backend
 from stepforge.runtime.bundle import VAE_DECODER, Bundle
-from stepforge.runtime.engine.state import Job, Trajectory
+from stepforge.runtime.engine.state import Job
+from stepforge.runtime.engine.trajectory import Trajectory
 from stepforge.runtime.errors import GenerationError
 from stepforge.runtime.imaging.png import to_pil, to_uint8
 from stepforge.runtime.request import Result, Stats
@@ -55,7 +56,7 @@ class Decoder:
             images=tuple(to_pil(np.stack([pixels for pixels in job.pixels if pixels is not None]))),
             seeds=tuple(request.seed + index for index in range(request.images)),
             latents=np.stack([latents for latents in job.latents if latents is not None]),
-            plan=job.plan,
+            plan=job.legs[0].plan,
             stats=Stats(
                 rows=job.rows,
                 calls=job.calls,
@@ -67,5 +68,5 @@ class Decoder:
             model=self._bundle.card.name,
             digest=self._bundle.digest,
             adapters={loaded.name: loaded.adapter.sha256 for loaded, _ in job.adapters.parts} if job.adapters else {},
-            hints=tuple(job.hint_digests),
+            hints=tuple(job.legs[0].hint_digests),
         )

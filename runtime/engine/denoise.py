@@ -18,10 +18,11 @@ from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend, Graph, LoopingGraph
 from stepforge.runtime.bundle import Bundle, Component, ComponentId, Size
 from stepforge.runtime.engine.adapters import Adapters, row_inputs
-from stepforge.runtime.engine.controls import Controls, ControlUse, no_residuals
+from stepforge.runtime.engine.conditions.controls import Controls, ControlUse, no_residuals
+from stepforge.runtime.engine.conditions.text import Condition
 from stepforge.runtime.engine.device_loop import DevicePool, can_run_on_device
-from stepforge.runtime.engine.state import Batch, Job, Row, Trajectory
-from stepforge.runtime.engine.text import Condition
+from stepforge.runtime.engine.state import Leg
+from stepforge.runtime.engine.trajectory import Batch, Row, Trajectory
 
 KEPT = re.compile(r"deep|text_\d+")  # inputs of variants; text_embeds is SDXL's pooled prompt
 MOST_POOLS = 8  # networks times latent shapes whose images a device holds; idle ones go first
@@ -62,10 +63,10 @@ class Denoisers:
         _keep(batch, outputs)
         return outputs["prediction"]
 
-    def rings(self, job: Job) -> tuple[int, int] | None:
-        """Latents and predictions of the loop that the job's steps can run in; None if they run here."""
-        graph = self._open(ComponentId("denoiser", job.plan.steps[0].denoiser))
-        return graph.rings if isinstance(graph, LoopingGraph) and can_run_on_device(job, graph.rings) else None
+    def rings(self, leg: Leg) -> tuple[int, int] | None:
+        """Latents and predictions of the loop that the leg's steps can run in; None if they run here."""
+        graph = self._open(ComponentId("denoiser", leg.plan.steps[0].denoiser, stage=leg.stage))
+        return graph.rings if isinstance(graph, LoopingGraph) and can_run_on_device(leg.plan, graph.rings) else None
 
     def step(self, batch: Batch) -> None:
         """One whole step of the batch's images in their loop."""
@@ -80,7 +81,8 @@ class Denoisers:
         self._pool(trajectory).read(trajectory)
 
     def _pool(self, trajectory: Trajectory) -> DevicePool:
-        network = ComponentId("denoiser", trajectory.job.plan.steps[0].denoiser)  # those of one loop run one network
+        leg = trajectory.leg
+        network = ComponentId("denoiser", leg.plan.steps[0].denoiser, stage=leg.stage)  # a loop runs one network
         key = network, trajectory.shape
         if key not in self._pools:
             graph = self._open(network)
@@ -103,26 +105,32 @@ class Denoisers:
         return self._graphs[network]
 
     def _inputs(self, rows: Sequence[Row]) -> dict[str, NDArray[Any]]:
-        shape = (len(rows), *rows[0].trajectory.shape)
+        first = rows[0].trajectory
+        channels, *sides = first.shape
+        beside = 0 if first.begin.concat is None else len(first.begin.concat)
+        shape = (len(rows), channels + beside, *sides)
         if self._sample.shape != shape:  # kept between ticks: a fresh array of some MB costs its page faults each time
             self._sample = np.empty(shape, np.float32)
         timestep = np.empty(len(rows), np.float32)
         for r, row in enumerate(rows):
-            step = row.trajectory.step
-            np.multiply(row.trajectory.x, np.float32(step.scale_in), out=self._sample[r].reshape(-1))
+            step, begin = row.trajectory.step, row.trajectory.begin
+            np.multiply(row.trajectory.x, np.float32(step.scale_in), out=self._sample[r, :channels].reshape(-1))
+            if begin.concat is not None:
+                self._sample[r, channels:] = begin.concat
             timestep[r] = step.t
-        return {"sample": self._sample, "timestep": timestep, **self._context(rows)}
+        further = {name: np.stack([row.trajectory.begin.inputs[name] for row in rows]) for name in first.begin.inputs}
+        return {"sample": self._sample, "timestep": timestep, **further, **self._context(rows)}
 
     def _context(self, rows: Sequence[Row]) -> dict[str, Float32]:
         """Prompt inputs of the rows; kept while the same rows come back, as they do on most steps."""
-        key = tuple((id(row.condition), row.trajectory.job.size) for row in rows)
+        key = tuple((id(row.condition), row.trajectory.leg.size) for row in rows)
         if self._packed is not None and self._packed[0] == key:
             return self._packed[1]
         conditions = [row.condition for row in rows]
         inputs = {"encoder_hidden_states": np.stack([condition.context for condition in conditions])}
         if conditions[0].pooled is not None:
             inputs["text_embeds"] = np.stack([c.pooled for c in conditions if c.pooled is not None])
-            sizes = [(row.trajectory.job.size.height, row.trajectory.job.size.width) for row in rows]
+            sizes = [(row.trajectory.leg.size.height, row.trajectory.leg.size.width) for row in rows]
             inputs["time_ids"] = np.array([[h, w, 0, 0, h, w] for h, w in sizes], np.float32)
         self._packed = (key, inputs, conditions)  # holds the conditions, so that ids stay theirs
         return inputs
@@ -150,7 +158,7 @@ def _keep(batch: Batch, outputs: Arrays) -> None:
     """Let each image keep what its later steps will reuse of this one."""
     for trajectory, span in zip(batch.trajectories, batch.spans, strict=True):
         roles = [row.is_cond for row in batch.rows[span]]
-        for what in trajectory.job.recordings[trajectory.k]:
+        for what in trajectory.leg.recordings[trajectory.k]:
             for name, value in outputs.items():
                 if name == what or (what == "text" and name.startswith("text_")):
                     trajectory.remember(name, roles, value[span])

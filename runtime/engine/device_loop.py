@@ -10,15 +10,16 @@ from numpy.typing import NDArray
 
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Loop, SideCall, StepTable
-from stepforge.runtime.engine.state import Batch, Job, Trajectory
+from stepforge.runtime.engine.trajectory import Batch, Trajectory
+from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.guiders import Guider
 
 
-def can_run_on_device(job: Job, rings: tuple[int, int]) -> bool:
-    """Whether a job's plan is a table and nothing else: linear guidance of one network, without reuse."""
-    steps = job.plan.steps
+def can_run_on_device(plan: Plan, rings: tuple[int, int]) -> bool:
+    """Whether a plan is a table and nothing else: linear guidance of one network, without reuse."""
+    steps = plan.steps
     return (
-        job.guider == Guider()
+        plan.guider == Guider()
         and len({step.denoiser for step in steps}) == 1
         and not any(step.reuse for step in steps)
         and max(len(step.keep) for step in steps) <= rings[0]
@@ -27,7 +28,7 @@ def can_run_on_device(job: Job, rings: tuple[int, int]) -> bool:
 
 
 def step_table(trajectory: Trajectory) -> StepTable:
-    steps = trajectory.job.plan.steps
+    steps = trajectory.leg.plan.steps
     adapters = trajectory.job.adapters
     strength = 0.0 if adapters is None else adapters.strength
 

@@ -22,7 +22,7 @@ from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.future import RequestFuture
 from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
-from stepforge.runtime.engine.state import Job, OnStep
+from stepforge.runtime.engine.state import Job, Leg, OnStep
 from stepforge.runtime.engine.worker import Worker
 from stepforge.runtime.errors import Cancelled, QueueFull, RequestError
 from stepforge.runtime.plan import Plan
@@ -216,7 +216,7 @@ class Engine:
         plan = self._plan(request, rows)
         self._warn(request)
         return Job(
-            request, plan, size, RequestFuture(self._check_wait),
+            request, [Leg(plan, size)], RequestFuture(self._check_wait),
             on_step=on_step, adapters=self.adapters.choose(request.adapters),
         )  # fmt: skip
 

@@ -9,7 +9,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from stepforge.runtime.engine.state import Batch, Job, Trajectory
+from stepforge.runtime.bundle import ComponentId
+from stepforge.runtime.engine.state import Job
+from stepforge.runtime.engine.trajectory import Batch, Trajectory
 from stepforge.runtime.errors import QueueFull, RequestError
 
 CLOSED = "the engine was closed"
@@ -26,7 +28,7 @@ class Scheduler:
         self.max_rows, self.max_pixels, self.queue_limit = max_rows, max_pixels, queue_limit
         self._waiting: deque[Job] = deque()
         self._running: list[Trajectory] = []
-        self._most_pixels: dict[tuple[str, str], int] = {}  # network and variant -> what fitted in memory
+        self._most_pixels: dict[ComponentId, int] = {}  # network -> what fitted in memory
         self._changed = threading.Condition()
         self.is_closed = False
 
@@ -67,9 +69,8 @@ class Scheduler:
             if not self._waiting or len(self._running) >= self.max_rows:
                 return None
             job = self._waiting[0]
-            pixels = job.size.width * job.size.height
             used = sum(trajectory.pixels for trajectory in self._running)
-            return job if not self._running or used + pixels <= self.max_pixels else None
+            return job if not self._running or used + job.legs[0].pixels <= self.max_pixels else None
 
     def start(self, trajectory: Trajectory) -> None:
         """One image of the oldest waiting job is on its way; the job leaves the queue with its last one."""
@@ -96,7 +97,7 @@ class Scheduler:
             return None
         first = self._running[0]
         kind = first.kind
-        most = min(self.max_pixels, self._most_pixels.get((kind.denoiser, kind.reuse), self.max_pixels))
+        most = min(self.max_pixels, self._most_pixels.get(kind.network, self.max_pixels))
         chosen: list[Trajectory] = []
         rows = 0
         for trajectory in self._running:
@@ -109,7 +110,7 @@ class Scheduler:
 
     def learn_out_of_memory(self, batch: Batch) -> None:
         """A call was too large: no later one of this network has more than half of its pixels."""
-        self._most_pixels[batch.kind.denoiser, batch.kind.reuse] = batch.pixels // 2
+        self._most_pixels[batch.network] = batch.pixels // 2
 
     def retire(self) -> list[Trajectory]:
         """Take out the images that have made their last step."""

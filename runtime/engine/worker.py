@@ -17,12 +17,14 @@ from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Backend, is_out_of_memory
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.engine.adapters import Adapters
+from stepforge.runtime.engine.conditions.text import Conditioner
 from stepforge.runtime.engine.decode import Decoder
 from stepforge.runtime.engine.denoise import Denoisers
 from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
 from stepforge.runtime.engine.stages import Stage
-from stepforge.runtime.engine.state import Batch, Job, Trajectory, failure, stage
-from stepforge.runtime.engine.text import Conditioner
+from stepforge.runtime.engine.starts import from_noise
+from stepforge.runtime.engine.state import Job, failure, stage
+from stepforge.runtime.engine.trajectory import Batch, Trajectory
 from stepforge.runtime.errors import Cancelled, GenerationError, RequestError
 from stepforge.runtime.request import Progress, Request
 
@@ -73,8 +75,9 @@ class Worker:
             try:
                 if not job.is_prepared and not self._prepare(job):
                     return
-                shape = self._bundle.card.latent_shape(job.size)
-                self._scheduler.start(Trajectory(job, job.started, shape, self.denoisers.rings(job)))
+                leg, index = job.legs[0], job.started
+                start = from_noise(leg, self._bundle.card.latent_shape(leg.size), job.request.seed + index)
+                self._scheduler.start(Trajectory(job, index, leg, start, self.denoisers.rings(leg)))
             except BaseException as error:
                 job.fail("start", error)
                 self._scheduler.drop(job)
@@ -141,8 +144,7 @@ class Worker:
         """Guidance, then x_{k+1}."""
         flat = prediction.reshape(len(prediction), -1)
         given = {row.is_cond: values for row, values in zip(batch.rows[span], flat, strict=True)}
-        job = trajectory.job
-        job.guider(
+        trajectory.leg.guider(
             trajectory.guide, trajectory.step, trajectory.weight, trajectory.x, given.get(True), given.get(False),
             trajectory.p,
         )  # fmt: skip

@@ -13,8 +13,9 @@ class Plan:
     """All steps of a request. Equal requests share one plan object."""
 
     steps: tuple[Step, ...]
-    init_noise: float  # x_0 = init_noise · z
+    init_noise: float  # x_0 = start·y + init_noise·z, y the latents of a given image
     guider: Guider = Guider()  # noqa: RUF009, a frozen value
+    start: float = 0.0
 
     @property
     def rows(self) -> int:

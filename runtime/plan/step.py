@@ -28,6 +28,11 @@ class Step:
     control: tuple[float, ...] = ()  # scale of each of the request's ControlNets; 0.0: that network is not run
     reuse: str = ""  # a variant of the denoiser that reuses an earlier step's activations: "deepcache", "tgate"
     denoiser: str = "unet"
+    known: tuple[float, float] | None = None  # inpainting: known part after the step = known[0]·y + known[1]·z_0
+    threshold: tuple[float, float] | None = (
+        None  # p is the clean estimate, clipped at this quantile, at most the second
+    )
+    variance: tuple[float, float] | None = None  # log beta and log beta~ that a learned variance lies between
     index: int = 0  # number of the sampler's step; the two evaluations of a Heun step share one
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from mutate import NAMES, STRANGE
 
 from stepforge.runtime.backends.fake import fake_bundle
-from stepforge.runtime.engine.prompts import MAX_CHUNKS, ClipTokenizer, warn_of_tags
+from stepforge.runtime.engine.conditions.prompts import MAX_CHUNKS, ClipTokenizer, warn_of_tags
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.request import Control, Request
 

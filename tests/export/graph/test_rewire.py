@@ -21,7 +21,7 @@ from stepforge.export.graph.rewire import Variants, cut_variants, resolve_probes
 from stepforge.export.models.networks import modules_of
 from stepforge.runtime.bundle import Component
 from stepforge.runtime.engine.adapters import Buffers, no_adapter, row_inputs
-from stepforge.runtime.engine.controls import no_residuals
+from stepforge.runtime.engine.conditions.controls import no_residuals
 from stepforge.runtime.errors import CheckpointError, RequestError
 
 ROUNDING = 2e-5  # relative to the largest value: fp32, other summation order, some 60 layers

@@ -41,9 +41,9 @@ def test_a_component_has_a_role_a_name_and_a_variant(path):
     assert (bundle.variants(UNET), bundle.variants(refiner)) == (("deepcache",), ())
     deep = replace(UNET, variant="deepcache")
     assert (deep.whole, str(deep), deep.label) == (UNET, "denoiser/unet.deepcache", "unet.deepcache")
-    for older in (1, 2, 3):
+    for older in (1, 2, 3, 4):
         edit(path, lambda m, older=older: m.update(format=older))
-        with pytest.raises(BundleError, match=f"has bundle format {older}; this version reads 4: export it again"):
+        with pytest.raises(BundleError, match=f"has bundle format {older}; this version reads 5: export it again"):
             read(path)
 
 
@@ -77,7 +77,7 @@ REFUSED = {
     "not JSON": (lambda p: (p / MANIFEST).write_text("{"), "is damaged"),
     "other format": (
         lambda p: edit(p, lambda m: m.update(format=1)),
-        "has bundle format 1; this version reads 4: export it again",
+        "has bundle format 1; this version reads 5: export it again",
     ),
     "field missing": (lambda p: edit(p, lambda m: m.pop("model")), "is damaged"),
     "field unknown": (lambda p: edit(p, lambda m: m["model"].update(extra=1)), "is damaged"),

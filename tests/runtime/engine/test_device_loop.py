@@ -368,15 +368,18 @@ def test_recordings_hold_whole_steps(tiny_sd1_bundle, host, recorded):
 
 def test_a_plan_is_told_in_full(tiny_sd1_bundle):
     """`step_table` against the plan, entry by entry."""
-    from stepforge.runtime.engine.state import Job, Trajectory
+    from stepforge.runtime.engine.starts import from_noise
+    from stepforge.runtime.engine.state import Job, Leg
+    from stepforge.runtime.engine.trajectory import Trajectory
     from stepforge.runtime.plan.compile import compile_plan
 
     bundle = read(tiny_sd1_bundle)
     request = Request(**{**ASK, "guidance": [0.0, 2.5, 1.0, 4.0]}, sampler="dpmpp_2m_sde")
     with Engine(bundle, open_backend("fake", bundle)) as engine:
         plan = compile_plan(request, engine.scheduler_card)
-    job = Job(request, plan, bundle.card.size(request.width, request.height), RequestFuture(lambda: None))
-    told = step_table(Trajectory(job, 0, (4, 8, 8), (3, 5)))
+    leg = Leg(plan, bundle.card.size(request.width, request.height))
+    job = Job(request, [leg], RequestFuture(lambda: None))
+    told = step_table(Trajectory(job, 0, leg, from_noise(leg, (4, 8, 8), request.seed), (3, 5)))
     steps = plan.steps
     assert told.t.tolist() == [np.float32(step.t) for step in steps]
     assert told.scale_in[:-1].tolist() == [np.float32(step.scale_in) for step in steps]

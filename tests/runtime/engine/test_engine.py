@@ -10,7 +10,9 @@ from stepforge import Cancelled, Engine, GenerationError, Request, RequestError,
 from stepforge.runtime.backends.fake import Fake, fake_bundle
 from stepforge.runtime.bundle import Size
 from stepforge.runtime.engine.future import RequestFuture
-from stepforge.runtime.engine.state import Job, Trajectory
+from stepforge.runtime.engine.starts import from_noise
+from stepforge.runtime.engine.state import Job, Leg
+from stepforge.runtime.engine.trajectory import Trajectory
 from stepforge.runtime.plan.compile import compile_plan
 
 SIZE = 64
@@ -105,8 +107,9 @@ def test_update_equals_the_definition():
     for sampler in ("ddim", "pndm", "unipc", "dpmpp_3m", "lms", "heun", "euler_a"):
         request = Request(prompt="", sampler=sampler, steps=8)
         plan = compile_plan(request, card)
-        job = Job(request, plan, Size(64, 64), RequestFuture(lambda: None))
-        image = Trajectory(job, 0, (4, 8, 8))
+        leg = Leg(plan, Size(64, 64))
+        job = Job(request, [leg], RequestFuture(lambda: None))
+        image = Trajectory(job, 0, leg, from_noise(leg, (4, 8, 8), request.seed))
         x, p = [image.x.astype(np.float64)], []
         for step in plan.steps:
             p.append(random.standard_normal(x[0].shape))

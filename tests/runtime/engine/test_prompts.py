@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
 from stepforge.export.models.tokenizer import tokenizer_json
-from stepforge.runtime.engine.prompts import ClipTokenizer, TokenChunks, apply_weights, pad_chunks, parse
+from stepforge.runtime.engine.conditions.prompts import ClipTokenizer, TokenChunks, apply_weights, pad_chunks, parse
 from stepforge.runtime.errors import BundleError, CheckpointError, RequestError
 from stepforge.runtime.load import load
 

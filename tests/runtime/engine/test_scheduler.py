@@ -10,8 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from stepforge import QueueFull, RequestError
+from stepforge.runtime.bundle import UNET, ComponentId
 from stepforge.runtime.engine.scheduler import Scheduler
-from stepforge.runtime.engine.state import Kind
+from stepforge.runtime.engine.trajectory import Kind
+
+REFINER = ComponentId("denoiser", "refiner")
 
 
 @dataclass(eq=False)
@@ -21,25 +24,22 @@ class Job:
     started: int = 0
     is_over: bool = False
     request: SimpleNamespace = field(init=False)
-    size: SimpleNamespace = field(init=False)
+    legs: list = field(init=False)
 
     def __post_init__(self):
-        self.request, self.size = (
-            SimpleNamespace(images=self.images),
-            SimpleNamespace(width=self.side, height=self.side),
-        )
+        self.request, self.legs = SimpleNamespace(images=self.images), [SimpleNamespace(pixels=self.side**2)]
 
 
 @dataclass(eq=False)
 class Image:
     job: Job
-    denoiser: str = "unet"
+    network: ComponentId = UNET
     need: int = 2
     is_done: bool = False
 
     @property
     def kind(self):
-        return Kind(self.denoiser, "", False, (4, self.job.side // 8, self.job.side // 8), 77)
+        return Kind(self.network, False, (4, self.job.side // 8, self.job.side // 8), 77)
 
     @property
     def pixels(self):
@@ -66,7 +66,7 @@ def test_a_batch_is_the_oldest_image_and_all_of_its_kind_that_fit():
         Image(Job()),
         Image(Job(side=128)),
         Image(Job(), need=1),
-        Image(Job(), "refiner"),
+        Image(Job(), REFINER),
         *(Image(Job()) for _ in range(4)),
     ]
     started(scheduler, *images)
@@ -108,7 +108,7 @@ def test_memory_that_ran_out_halves_the_pixels_of_that_network_only(limit, rows)
         scheduler.learn_out_of_memory(scheduler.pack())
     assert len(scheduler.pack().rows) == rows
     for image in images:
-        image.denoiser = "refiner"
+        image.network = REFINER
     assert len(scheduler.pack().rows) == 4
 
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend, Graph, SideCall
 from stepforge.runtime.bundle import Bundle, Component, ComponentId
-from stepforge.runtime.engine.hints import Hints
-from stepforge.runtime.engine.state import Batch, Job
+from stepforge.runtime.engine.conditions.hints import Hints
+from stepforge.runtime.engine.state import Job
+from stepforge.runtime.engine.trajectory import Batch
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.imaging.read import check_image
 from stepforge.runtime.request import Control
@@ -64,16 +65,17 @@ class Controls:
 
     def prepare(self, job: Job) -> None:
         """A job's hints: each ControlNet that some step uses has its hint encoder run on the image that it is shown."""
+        leg = job.legs[0]
         hints, digests = [], []
         for index, control in enumerate(job.request.controls):
-            if any(step.control[index] for step in job.plan.steps):
-                digest, hint, ran = self._hints.encoded(control, job.size)
+            if any(step.control[index] for step in leg.plan.steps):
+                digest, hint, ran = self._hints.encoded(control, leg.size)
                 job.count(ComponentId("control_hint", control.name).label, int(ran))
             else:
-                digest, hint = self._hints.digest(control, job.size), np.empty(0, np.float32)
+                digest, hint = self._hints.digest(control, leg.size), np.empty(0, np.float32)
             hints.append(hint)
             digests.append(digest)
-        job.hints, job.hint_digests = hints, digests
+        leg.hints, leg.hint_digests = hints, digests
 
     def calls(self, uses: Sequence[ControlUse], variant: str = "") -> list[SideCall]:
         """What runs for these uses. Each ControlNet is called once for all its rows, and again only for a second use in one
@@ -102,7 +104,9 @@ class Controls:
         uses: list[ControlUse] = []
         row = batch.rows[r]
         job, step = row.trajectory.job, row.trajectory.step
-        for control, hint, scale in zip(job.request.controls, job.hints, step.control, strict=True):
+        if row.trajectory.leg.stage:
+            return uses  # ControlNets are the base model's
+        for control, hint, scale in zip(job.request.controls, row.trajectory.leg.hints, step.control, strict=True):
             if scale and (row.is_cond or not self.cond_only(control)):
                 occurrence = sum(use.name == control.name for use in uses)
                 uses.append(ControlUse(r, control.name, occurrence, hint, scale, control.guess_mode))

@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 from stepforge.runtime.backends import Backend
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.engine.adapters import NONE, Adapters, AdapterSet, row_inputs
-from stepforge.runtime.engine.prompts import ClipTokenizer, TokenChunks, apply_weights, pad_chunks, warn_of_tags
+from stepforge.runtime.engine.conditions.prompts import (
+    ClipTokenizer,
+    TokenChunks,
+    apply_weights,
+    pad_chunks,
+    warn_of_tags,
+)
 
 if TYPE_CHECKING:
     from stepforge.runtime.engine.state import Job
@@ -55,10 +61,10 @@ class Conditioner:
 
     def prepare(self, job: Job) -> None:
         """Conditions of a job's prompts; the negative one only if some step runs it."""
-        request, before = job.request, self.rows
-        negative = request.negative if any(step.guidance != 1.0 for step in job.plan.steps) else None
+        request, leg, before = job.request, job.legs[0], self.rows
+        negative = request.negative if any(step.guidance != 1.0 for step in leg.plan.steps) else None
         warn_of_tags(f"{request.prompt}\n{negative or ''}")
-        job.cond, job.uncond = self(request.prompt, negative, request.prompt_syntax, job.adapters, job.bank_slot)
+        leg.cond, leg.uncond = self(request.prompt, negative, request.prompt_syntax, job.adapters, job.bank_slot)
         job.count("text_encoder", self.rows - before)
 
     def __call__(
