@@ -89,6 +89,7 @@ class Loss:
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
+    torch.set_flush_denormal(True)
     args.run.mkdir(parents=True, exist_ok=True)
     unet = UNet2DConditionModel(**UNET_CONFIG).to(args.device)
     shadow = {key: value.clone() for key, value in unet.state_dict().items()}
