@@ -1,7 +1,9 @@
 """The SR network's configuration, its sampling in torch, and its folder: IF's stage II layout without text.
 
 Efficient U-Net habits: 16 channels at full resolution, 128 at an eighth of it. The input is [noisy 128 px, noised low-res
-upsampled to 128 px], the class label is the noise level of the latter, the prediction is v.
+upsampled to 128 px], the class label is the noise level of the latter. The prediction is the clean picture: `fresh` can then
+start as the bilinear upsampling, which v, a mixture that differs with the timestep, would not allow. Predicting v from
+random weights, 500 steps of 8 crops were still 8 dB worse than bicubic.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ UNET_CONFIG = dict(
 )
 SCHEDULER_CONFIG = dict(
     beta_schedule="squaredcos_cap_v2",
-    prediction_type="v_prediction",
+    prediction_type="sample",
     clip_sample=False,
     timestep_spacing="trailing",
 )
@@ -43,6 +45,40 @@ INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "watermarker": [None, None],
 }
+
+
+CONSTANT = 6.0  # of the third channel of a group, in `fresh`
+
+
+@torch.no_grad()
+def fresh() -> UNet2DConditionModel:
+    """Random weights, except that the output is the upsampled low-res picture, within 3 %.
+
+    Colour c goes through channels 4c and 4c+1 as ±c, from `conv_in` over the last skip connection to `conv_out`. Channel 4c+2
+    is a constant that outweighs the colour in its group's variance, so that group norm hardly scales the picture; SiLU at
+    2.5 is nearly straight, and the difference of the two channels cancels its even part and the mean.
+    """
+    unet = UNet2DConditionModel(**UNET_CONFIG)
+    last = unet.up_blocks[-1].resnets[-1]
+    skip = last.conv_shortcut.in_channels - unet.conv_in.out_channels
+    unet.conv_out.weight.mul_(0.1)
+    unet.conv_out.bias.zero_()
+    for colour in range(3):
+        plus, minus, constant = 4 * colour, 4 * colour + 1, 4 * colour + 2
+        for row in (plus, minus, constant):
+            for layer in (unet.conv_in, last.conv_shortcut, last.conv2):
+                layer.weight[row] = 0.0
+                layer.bias[row] = 0.0
+            last.conv_shortcut.weight[row, skip + row] = 1.0
+        unet.conv_in.weight[plus, 3 + colour, 1, 1] = 1.0
+        unet.conv_in.weight[minus, 3 + colour, 1, 1] = -1.0
+        unet.conv_in.bias[constant] = CONSTANT
+        unet.conv_norm_out.bias[[plus, minus]] = 2.5
+        unet.conv_out.weight[:, [plus, minus, constant]] = 0.0
+    for colour in range(3):  # standard deviation of a group 2.65, slope of SiLU 1.09, two channels
+        unet.conv_out.weight[colour, 4 * colour, 1, 1] = 1.22
+        unet.conv_out.weight[colour, 4 * colour + 1, 1, 1] = -1.22
+    return unet
 
 
 def upsample(low: torch.Tensor) -> torch.Tensor:
@@ -72,8 +108,8 @@ def upscale(
     image = noising.add_noise(upsample(low), noise, levels)
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
-        v = unet(torch.cat([x, image], dim=1), t, None, class_labels=levels).sample
-        x = scheduler.step(v, t, x).prev_sample
+        clean = unet(torch.cat([x, image], dim=1), t, None, class_labels=levels).sample
+        x = scheduler.step(clean, t, x).prev_sample
     return x.clamp(-1, 1)
 
 

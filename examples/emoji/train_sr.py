@@ -4,7 +4,7 @@
     python examples/emoji/train_sr.py --resume --pool FILE  # goes on, half of the pairs from `sr_pool.py`
 
 The noise level of the low-res picture is drawn per picture, denser at the low end: level = most · u², u uniform.
-The loss is that of train_unet.py: v, weighted as min-SNR (arXiv 2303.09556) would.
+The loss is the squared error of the clean picture times min(SNR + 1, 6), train_unet.py's in other words.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from sr import UNET_CONFIG, noising_scheduler, sampling_scheduler, save, upsample
+from sr import UNET_CONFIG, fresh, noising_scheduler, sampling_scheduler, save, upsample
 from sr_data import random_pair, training_points
 from train_unet import learning_rate
 from train_vae import to_tensor
@@ -63,13 +63,13 @@ class Pairs:
 
 
 class Loss:
-    """Weighted v error of one batch at random timesteps and random noise levels of the low-res picture."""
+    """Weighted error of one batch at random timesteps and random noise levels of the low-res picture."""
 
     def __init__(self, device: str) -> None:
         self.alphas = sampling_scheduler().alphas_cumprod.to(device)
         self.noising = noising_scheduler().alphas_cumprod.to(device)
         snr = self.alphas / (1 - self.alphas)
-        self.weights = (snr + 1).clamp(max=6.0) / (snr + 1)
+        self.weights = (snr + 1).clamp(max=6.0)
 
     def __call__(
         self, unet: UNet2DConditionModel, image: torch.Tensor, target: torch.Tensor, levels: torch.Tensor
@@ -83,7 +83,7 @@ class Loss:
         noisy = a.sqrt() * target + (1 - a).sqrt() * noise
         image = b.sqrt() * image + (1 - b).sqrt() * torch.randn_like(image)
         output = unet(torch.cat([noisy, image], dim=1), timesteps, None, class_labels=levels).sample
-        error = (output.float() - (a.sqrt() * noise - (1 - a).sqrt() * target)).square().mean((1, 2, 3))
+        error = (output.float() - target).square().mean((1, 2, 3))
         return (self.weights[timesteps] * error).mean()
 
 
@@ -91,7 +91,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     args.run.mkdir(parents=True, exist_ok=True)
-    unet = UNet2DConditionModel(**UNET_CONFIG).to(args.device)
+    unet = fresh().to(args.device)
     shadow = {key: value.clone() for key, value in unet.state_dict().items()}
     print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters", flush=True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
