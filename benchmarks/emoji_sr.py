@@ -11,8 +11,8 @@ pixels. sharpness: mean gradient magnitude over that of the target, 1 is as cris
 `decoded`. Of `melted` it is not: strokes are displaced, where a crisp one costs more than a smear (a mean of
 positions); sharpness and gmsd are stated beside it.
 
-`--subject` measures the DreamBooth fine-tune (train_sr_subject.py) against the base network on poses and backgrounds that
-the fine-tune never saw, and what the fine-tune costs on the held-out emoji.
+subject: the DreamBooth fine-tune (train_sr_subject.py) against the network itself, on the subject in ten poses and on
+backgrounds that the fine-tune never saw, and what the fine-tune costs on the held-out emoji.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import argparse
 import json
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +37,15 @@ from data import BACKGROUNDS, emoji
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from sr_data import HELD_OUT, canvas, pair
 from sr_pool import round_trip, to_uint8
+from subject import TRAINING, Pose
+from train_sr_subject import adapted, drawing
 from train_vae import to_tensor
 
 MODEL = ROOT / "examples/emoji/model"
 FOLDER = ROOT / "examples/emoji/sr"
+ADAPTER = ROOT / "examples/emoji/adapters/subject_sr"
 MELT_STEPS = 3
+SUBJECT_NOISE = 5  # level of the fine-tuned network: variance 3e-4
 
 
 def held_out_pictures(per_emoji: int) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -55,9 +60,14 @@ def held_out_pictures(per_emoji: int) -> tuple[list[str], np.ndarray, np.ndarray
     return captions, np.stack([low for low, _ in pairs]), np.stack([high for _, high in pairs])
 
 
+@cache
+def demo_model() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, dtype=torch.float32)
+
+
 def low_res_sets(captions: list[str], low: np.ndarray) -> dict[str, np.ndarray]:
     torch.manual_seed(0)
-    pipe = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, dtype=torch.float32)
+    pipe = demo_model()
     return {
         "clean": low,
         "decoded": round_trip(pipe, low, None, 0),
@@ -77,6 +87,37 @@ def upscale(unet: UNet2DConditionModel, low: np.ndarray, steps: int, noise_level
             for i, chunk in enumerate(chunks)
         ]
     )
+
+
+def unseen_subject() -> tuple[np.ndarray, np.ndarray]:
+    """The upright pose and a drawn one on each of the five backgrounds that training does not have, at 64 and at 128 px."""
+    random = np.random.RandomState(23)
+    pairs = []
+    for background in sorted(set(BACKGROUNDS) - {background for background, _ in TRAINING}):
+        tilt, spread = random.uniform(-12, 12, 2)
+        pose = Pose(
+            tilt=tilt, scale=random.uniform(0.88, 1.04), look=tuple(random.uniform(-0.8, 0.8, 2)), spread=spread
+        )
+        pairs += [drawing(background), drawing(background, pose)]
+    return np.stack([low for low, _ in pairs]), np.stack([high for _, high in pairs])
+
+
+def subject_report(networks: dict[str, UNet2DConditionModel], low: np.ndarray, target: np.ndarray, steps: int) -> dict:
+    """`low` and `target` are the held-out emoji."""
+    torch.manual_seed(0)
+    drawn, wanted = unseen_subject()
+    decoded = round_trip(demo_model(), drawn, None, 0)
+    report: dict = {"pictures": len(drawn)}
+    for name, pictures in {"drawn": drawn, "decoded": decoded}.items():
+        report[name] = {"bicubic": score(bicubic(pictures), wanted)}
+        for network, unet in networks.items():
+            report[name][network] = score(upscale(unet, pictures, steps, SUBJECT_NOISE), wanted)
+    some = slice(None, None, 2)
+    report["held-out emoji, clean"] = {
+        network: score(upscale(unet, low[some], steps, SUBJECT_NOISE), target[some])
+        for network, unet in networks.items()
+    }
+    return report
 
 
 def psnr(image: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -136,6 +177,8 @@ def main() -> None:
     parser.add_argument("--per-emoji", type=int, default=2, help="backgrounds of each emoji")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--noise-level", type=int, default=20)
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="the subject's")
+    parser.add_argument("--ablation", type=Path, help="a subject's adapter trained at pretraining's noise level")
     parser.add_argument("--sweep", action="store_true", help="steps and noise levels on a quarter of the pictures")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--sheet", type=Path, help="write a picture: nearest, bicubic, SR, target")
@@ -163,6 +206,11 @@ def main() -> None:
             for steps, level in settings
             for name in ("decoded", "melted")
         ]
+    if args.adapter.exists():
+        networks = {"not fine-tuned": unet, "fine-tuned": adapted(args.model, args.adapter)}
+        if args.ablation:
+            networks["fine-tuned at pretraining's noise"] = adapted(args.model, args.ablation)
+        report["subject"] = subject_report(networks, low, target, args.steps)
     report["machine"] = machine()
     print(json.dumps(report, indent=1))
     if args.out:
