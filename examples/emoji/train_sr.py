@@ -4,7 +4,7 @@
     python examples/emoji/train_sr.py --resume --pool FILE  # goes on, half of the pairs from `sr_pool.py`
 
 The noise level of the low-res picture is drawn per picture, denser at the low end: level = most · u², u uniform.
-The loss is the squared error of the clean picture times min(SNR + 1, 6), train_unet.py's in other words.
+The loss is the squared error of the clean picture times min(SNR + 1, 2): what the first, noisiest steps draw stays.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Loss:
         self.alphas = sampling_scheduler().alphas_cumprod.to(device)
         self.noising = noising_scheduler().alphas_cumprod.to(device)
         snr = self.alphas / (1 - self.alphas)
-        self.weights = (snr + 1).clamp(max=6.0)
+        self.weights = (snr + 1).clamp(max=2.0)
 
     def __call__(
         self, unet: UNet2DConditionModel, image: torch.Tensor, target: torch.Tensor, levels: torch.Tensor
