@@ -3,8 +3,10 @@
     python examples/emoji/train_sr.py                       # checkpoints into --run every --every minutes
     python examples/emoji/train_sr.py --resume --pool FILE  # goes on, half of the pairs from `sr_pool.py`
 
-The noise level of the low-res picture is drawn per picture, denser at the low end: level = most · u², u uniform.
-The loss is the squared error of the clean picture times min(SNR + 1, 2): what the first, noisiest steps draw stays.
+The first `--blind` steps leave the noisy picture out: a regression, from which the diffusion model starts. With it from the
+first step, 350 steps of 8 crops let its grain through and stayed 5 dB below bicubic. The noise level of the low-res picture
+is drawn per picture, denser at the low end: level = most · u², u uniform. The loss is the squared error of the clean
+picture times min(SNR + 1, 2).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from sr_data import random_pair, training_points
 from train_unet import learning_rate
 from train_vae import to_tensor
 
-MOST_NOISE = 300  # of the low-res picture: ᾱ = 0.79
+MOST_NOISE = 100  # of the low-res picture: ᾱ = 0.97
 CROP = 64
 STRIDE = 8  # of the deepest level: crops keep the phase of the strided convolutions
 
@@ -112,6 +114,8 @@ def train(args: argparse.Namespace) -> None:
         loss = loss_of(unet, image, target, levels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if step <= args.blind:
+            unet.conv_in.weight.grad[:, :3] = 0.0
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         decay = min(args.ema, step / (step + 10))
@@ -140,9 +144,10 @@ if __name__ == "__main__":
     parser.add_argument("--pool", type=Path, help="pairs whose low-res pictures the demo model made (sr_pool.py)")
     parser.add_argument("--share", type=float, default=0.5, help="share of the pool's pairs in a batch")
     parser.add_argument("--whole", action="store_true", help="whole 128-px pictures instead of crops")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--blind", type=int, default=1000, help="steps without the noisy picture")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.995)
     parser.add_argument("--every", type=float, default=3.0, help="minutes between checkpoints")
     parser.add_argument("--device", default="cpu")
