@@ -7,16 +7,28 @@ its picture cost: rows of each network, seconds of all its stages.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-from stepforge import load
-from stepforge.runtime.cli.inputs import read_requests
+from stepforge import Request, load
 from stepforge.runtime.imaging.png import save_png
 from stepforge.runtime.imaging.sheet import Sheet
 
 HERE = Path(__file__).resolve().parent
 CELL = 256
 HIDDEN = ("text_encoder", "vae_encoder", "vae_decoder")  # rows that every picture has
+
+
+def read_requests(file: Path) -> list[Request]:
+    """One request a line; pictures are looked for beside the file."""
+    requests = []
+    for line in file.read_text().splitlines():
+        values = json.loads(line)
+        if "init" in values:
+            for key in {"image", "mask"} & set(values["init"]):
+                values["init"][key] = file.parent / values["init"][key]
+        requests.append(Request.of({"guidance": 3.0, **values}))
+    return requests
 
 
 def main() -> None:
@@ -26,7 +38,7 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("out/stages.png"))
     args = parser.parse_args()
-    requests = read_requests(None, None, args.requests, {"guidance": 3.0})
+    requests = read_requests(args.requests)
     with load(args.bundle) as engine:
         if any("subject" in request.adapters for request in requests):
             engine.adapters.load("subject", HERE / "adapters" / "subject.safetensors")
