@@ -61,7 +61,7 @@ def random_colour(random: np.random.RandomState) -> tuple[int, int, int]:
 
 
 def random_pair(points: Sequence[int], random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-    """An augmented pair; half of the 64-px pictures are softened as the autoencoder softens them."""
+    """An augmented pair; some of the 64-px pictures are softened."""
     picture = canvas(
         points[random.randint(len(points))],
         random_colour(random),
@@ -69,7 +69,7 @@ def random_pair(points: Sequence[int], random: np.random.RandomState) -> tuple[n
         shift=tuple(random.uniform(-3, 3, 2)),
     )
     low, high = pair(picture, DOWN[random.randint(len(DOWN))])
-    if random.rand() < 0.5:
+    if random.rand() < 0.15:
         low = np.asarray(Image.fromarray(low).filter(ImageFilter.GaussianBlur(random.uniform(0.2, 0.9))))
     if random.rand() < 0.5:
         low, high = low[:, ::-1], high[:, ::-1]
