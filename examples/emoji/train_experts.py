@@ -4,7 +4,7 @@
     python examples/emoji/train_experts.py low
 
 Each starts as the base model and goes on with its data and loss, on the timesteps of its half only: from 500 up, below
-500. What it learns is kept as a LoRA of rank 8 on the UNet (diffusers' file, alpha equals the rank), text encoder frozen.
+500. What it learns is kept as a LoRA of rank 4 on the UNet (diffusers' file, alpha equals the rank), text encoder frozen.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from train_unet import UNCONDITIONAL
 HERE = Path(__file__).resolve().parent
 SPLIT = 500
 BETWEEN = {"high": (SPLIT, 1000), "low": (0, SPLIT)}
-RANK = 8
+RANK = 4
 
 
 def train(args: argparse.Namespace) -> None:

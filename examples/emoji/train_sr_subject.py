@@ -98,8 +98,8 @@ if __name__ == "__main__":
         "--merge", type=Path, help="do not train: write the SR folder with the adapter of --out merged in"
     )
     parser.add_argument("--most-noise", type=int, default=MOST_NOISE)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
