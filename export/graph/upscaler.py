@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepforge.export.graph.trace import ClipEncoder, Traced, at_end
+from stepforge.export.graph.modules import ClipEncoder, at_end
+from stepforge.export.graph.trace import Traced
 
 NOISE_FEATURES = 64  # cosines and as many sines of the low-resolution latents' noise level, which is 0 always
 

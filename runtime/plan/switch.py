@@ -12,7 +12,7 @@ from stepforge.runtime.bundle import UNET, ExpertCard
 from stepforge.runtime.checks import clipped, shown
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.grammar import FLOAT, plain, text_of
-from stepforge.runtime.plan.linear import NoisePath
+from stepforge.runtime.plan.sampling.linear import NoisePath
 from stepforge.runtime.plan.step import Step
 
 GRAMMAR = (
