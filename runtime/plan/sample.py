@@ -111,7 +111,7 @@ def sample_steps(
             for k, step in enumerate(found)
         )
     if init is not None:
-        found = with_known(found, path) if init.blends else found
+        found = with_known(found, path, skips_midpoints=name == "kdpm2") if init.blends else found
         if not init.is_whole:
             return found, path.at[0].sigma
     if path.at[0].scale_in == 1.0:
