@@ -235,7 +235,9 @@ class T5Encoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.embed(input_ids)
         lowest = torch.finfo(hidden.dtype).min
-        bias = self.bias + (1 - attention_mask[:, None, None, :].to(hidden.dtype)) * lowest
+        seen = attention_mask[:, None, None, :].to(hidden.dtype)
+        # not bias + (1 − seen)·lowest: OpenVINO 2026.4.1 moves a constant summand into the product q·kᵀ and spreads it wrongly
+        bias = self.bias * seen + (1 - seen) * lowest
         for block in self.blocks:
             attention, norm = block.layer[0].SelfAttention, block.layer[0].layer_norm
             normed = norm(hidden)

@@ -186,6 +186,8 @@ class Trajectory:
     def end(self) -> Waypoint:
         """The image behind its leg."""
         done = next(number for number, leg in enumerate(self.job.legs, 1) if leg is self.leg)
+        if self.leg.plan.steps[-1].draws_more:
+            self.begin.generator.normal(self.shape)
         return Waypoint(self.job, self.index, done, self.begin.generator, self.latents())
 
     def latents(self) -> Float32:

@@ -110,6 +110,8 @@ def sample_steps(
             replace(step, noise=1.0, variance=kind.variance(*path.moves[k])) if step.t > 0 else step
             for k, step in enumerate(found)
         )
+    if (kind.draws_last or (options.eta and name == "ddim")) and not found[-1].noise:
+        found = (*found[:-1], replace(found[-1], draws_more=True))
     if init is not None:
         found = with_known(found, path, skips_midpoints=name == "kdpm2") if init.blends else found
         if not init.is_whole:
@@ -138,7 +140,9 @@ def _handed_over(
             count -= path.before
             own = path
             if count < 1:
-                raise RequestError(f"experts: the init image's strength leaves {denoiser} no step; raise it, or the steps")
+                raise RequestError(
+                    f"experts: the init image's strength leaves {denoiser} no step; raise it, or the steps"
+                )
         index = found[-1].index + 1 if found else 0
         moved = [step_of(own, k, kind.move(own, k), index + k // kind.evaluations) for k in range(count)]
         found += [replace(step, denoiser=denoiser) for step in moved]
