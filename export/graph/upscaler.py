@@ -81,7 +81,7 @@ class LatentUpscaler(nn.Module):
         out = self.unet(
             sample.to(dtype), timestep, encoder_hidden_states.to(dtype), timestep_cond=condition, return_dict=False
         )[0]
-        return -out[:, :-1].float()
+        return -1.0 * out[:, :-1].float()  # bundles allow no Neg on every engine
 
 
 class PooledClipEncoder(ClipEncoder):

@@ -113,7 +113,7 @@ def sample_steps(
     if (kind.draws_last or (options.eta and name == "ddim")) and not found[-1].noise:
         found = (*found[:-1], replace(found[-1], draws_more=True))
     if init is not None:
-        found = with_known(found, path) if init.blends else found
+        found = with_known(found, path, skips_midpoints=name == "kdpm2") if init.blends else found
         if not init.is_whole:
             return found, path.at[0].sigma
     if path.at[0].scale_in == 1.0:
