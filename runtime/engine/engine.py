@@ -243,6 +243,8 @@ class Engine:
     def _job(self, request: Request, on_step: OnStep | None, rows: Rows | None) -> Job:
         """A request that can be run. Raises RequestError for one that cannot."""
         self._check_process()
+        if rows is not None and request.experts is not None:
+            raise RequestError("steps of the caller's own name their denoisers; leave experts out")
         request = resolve(request, self.bundle)
         self._worker.check(request)  # unreadable prompts, unknown ControlNets
         legs = self._legs(request, rows)

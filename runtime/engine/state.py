@@ -26,6 +26,7 @@ from stepforge.runtime.request import Progress, Request, Upscale
 if TYPE_CHECKING:
     from stepforge.runtime.engine.pictures.inits import Given
 
+Texts = tuple[Condition | None, Condition | None]
 OnStep = Callable[[Progress], None]
 
 
@@ -57,8 +58,13 @@ class Leg:
         # set when the job is admitted
         self.cond: Condition | None = None
         self.uncond: Condition | None = None
+        self.texts: dict[str, Texts] = {}  # of denoisers that read prompts in their own way
         self.hints: Sequence[Float32] = ()  # encoded, one a ControlNet; empty where no step uses it
         self.hint_digests: Sequence[str] = ()
+
+    def text(self, denoiser: str) -> Texts:
+        """Conditions of a denoiser's rows: of the prompt, and of the negative one."""
+        return self.texts.get(denoiser, (self.cond, self.uncond))
 
     @property
     def is_network(self) -> bool:

@@ -113,7 +113,8 @@ class Trajectory:
 
     @property
     def kind(self) -> Kind:
-        tokens = 0 if self.leg.cond is None else len(self.leg.cond.context)
+        cond, _ = self.leg.text(self.step.denoiser)
+        tokens = 0 if cond is None else len(cond.context)
         return Kind(self.network, self.on_device, self.shape, tokens)
 
     @property
@@ -137,7 +138,8 @@ class Trajectory:
     def rows(self) -> list[Row]:
         """Rows that the next evaluation needs, the conditional one first."""
         leg, w = self.leg, self.weight
-        wanted = ((leg.cond, True, w != 0.0), (leg.uncond, False, w != 1.0))
+        cond, uncond = leg.text(self.step.denoiser)
+        wanted = ((cond, True, w != 0.0), (uncond, False, w != 1.0))
         return [Row(self, condition, is_cond) for condition, is_cond, use in wanted if use and condition is not None]
 
     @property
@@ -184,6 +186,8 @@ class Trajectory:
     def end(self) -> Waypoint:
         """The image behind its leg."""
         done = next(number for number, leg in enumerate(self.job.legs, 1) if leg is self.leg)
+        if self.leg.plan.steps[-1].draws_more:
+            self.begin.generator.normal(self.shape)
         return Waypoint(self.job, self.index, done, self.begin.generator, self.latents())
 
     def latents(self) -> Float32:

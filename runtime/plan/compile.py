@@ -15,6 +15,7 @@ from stepforge.runtime.plan.plan import Plan
 from stepforge.runtime.plan.reuse import Reuse, variants
 from stepforge.runtime.plan.sample import sample_steps
 from stepforge.runtime.plan.step import Step, rows_of
+from stepforge.runtime.plan.switch import Switch
 from stepforge.runtime.plan.truncate import Strength
 from stepforge.runtime.plan.windows import Window
 
@@ -37,6 +38,7 @@ class Sampling(NamedTuple):
     sigmas: tuple[float, ...] | None
     eta: float | None
     init: Strength | None = None
+    experts: Switch | None = None
 
 
 class Weighing(NamedTuple):
@@ -55,7 +57,8 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
     Requests that differ only in what decides no step, such as prompts and seeds, get one and the same plan.
 
     rows: steps and initial noise of the caller's own, in place of the request's sampler (`export.oracle.from_diffusers`
-    makes them from any linear diffusers scheduler); the request's guidance applies to them too.
+    makes them from any linear diffusers scheduler); the request's guidance applies to them too,
+    and each names its denoiser.
     blends: inpainting puts the known part back after each step; a model that reads mask and image does without.
     """
     weighing = Weighing(
@@ -80,6 +83,7 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
         request.sigmas,
         request.eta,
         None if init is None else Strength(init.strength, init.mask is not None, blends and init.mask is not None),
+        request.experts,
     )
     return compiled(scheduler, sampling, weighing)
 
@@ -118,7 +122,18 @@ def _weighed(steps: tuple[Step, ...], init_noise: float, weighing: Weighing) -> 
 
 
 def check_variants(plan: Plan, bundle: Bundle) -> None:
-    """Raises RequestError if the plan names a reuse variant that the bundle was exported without."""
+    """Raises RequestError if the plan names an expert or a reuse variant that the bundle was exported without, or a ControlNet
+    for an expert that takes none."""
+    for denoiser in dict.fromkeys(step.denoiser for step in plan.steps):
+        network = bundle.components.get(ComponentId("denoiser", denoiser))
+        if network is None:
+            have = ", ".join(["base", *bundle.experts]) if bundle.experts else "it was exported without any (--expert)"
+            raise RequestError(f"the bundle has no expert {denoiser!r}; it has {have}")
+        takes = any(tensor.name.startswith("residual_") for tensor in network.inputs)
+        if not takes and any(any(step.control) for step in plan.steps if step.denoiser == denoiser) and bundle.controls:
+            raise RequestError(
+                f"a ControlNet would run with {denoiser}, which takes none; end its window before {denoiser} begins"
+            )
     for denoiser, variant in sorted({(step.denoiser, step.reuse) for step in plan.steps if step.reuse}):
         if ComponentId("denoiser", denoiser, variant) not in bundle.components:
             raise RequestError(f"the bundle has no variant {variant!r}; export it with --reuse {variant}")

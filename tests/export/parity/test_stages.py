@@ -1,4 +1,4 @@
-"""Super-resolution stages against diffusers' own pipelines, alone and behind the base model: latents, images, order of draws."""
+"""Super-resolution stages against diffusers' own pipelines, alone and behind the base model: latents, images, draws."""
 
 from __future__ import annotations
 
