@@ -140,7 +140,9 @@ def _handed_over(
             count -= path.before
             own = path
             if count < 1:
-                raise RequestError(f"experts: the init image's strength leaves {denoiser} no step; raise it, or the steps")
+                raise RequestError(
+                    f"experts: the init image's strength leaves {denoiser} no step; raise it, or the steps"
+                )
         index = found[-1].index + 1 if found else 0
         moved = [step_of(own, k, kind.move(own, k), index + k // kind.evaluations) for k in range(count)]
         found += [replace(step, denoiser=denoiser) for step in moved]

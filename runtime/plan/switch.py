@@ -142,9 +142,7 @@ def default_switch(experts: Mapping[str, ExpertCard]) -> Switch | None:
     """What a bundle runs where a request names no experts; None: one denoiser."""
     if not experts:
         return None
-    shares = [
-        Share(name, card.start, math.inf if card.end is None else card.end) for name, card in experts.items()
-    ]
+    shares = [Share(name, card.start, math.inf if card.end is None else card.end) for name, card in experts.items()]
     return Switch.of(shares, in_sigma=next(iter(experts.values())).unit == "sigma")
 
 

@@ -17,6 +17,8 @@ from stepforge.export.models.load import load
 from stepforge.export.models.pixel.t5 import read_t5_tokenizer
 from stepforge.export.models.upscaler import read_upscaler
 from stepforge.export.parity.measures import psnr
+from stepforge.export.parity.reference import Settings
+from stepforge.export.parity.stages import load_stage, run_stage, run_stages
 from stepforge.runtime.bundle import read
 from stepforge.runtime.engine.conditions.t5 import T5Tokenizer
 from stepforge.runtime.errors import CheckpointError, RequestError
@@ -119,6 +121,24 @@ def test_bundle(tiny_if_bundle: Path):
     assert (ii.kind, ii.scale, ii.guidance, ii.noise_level, ii.most_noise) == ("pixel", 2, 4.0, 250, 999)
     assert (plain.model.text_encoders, plain.guidance, plain.model.size_multiple) == ((), 1.0, 1)
     assert (bundle.card.size_multiple, bundle.card.scaling_factor, bundle.scheduler.threshold) == (2, 1.0, (0.95, 1.5))
+
+
+@pytest.mark.slow
+def test_what_verify_compares(tiny_if_bundle: Path, tiny_if_sr: dict[str, Path]):
+    """A stage without text against its pipeline, which is given the variance that the network has not."""
+    path = tiny_if_sr["plain"]
+    with stepforge.load(tiny_if_bundle, backend="onnxruntime", precision="fp32") as engine:
+        pipeline = load_stage(path, read_upscaler(path).source)
+        found = run_stage("plain", engine.bundle.stages["plain"], pipeline, Settings(("a cat",), 3, 5.0, 1))
+        result = engine.generate(found.request)
+        assert len(found.reference.latents) == 3
+        assert close_to(result.latents[0], found.reference.latents[-1]) >= 60
+        assert [call.name for call in found.calls] == [f"plain denoiser t={t}" for t in (999, 666, 332)]
+        for call in found.calls:
+            made = engine.backend.open(call.component)(dict(call.inputs))["prediction"]
+            assert np.abs(made - call.outputs["prediction"]).max() < 1e-4
+    with pytest.raises(CheckpointError, match="stage 'ii' reads the base model's text"):
+        run_stages(engine.bundle, tiny_if_sr, Settings(("a cat",), 3, 5.0, 1), lambda what: None)
 
 
 @pytest.mark.parametrize("source", ["tokenizer.json", "spiece.model"])
