@@ -24,6 +24,7 @@ def read_requests(
 ) -> list[Request]:
     """One request for each prompt or each line of a request file."""
     from stepforge.runtime.request import Request, canonical
+    from stepforge.runtime.serve.manifest import request_of, with_pictures
 
     if [bool(prompts), prompt_file is not None, request_file is not None].count(True) != 1:
         raise RequestError("give either PROMPT arguments, --prompts FILE or --requests FILE")
@@ -36,24 +37,11 @@ def read_requests(
             values = strict_json(line.encode())
             if not isinstance(values, dict):
                 raise ValueError("an object with the fields of a request is needed")
-            requests.append(Request.of({**options, **canonical(_found_beside(request_file, values))}))
+            fields = with_pictures(canonical(values), request_file.parent)
+            requests.append(request_of(fields, options))
         except ValueError as error:
             raise RequestError(f"{printable(request_file)}, line {number}: {error}") from error
     return requests
-
-
-def _found_beside(file: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """A line's values with the images of its ControlNets and its init image looked for beside the file."""
-    init = values.get("init")
-    if isinstance(init, dict):
-        beside = {name: file.parent / init[name] for name in ("image", "mask") if isinstance(init.get(name), str)}
-        values = {**values, "init": {**init, **beside}}
-    controls = values.get("controls", ())
-    controls = [controls] if isinstance(controls, dict) else controls
-    if not isinstance(controls, list) or not all(isinstance(control, dict) for control in controls):
-        return values
-    resolved = [{**c, "image": file.parent / c["image"]} if isinstance(c.get("image"), str) else c for c in controls]
-    return {**values, "controls": resolved} if resolved else values
 
 
 def read_lines(file: Path) -> list[tuple[int, str]]:

@@ -37,6 +37,7 @@ def describe_image(result: Result, index: int) -> dict[str, Any]:
         **{name: value for name, value in stated.items() if value is not None},
         **({"controls": list(_controls(result))} if request.controls else {}),
         **({"upscale": list(_stages(result))} if request.upscale else {}),
+        **({"init": _init(result)} if request.init else {}),
         "seed": result.seeds[index],
         "width": image.width,
         "height": image.height,
@@ -54,6 +55,13 @@ def _controls(result: Result) -> Iterator[dict[str, Any]]:
     """ControlNets with the sha256 of the hint they were shown in place of the image."""
     for control, digest in zip(result.request.controls, result.hints, strict=True):
         yield {**control.to_dict(), "hint_sha256": digest}
+
+
+def _init(result: Result) -> dict[str, Any]:
+    """What was asked of the init image, with the sha256 of its file and its mask's."""
+    assert result.request.init is not None
+    names = ("image_sha256", "mask_sha256")
+    return {**result.request.init.to_dict(), **dict(zip(names, result.init, strict=False))}
 
 
 def _stages(result: Result) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import replace
 from functools import cache
@@ -15,6 +16,7 @@ from stepforge import Init, Request, RequestError
 from stepforge.runtime.backends import open_backend
 from stepforge.runtime.bundle import read
 from stepforge.runtime.engine import Engine
+from stepforge.runtime.imaging.png import read_metadata
 
 LIMIT = 60  # dB in fp32: the same arithmetic in another order of summation
 SCHEDULERS = {
@@ -177,9 +179,16 @@ def test_mates_of_a_batch_and_seeds(engine):
     assert together[0].stats.rows["vae_encoder"] == 1  # not once an image
 
 
-def test_overlay_keeps_known_pixels(engine):
-    init = Init(image=picture(), mask=hole(), overlay=True)
+def test_overlay_keeps_known_pixels(engine, tmp_path):
+    """The PNG names both files by their digests."""
+    mask = tmp_path / "mask.png"
+    hole().save(mask)
+    init = Init(image=picture(), mask=mask, overlay=True)
     result = engine.generate("a cat", steps=3, sampler="ddim", init=init)
+    (path,) = result.save(tmp_path / "cat.png")
+    noted = read_metadata(path)["stepforge"]["init"]
+    assert noted["mask_sha256"] == hashlib.sha256(mask.read_bytes()).hexdigest() != noted["image_sha256"]
+    assert (noted["strength"], noted["masked"], noted["overlay"]) == (1.0, True, True)
     drawn, kept = np.asarray(result.images[0]), np.asarray(hole()) < 128
     assert (drawn[kept] == np.asarray(picture())[kept]).all()
     assert (drawn[~kept] != np.asarray(picture())[~kept]).any()
