@@ -9,7 +9,7 @@ import json
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class Settings:
         values = {
             **{name: getattr(self, name) for name in ("layout", "format", "quality", "metadata", "shard_size")},
             "options": self.options,
-            "adapters": {name: adapter.digest for name, adapter in engine.adapters.list().items()},
+            "adapters": {name: adapter.sha256 for name, adapter in engine.adapters.list().items()},
             "backend": engine.backend.name,
             "precision": engine.backend.precision,
         }
@@ -65,7 +65,7 @@ class Report:
     resumed: int = 0  # jobs that an earlier run has done
     failed: int = 0  # jobs, earlier runs' too
     seconds: float = 0.0
-    parts: Counter[str] = field(default_factory=Counter)  # part of the work -> seconds; parts overlap
+    parts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # part of the work -> seconds
 
     @property
     def rate(self) -> float:
@@ -274,7 +274,8 @@ class Batch:
         self._journal.append([job.record for job in jobs])
         for job in jobs:
             report.images += len(job.record.get("files", ()))
-            report.parts.update(job.seconds)
+            for part, seconds in job.seconds.items():
+                report.parts[part] += seconds
             if "error" in job.record:
                 report.failed += 1
                 self._on_failure(job.record["line"], job.record["error"])

@@ -12,12 +12,14 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 import stepforge
 from stepforge.runtime.cli.main import main
+from stepforge.runtime.serve.batch import Settings
 from stepforge.runtime.serve.manifest import own_seed
 from stepforge.runtime.serve.store import OWN, Store
 
@@ -208,7 +210,7 @@ def test_parquet_without_pyarrow(batch, jobs, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, name, None)
     code, _, errors = batch(jobs(PROMPTS[0]), "--layout", "parquet")
     assert (code, errors) == (2, ["stepforge: Parquet needs the package pyarrow; pip install 'stepforge[parquet]'"])
-    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_batches_are_refused(batch, jobs, tmp_path):
@@ -235,6 +237,14 @@ def test_other_batches_are_refused(batch, jobs, tmp_path):
     assert (code, len(errors)) == (2, 1)
     assert "holds other files" in errors[0]
     assert "is not a folder" in batch(first, out="jobs.jsonl")[2][0]
+
+
+def test_another_file_of_an_adapter_is_another_batch():
+    with stepforge.load("fake") as engine:
+        settings = Settings({"steps": 2}, "files", "png", 90, True, 10)
+        adapter = stepforge.Adapter("style", "ab12", {}, [], [])
+        told = SimpleNamespace(backend=engine.backend, adapters=SimpleNamespace(list=lambda: {"style": adapter}))
+        assert settings.facts(told) == {**settings.facts(engine), "adapters": {"style": "ab12"}}
 
 
 @pytest.mark.parametrize("change", ["cut", "gone", "longer"])
