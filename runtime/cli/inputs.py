@@ -1,4 +1,4 @@
-"""What the texts on the command line mean: requests, adapters, ControlNets, numbers."""
+"""What the texts on the command line mean: requests, adapters, ControlNets, stages, numbers."""
 
 from __future__ import annotations
 
@@ -65,6 +65,19 @@ def read_lines(file: Path) -> list[tuple[int, str]]:
     return found
 
 
+def parse_init(
+    image: Path | None, mask: Path | None, strength: float | None, overlay: bool = False
+) -> dict[str, Any] | None:
+    """The init image of the options, as fields of `Init`. Raises RequestError for what needs one."""
+    given = {"mask": mask, "strength": strength, "overlay": overlay or None}
+    stated = {name: value for name, value in given.items() if value is not None}
+    if image is None:
+        if stated:
+            raise RequestError(f"--{next(iter(stated))} needs --init")
+        return None
+    return {"image": image, **stated}
+
+
 def parse_adapters(texts: Sequence[str]) -> dict[str, tuple[Path, float]]:
     """[NAME=]FILE[:STRENGTH] -> file and strength by name; the file's own name if none is given.
 
@@ -127,6 +140,18 @@ def parse_controls(texts: Sequence[str], preprocessor: str, window: str, guess_m
         given = {"name": name, "image": image, "scale": scale, "preprocessor": preprocessor, "guess_mode": guess_mode}
         controls.append({**given, **times})
     return controls
+
+
+def parse_stages(
+    names: Sequence[str], steps: int | None, noise_level: int | None, guidance: str | None
+) -> list[dict[str, Any]]:
+    """Fields of Upscale, which checks them, of each stage; what is None stays the stage's own. Raises RequestError."""
+    options = {"steps": steps, "noise_level": noise_level, "guidance": guidance}
+    stated = {name: value for name, value in options.items() if value is not None}
+    if stated and not names:
+        flags = {"steps": "--sr-steps", "noise_level": "--noise-level", "guidance": "--sr-guidance"}
+        raise RequestError(f"{flags[next(iter(stated))]} needs --sr NAME")
+    return [{"name": name, **stated} for name in names]
 
 
 def file_and_strength(text: str) -> tuple[Path, float]:
