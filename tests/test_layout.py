@@ -15,9 +15,9 @@ ROOMS = ("kernels", "runtime", "export")
 FLOORS = {
     "runtime": (
         "arrays", "errors", "files", "checks", "grammar", "bundle", "plan", "imaging", "lora", "request", "backends",
-        "engine", "load", "tune", "cli", "__main__",
+        "engine", "load", "serve", "tune", "cli", "__main__",
     ),
-    "export": ("oracle", "models", "memory", "lora", "graph", "publish", "build", "parity", "cli"),
+    "export": ("oracle", "models", "memory", "lora", "graph", "publish", "stages", "build", "parity", "cli"),
 }  # fmt: skip
 RUNTIME_IMPORTS = {"numpy", "ml_dtypes", "PIL", "tokenizers", "safetensors", "typer", "rich", "stepforge"}
 ALSO = {  # beside those, by folder or file of runtime/

@@ -1,14 +1,18 @@
 """Networks to ONNX graphs: fixed signatures, dynamic rows and sizes, one standard graph and one fused for ONNX Runtime.
 
     denoiser      sample [rows, C, height, width], timestep [rows], encoder_hidden_states [rows, tokens, dim]
-                  (SDXL: text_embeds [rows, p], time_ids [rows, 6]) -> prediction [rows, C, height, width]
+                  (SDXL: text_embeds [rows, p], time_ids [rows, 6]; a noise level: class_labels [rows]; networks that read
+                  no text: without it) -> prediction [rows, C', height, width]
     text encoder  input_ids [rows, L] int64 -> hidden_states [rows, L, dim] (SDXL's second: pooled [rows, p])
+    T5            input_ids [rows, L] int64, attention_mask [rows, L] int64 -> hidden_states [rows, L, dim]
+    VAE encoder   pixels [rows, 3, s·height, s·width] in [-1, 1] -> moments [rows, 2C, height, width]
     VAE decoder   latents [rows, C, height, width], as the sampler leaves them -> pixels [rows, 3, s·height, s·width]
     ControlNet    see control.py
 
-All inputs and outputs are float32 but input_ids; a network in fp16 casts at its border. What is embedded as sines, timesteps
-and SDXL's time_ids, stays float32 up to them, and pooled text joins those before the cast: no operator reads two types.
-Height and width of latents are any numbers of at least 2: see `Upsample`.
+All inputs and outputs are float32 but ids, masks and class labels of a table; a network in fp16 casts at its border. What is
+embedded as sines, timesteps, noise levels and SDXL's time_ids, stays float32 up to them, and pooled text joins those before the
+cast: no operator reads two types.
+Height and width of latents are any numbers of at least 2: see `Upsample`; but for UNets with a `size_multiple`.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ from torch.nn import functional
 
 from stepforge.export.graph.exporter import lean
 from stepforge.export.graph.passes import clean, forget_shapes, name_weights
+from stepforge.export.models.networks import reads_text, size_multiple
 from stepforge.runtime import bundle
 from stepforge.runtime.bundle import Component
 from stepforge.runtime.errors import CheckpointError
@@ -61,25 +67,33 @@ class Traced:
 
 
 class Upsample(nn.Module):
-    """diffusers' Upsample2D to a given size. Its own compares sides as numbers (a detour for 2^31 elements), which an export
-    cannot for a side that varies."""
+    """diffusers' Upsample2D to a given size, or to twice its own. diffusers' compares sides as numbers (a detour for 2^31
+    elements), which an export cannot for a side that varies."""
 
-    def __init__(self, conv: nn.Module) -> None:
+    def __init__(self, conv: nn.Module | None) -> None:
         super().__init__()
         self.conv = conv
 
-    def forward(self, hidden_states: Tensor, output_size: Any) -> Tensor:
-        result: Tensor = self.conv(functional.interpolate(hidden_states, size=output_size, mode="nearest"))
-        return result
+    def forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
+        scale = 2.0 if output_size is None else None
+        result = functional.interpolate(hidden_states, size=output_size, scale_factor=scale, mode="nearest")
+        return result if self.conv is None else self.conv(result)
 
 
 def for_any_size(unet: Any) -> None:
     """Have a UNet upsample to the sizes of its skip connections, as diffusers' forward does for sides that are no multiples
-    of 2^levels; for those that are, both are the same. Changes the UNet. Raises CheckpointError for other upsamplers."""
+    of 2^levels; for those that are, both are the same. Changes the UNet.
+
+    Raises CheckpointError for other upsamplers.
+    """
+    from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.upsampling import Upsample2D
 
     for block in unet.up_blocks:
         for index, layer in enumerate(block.upsamplers or ()):
+            if type(layer) is ResnetBlock2D and type(layer.upsample) is Upsample2D and not layer.upsample.use_conv:
+                layer.upsample = Upsample(None)
+                continue
             if (
                 type(layer) is not Upsample2D
                 or layer.norm is not None
@@ -91,7 +105,21 @@ def for_any_size(unet: Any) -> None:
                     "nearest neighbours and a convolution"
                 )
             block.upsamplers[index] = Upsample(layer.conv)
-    unet.num_upsamplers = NEVER_DIVIDES
+    unet.num_upsamplers = NEVER_DIVIDES if size_multiple(unet.config) == 1 else 0
+
+
+def pooled_text(pool: Any, x: Tensor) -> Tensor:
+    """diffusers' AttentionPooling, the text of IF in the time embedding, by products of matrices: its own has Einsum, which a
+    graph of a bundle must not have."""
+    token = x.mean(dim=1, keepdim=True) + pool.positional_embedding.to(x.dtype)
+    x = torch.cat([token, x], dim=1)
+    scale = pool.dim_per_head**-0.25
+    q, k, v = (
+        layer(value).unflatten(-1, (pool.num_heads, pool.dim_per_head)).transpose(1, 2)
+        for layer, value in ((pool.q_proj, token), (pool.k_proj, x), (pool.v_proj, x))
+    )
+    weight = torch.softmax(((q * scale) @ (k * scale).transpose(2, 3)).float(), dim=-1).to(x.dtype)
+    return (weight @ v).flatten(1)  # [rows, heads, 1, dim] side by side
 
 
 class Denoiser(nn.Module):
@@ -105,6 +133,9 @@ class Denoiser(nn.Module):
     def __init__(self, unet: Any, *, probe: bool = False) -> None:
         super().__init__()
         for_any_size(unet)
+        if unet.config.addition_embed_type == "text":
+            pool = unet.add_embedding.pool
+            pool.forward = partial(pooled_text, pool)
         self.unet = unet
         self._text: list[Tensor] = []
         self._skips: list[tuple[Tensor, tuple[Tensor, ...]]] = []
@@ -130,9 +161,10 @@ class Denoiser(nn.Module):
         self,
         sample: Tensor,
         timestep: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
+        class_labels: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         dtype = self.unet.dtype
         self._text.clear()
@@ -140,8 +172,10 @@ class Denoiser(nn.Module):
         extra = None
         if text_embeds is not None:
             extra = {"text_embeds": text_embeds, "time_ids": time_ids}  # cast by the UNet, behind time_ids' sines
-        context = encoder_hidden_states.to(dtype)
-        out = self.unet(sample.to(dtype), timestep, context, added_cond_kwargs=extra, return_dict=False)[0].float()
+        context = None if encoder_hidden_states is None else encoder_hidden_states.to(dtype)
+        out = self.unet(
+            sample.to(dtype), timestep, context, class_labels=class_labels, added_cond_kwargs=extra, return_dict=False
+        )[0].float()
         if not self.probes:
             return out
         skips = [value for _, values in reversed(self._skips) for value in values]  # deepest block first
@@ -174,12 +208,57 @@ class ClipEncoder(nn.Module):
         last = core.final_layer_norm(layers[-1](hidden, self.mask))
         if not self.penultimate:
             return last.float()
-        if core.eos_token_id == 2:  # the end token is the one with the highest id; see CLIPTextModel.forward
-            end = input_ids.int().argmax(dim=-1)
-        else:
-            end = (input_ids == core.eos_token_id).int().argmax(dim=-1)
-        at_end = last[torch.arange(last.shape[0]), end]
-        return before_last.float(), self.model.text_projection(at_end).float()
+        return before_last.float(), self.model.text_projection(at_end(core, input_ids, last)).float()
+
+
+def at_end(core: Any, input_ids: Tensor, hidden: Tensor) -> Tensor:
+    """CLIP's pooled text: hidden states of the end token, [rows, dim]."""
+    # an eos_token_id of 2 is an old default, and the end token then the one with the highest id; see CLIPTextModel.forward
+    marks = input_ids if core.eos_token_id == 2 else input_ids == core.eos_token_id
+    end = marks.int().argmax(dim=-1)
+    return hidden[torch.arange(hidden.shape[0]), end]
+
+
+class T5Encoder(nn.Module):
+    """T5's hidden states through its final norm. Masked tokens are not attended to, yet have hidden states of their own.
+
+    transformers builds mask and position bias with shape-dependent Python; here the bias is a constant of the graph.
+    """
+
+    def __init__(self, model: Any, length: int) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.norm = model.shared, model.encoder.block, model.encoder.final_layer_norm
+        first = self.blocks[0].layer[0].SelfAttention
+        self.bias: Tensor
+        self.register_buffer("bias", first.compute_bias(length, length).detach().clone(), persistent=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.embed(input_ids)
+        lowest = torch.finfo(hidden.dtype).min
+        seen = attention_mask[:, None, None, :].to(hidden.dtype)
+        # not bias + (1 − seen)·lowest: OpenVINO 2026.4.1 moves a constant summand into the product q·kᵀ and spreads it wrongly
+        bias = self.bias * seen + (1 - seen) * lowest
+        for block in self.blocks:
+            attention, norm = block.layer[0].SelfAttention, block.layer[0].layer_norm
+            normed = norm(hidden)
+            shape = (*normed.shape[:2], attention.n_heads, attention.key_value_proj_dim)
+            q, k, v = (layer(normed).view(shape).transpose(1, 2) for layer in (attention.q, attention.k, attention.v))
+            weights = torch.softmax(q @ k.transpose(2, 3) + bias, dim=-1)
+            hidden = hidden + attention.o((weights @ v).transpose(1, 2).flatten(2))
+            hidden = block.layer[1](hidden)
+        return self.norm(hidden).float()
+
+
+class VaeEncoder(nn.Module):
+    """Means and log variances of the latents, unscaled: who samples them has the seed."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv, self.dtype = vae.encoder, vae.quant_conv, vae.dtype
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        moments = self.encoder(pixels.to(self.dtype))
+        return (moments if self.quant_conv is None else self.quant_conv(moments)).float()
 
 
 class VaeDecoder(nn.Module):
@@ -200,28 +279,38 @@ def denoiser(unet: Any, *, probe: bool = False) -> Traced:
     example, inputs, least = network_inputs(unet.config)
     module = Denoiser(unet, probe=probe)
     outputs = {"prediction": ("rows", unet.config.out_channels, "height", "width")}
-    return Traced(module, example, inputs, outputs, least=least, derive=True, probes=module.probes)
+    multiple = size_multiple(unet.config)
+    return Traced(
+        module, example, inputs, outputs, multiple, max(1, least // multiple), derive=True, probes=module.probes
+    )
 
 
 def network_inputs(config: Any) -> tuple[dict[str, Tensor], dict[str, tuple[int | str, ...]], int]:
     """Inputs of a UNet and its ControlNets: examples, shapes, and height and width of which 2 are left at the middle."""
-    channels, dim = config.in_channels, config.cross_attention_dim
+    channels = config.in_channels
+    projected = getattr(config, "encoder_hid_dim_type", None) == "text_proj"
+    dim = config.encoder_hid_dim if projected else config.cross_attention_dim
     least = 2 ** len(config.block_out_channels)
     # Two rows, and height unequal to width: torch.export takes a 1, and two equal sizes, for constants.
     example = {
         "sample": torch.zeros(2, channels, 2 * least, 3 * least),
         "timestep": torch.zeros(2),
-        "encoder_hidden_states": torch.zeros(2, 77, dim),
     }
     inputs: dict[str, tuple[int | str, ...]] = {
         "sample": ("rows", channels, "height", "width"),
         "timestep": ("rows",),
-        "encoder_hidden_states": ("rows", "tokens", dim),
     }
+    if reads_text(config):
+        example["encoder_hidden_states"] = torch.zeros(2, 77, dim)
+        inputs["encoder_hidden_states"] = ("rows", "tokens", dim)
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         example |= {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
         inputs |= {"text_embeds": ("rows", pooled), "time_ids": ("rows", 6)}
+    sines, table = config.class_embed_type == "timestep", config.num_class_embeds is not None
+    if sines or table:
+        example["class_labels"] = torch.zeros(2, dtype=torch.float32 if sines else torch.int64)
+        inputs["class_labels"] = ("rows",)
     return example, inputs, least
 
 
@@ -233,6 +322,27 @@ def text_encoder(model: Any, length: int, *, penultimate: bool) -> Traced:
     example = {"input_ids": torch.zeros(2, length, dtype=torch.int64)}
     return Traced(
         ClipEncoder(model, length, penultimate=penultimate), example, {"input_ids": ("rows", length)}, outputs
+    )
+
+
+def t5_encoder(model: Any, length: int) -> Traced:
+    """length: tokens of a prompt, padding included."""
+    shape = ("rows", length)
+    example = {"input_ids": torch.zeros(2, length, dtype=torch.int64)}
+    example["attention_mask"] = torch.ones(2, length, dtype=torch.int64)
+    outputs = {"hidden_states": (*shape, model.config.d_model)}
+    return Traced(T5Encoder(model, length), example, {"input_ids": shape, "attention_mask": shape}, outputs)
+
+
+def vae_encoder(vae: Any) -> Traced:
+    config = vae.config
+    scale = 2 ** (len(config.block_out_channels) - 1)
+    return Traced(
+        VaeEncoder(vae),
+        {"pixels": torch.zeros(2, config.in_channels, 8 * scale, 12 * scale)},
+        {"pixels": ("rows", config.in_channels, "height", "width")},
+        {"moments": ("rows", 2 * config.latent_channels, f"height/{scale}", f"width/{scale}")},
+        multiple=scale,
     )
 
 
@@ -287,7 +397,10 @@ def save(traced: Traced, folder: Path, opset: int = OPSET) -> Component:
     write(traced, folder, opset)
     return Component(
         graph=GRAPH,
-        inputs=tuple(bundle.Tensor(n, "int64" if n == "input_ids" else "float32", s) for n, s in traced.inputs.items()),
+        inputs=tuple(
+            bundle.Tensor(name, "int64" if traced.example[name].dtype == torch.int64 else "float32", shape)
+            for name, shape in traced.inputs.items()
+        ),
         outputs=tuple(bundle.Tensor(n, "float32", s) for n, s in traced.outputs.items()),
         derived={"onnxruntime": DERIVED} if traced.derive else {},
     )

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from stepforge import QueueFull, RequestError
+from stepforge import Cancelled, QueueFull, RequestError
 from stepforge.runtime.bundle import UNET, ComponentId
 from stepforge.runtime.engine.scheduler import Scheduler
-from stepforge.runtime.engine.trajectory import Kind
+from stepforge.runtime.engine.trajectory import Kind, Waypoint
 
 REFINER = ComponentId("denoiser", "refiner")
 
@@ -22,6 +22,7 @@ class Job:
     images: int = 1
     side: int = 64
     started: int = 0
+    submitted: float = 0.0
     is_over: bool = False
     request: SimpleNamespace = field(init=False)
     legs: list = field(init=False)
@@ -54,6 +55,7 @@ def started(scheduler, *images):
         scheduler.submit(image.job, wait=False)
         assert scheduler.admissible() is image.job
         scheduler.start(image)
+        scheduler.took(image.job)
 
 
 def make(**options):
@@ -87,16 +89,46 @@ def test_images_of_a_request_start_one_by_one_and_hold_their_place_in_the_queue(
     for job in (many, next_one):
         scheduler.submit(job, wait=False)
     first, second = Image(many), Image(many)
-    scheduler.start(first)
-    scheduler.start(second)
+    for image in (first, second):
+        scheduler.start(image)
+        scheduler.took(many)
     assert scheduler.admissible() is None  # rows are taken
     first.is_done = True
     scheduler.retire()
     assert scheduler.admissible() is many
     scheduler.start(Image(many))
+    scheduler.took(many)
     second.is_done = True
     scheduler.retire()
     assert scheduler.admissible() is next_one
+
+
+def test_images_between_two_legs_come_before_waiting_requests_and_keep_to_rows_and_pixels():
+    scheduler = make(max_rows=3, max_pixels=5 * 64**2)
+    younger = [Image(Job(submitted=2.0)), Image(Job(submitted=3.0))]
+    started(scheduler, *younger)
+    scheduler.submit(Job(submitted=4.0), wait=False)
+    job = Job(submitted=1.0)
+    large, other = (Waypoint(Job(side=side), 0, 0, None) for side in (128, 64))
+    for waypoint in (large, other):
+        scheduler.resume(waypoint)
+    assert scheduler.admissible() is None  # the larger one waits for pixels, and what is behind it waits with it
+    younger[1].is_done = True
+    scheduler.retire()
+    assert scheduler.admissible() is large
+    scheduler.start(Image(job, REFINER))
+    scheduler.took(large)
+    assert scheduler.pack().trajectories[0].job is job  # the oldest request goes on first
+    assert scheduler.admissible() is other
+    other.job.is_over = True
+    assert isinstance(scheduler.admissible(), Job)
+    scheduler.resume(large)
+    told = []
+    scheduler.close()
+    scheduler.abandon(told.append)
+    assert large.job in told
+    with pytest.raises(Cancelled, match="closed"):
+        scheduler.resume(other)
 
 
 @pytest.mark.parametrize(("limit", "rows"), [(None, 4), (1, 2), (2, 1)])
