@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from stepforge.export.graph.exporter import lean
 from stepforge.export.graph.passes import clean, forget_shapes, name_weights
 from stepforge.runtime import bundle
 from stepforge.runtime.bundle import Component
@@ -77,7 +77,7 @@ def trace(traced: Traced, opset: int = OPSET) -> ir.Model:
     level = logger.level
     logger.setLevel(logging.ERROR)  # silence torch.onnx: torchvision is optional
     try:
-        with warnings.catch_warnings(), torch.no_grad(), slice_rule_at_slices():
+        with warnings.catch_warnings(), torch.no_grad(), lean():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 traced.module.eval(),
@@ -93,22 +93,6 @@ def trace(traced: Traced, opset: int = OPSET) -> ir.Model:
         logger.setLevel(level)
     assert program is not None
     return program.model
-
-
-@contextmanager
-def slice_rule_at_slices() -> Iterator[None]:
-    """onnxscript's optimizer (0.7) lists the whole graph at every node, to see whether two Slices are a Split: the square of
-    its nodes. Inside the block it does so at Slices only."""
-    from onnxscript.rewriter.rules.common import slice_split_rule as rule
-
-    whole = rule.try_rewrite
-    rule.try_rewrite = lambda model, graph, node, **options: (
-        whole(model, graph, node, **options) if node.op_type == "Slice" else None
-    )
-    try:
-        yield
-    finally:
-        del rule.try_rewrite  # the class's own shows again
 
 
 def save(traced: Traced, folder: Path, opset: int = OPSET) -> Component:
@@ -149,7 +133,7 @@ def derive(graph: Path, out: Path) -> None:
     """
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    with slice_rule_at_slices():
+    with lean():
         model, _ = optimize_for_ort(ir.load(graph))
     clean(model)
     forget_shapes(model)
