@@ -1,6 +1,7 @@
 """Who runs next: which requests wait, which images are on their way, and which of them share a network call.
 
-Touches no arrays and no networks. `submit`, `resume`, `returned` and `close` are for any thread, everything else for the engine's own.
+Touches no arrays and no networks. `submit`, `resume`, `returned` and `close` are for any thread, everything else for the
+engine's own.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ class Share:
 class Switch:
     """The denoisers of a plan; a value whose `str` is canonical text.
 
-    Shares in fractions of the training timesteps hand over as diffusers' pipelines do by denoising_end and denoising_start: each
-    denoiser starts afresh, without the predictions of the one before. Shares in sigma are experts of one trajectory: a
+    Shares in fractions of the training timesteps hand over as diffusers' pipelines do by denoising_end and denoising_start:
+    each denoiser starts afresh, without the predictions of the one before. Shares in sigma are experts of one trajectory: a
     multistep sampler reads what other experts predicted, and both evaluations of a step run the expert of its first sigma.
     """
 
