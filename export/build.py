@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from stepforge.export.graph import trace
+from stepforge.export.graph import modules, trace
 from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, used_modules
 from stepforge.export.graph.check import open_graphs
 from stepforge.export.graph.control import split
@@ -39,6 +39,7 @@ from stepforge.runtime.bundle import (
     TEXT_ENCODERS,
     UNET,
     VAE_DECODER,
+    VAE_ENCODER,
     WEIGHT_PRECISIONS,
     Bundle,
     Component,
@@ -216,7 +217,7 @@ class _Export:
     def denoiser(self) -> Any:
         """The denoiser and its reuse variants; the denoiser's config."""
         probe = bool(self.controls or self.reuse.names)
-        config = self.add(UNET, self.source.unet, lambda network: trace.denoiser(network, probe=probe))
+        config = self.add(UNET, self.source.unet, lambda network: modules.denoiser(network, probe=probe))
         self.components |= _variants(self.folder, self.components, self.reuse.names)
         return config
 
@@ -237,10 +238,19 @@ class _Export:
         release()
 
     def decoder(self) -> Any:
-        """The VAE decoder; the VAE's config. None for a model of pixels."""
+        """The VAE decoder, and the encoder if the VAE has one; the VAE's config. None for a model of pixels."""
         if self.source.vae is None:
             return None
-        return self.add(VAE_DECODER, lambda dtype: _vae(self.source, dtype), trace.vae_decoder)
+        load, halves = partial(_vae, self.source), []
+
+        def decoder(vae: Any) -> trace.Traced:
+            halves.append(vae.encoder is not None)
+            return modules.vae_decoder(vae)
+
+        config = self.add(VAE_DECODER, load, decoder)
+        if halves[0]:
+            self.add(VAE_ENCODER, load, modules.vae_encoder)
+        return config
 
     def stage(self, name: str, upscaler: Upscaler, base: ModelCard) -> StageCard:
         t5 = upscaler.source.family == "if"
@@ -258,7 +268,7 @@ class _Export:
             family=self.source.family,
             width=width * scale,
             height=height * scale,
-            latent_channels=unet.in_channels,
+            latent_channels=unet.in_channels if vae is None else vae.latent_channels,
             vae_scale=scale,
             size_multiple=self.source.size_multiple or scale,
             scaling_factor=1.0 if vae is None else vae.scaling_factor,
@@ -351,8 +361,8 @@ def prefixed(key: ComponentId, entry: Component) -> Component:
 def _text_trace(family: str, length: int) -> Callable[[Any], trace.Traced]:
     """How a text encoder of a family becomes a graph; length: tokens of one chunk."""
     if family == "if":
-        return partial(trace.t5_encoder, length=length)
-    return partial(trace.text_encoder, length=length, penultimate=family == "sdxl")
+        return partial(modules.t5_encoder, length=length)
+    return partial(modules.text_encoder, length=length, penultimate=family == "sdxl")
 
 
 def _tokenizer(tokens: Path, pad: Pad | None, folder: Path, encoder: ComponentId, *, t5: bool = False) -> TextEncoder:

@@ -128,10 +128,11 @@ def _check_components(bundle: Bundle) -> None:
 
 
 def _check_files(bundle: Bundle) -> None:
+    cards: list[ModelCard | ExpertCard] = [*bundle.models, *bundle.experts.values()]
     named = [
         *(component.graph for component in bundle.components.values()),
         *(graph for component in bundle.components.values() for graph in component.derived.values()),
-        *(encoder.tokenizer for card in (*bundle.models, *bundle.experts.values()) for encoder in card.text_encoders),
+        *(encoder.tokenizer for card in cards for encoder in card.text_encoders),
     ]
     for name in named:
         if name not in bundle.files:
@@ -200,6 +201,8 @@ def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
                 read["class_labels"] = ("rows",)
             return _Signature(read, {"prediction": image}, (*IDS, "class_labels"))
         case "denoiser":
+            if not key.stage and bundle.reads_mask:
+                read["sample"] = ("rows", 2 * card.latent_channels + 1, "height", "width")
             return _Signature(read, {"prediction": image})
         case "control_hint":
             by = card.vae_scale

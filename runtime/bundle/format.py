@@ -274,7 +274,9 @@ class ExpertCard:
     unit: Annotated[str, OneOf(("timesteps", "sigma"))]
     start: Annotated[float, Between(0.0, 1e6)]
     end: Annotated[float, Between(0.0, 1e6)] | None
-    text_encoders: Annotated[tuple[TextEncoder, ...], Between(0, 2)] = ()  # what it reads of prompts; empty: the model's
+    text_encoders: Annotated[
+        tuple[TextEncoder, ...], Between(0, 2)
+    ] = ()  # what it reads of prompts; empty: the model's
     zero_empty_negative: bool = False  # where it has text encoders of its own
     aesthetic: bool = False  # its time_ids end with an aesthetic score in place of the target size
 

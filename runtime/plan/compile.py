@@ -13,10 +13,10 @@ from stepforge.runtime.plan.guidance import Guidance, weights
 from stepforge.runtime.plan.guiders import Guider
 from stepforge.runtime.plan.plan import Plan
 from stepforge.runtime.plan.reuse import Reuse, variants
-from stepforge.runtime.plan.sample import sample_steps
+from stepforge.runtime.plan.sampling.sample import sample_steps
+from stepforge.runtime.plan.sampling.truncate import Strength
 from stepforge.runtime.plan.step import Step, rows_of
 from stepforge.runtime.plan.switch import Switch
-from stepforge.runtime.plan.truncate import Strength
 from stepforge.runtime.plan.windows import Window
 
 if TYPE_CHECKING:
@@ -145,8 +145,8 @@ def check_text(plan: Plan, card: ModelCard) -> None:
         raise RequestError(f"{card.name} reads no text, so that nothing can guide it: guidance is {odd[0]:g}; give 1")
 
 
-def describe(plan: Plan) -> list[dict[str, object]]:
-    """The plan as printable rows, one dict a step."""
+def describe(plan: Plan, stage: str = "") -> list[dict[str, object]]:
+    """The plan as printable rows, one dict a step. stage: whose it is, empty for the base model."""
     return [
         {
             "step": k,
@@ -160,7 +160,8 @@ def describe(plan: Plan) -> list[dict[str, object]]:
             "noise": round(step.noise, 6),
             "adapters": step.adapters,
             **({"control": list(step.control)} if step.control else {}),
-            "denoiser": ComponentId("denoiser", step.denoiser, step.reuse).label,
+            **({"known": [round(value, 6) for value in step.known]} if step.known else {}),
+            "denoiser": ComponentId("denoiser", step.denoiser, step.reuse, stage).label,
         }
         for k, step in enumerate(plan.steps)
     ]

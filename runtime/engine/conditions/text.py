@@ -79,9 +79,7 @@ class Conditioner:
             if all(step.guidance == 1.0 for step in leg.plan.steps):
                 negative = None
             adapters = None if leg.stage else job.adapters
-            texts = partial(
-                self, prompt, negative, request.prompt_syntax, adapters, job.bank_slot, leg.stage
-            )
+            texts = partial(self, prompt, negative, request.prompt_syntax, adapters, job.bank_slot, leg.stage)
             leg.cond, leg.uncond = texts()
             for denoiser in dict.fromkeys(step.denoiser for step in leg.plan.steps):
                 expert = None if leg.stage else self._bundle.experts.get(denoiser)

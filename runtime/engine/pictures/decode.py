@@ -119,5 +119,6 @@ class Decoder:
             digest=self._bundle.digest,
             adapters={loaded.name: loaded.adapter.sha256 for loaded, _ in job.adapters.parts} if job.adapters else {},
             hints=tuple(job.legs[0].hint_digests),
+            init=() if job.init is None else job.init.digests,
             stages=tuple((leg.stage, leg.plan) for leg in job.legs if leg.stage),
         )

@@ -31,6 +31,7 @@ class Given:
     moments: Float32  # [2C, h, w]
     masked: Float32 | None = None  # moments of the image whose masked part is grey
     mask: Float32 | None = None  # 1 where the image is drawn anew, [1, h, w]
+    digests: tuple[str, ...] = ()  # sha256 of the image's file or pixels, and of the mask's
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +52,8 @@ class Inits:
             self._cache.move_to_end(key)
             return self._cache[key], 0
         picture = sized_picture(init.image, size.width, size.height)
-        given, runs = Given(self._encode(picture, "").copy()), 1
+        digests = tuple(digest for digest in key[:2] if digest)
+        given, runs = Given(self._encode(picture, "").copy(), digests=digests), 1
         if init.mask is not None:
             mask = sized_mask(init.mask, size.width, size.height)
             small = latent_mask(mask, self._card.vae_scale)
@@ -59,7 +61,8 @@ class Inits:
                 raise RequestError(
                     f"the mask is so small that it falls between latents of {self._card.vae_scale} pixels; draw it larger"
                 )
-            given, runs = Given(given.moments, self._encode(picture * (mask < 0.5), "").copy(), small), 2
+            masked = self._encode(picture * (mask < 0.5), "").copy()
+            given, runs = Given(given.moments, masked, small, digests), 2
         self._cache[key] = given
         while sum(each.nbytes for each in self._cache.values()) > CACHED_BYTES and len(self._cache) > 1:
             self._cache.popitem(last=False)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stepforge.runtime.bundle.scheduler import SCHEDULES, SchedulerCard
-from stepforge.runtime.plan import levels, multistep
-from stepforge.runtime.plan.levels import SamplerOptions
-from stepforge.runtime.plan.linear import Level, Linear, NoisePath, p, rewind, x, z
+from stepforge.runtime.plan.sampling import levels, multistep
+from stepforge.runtime.plan.sampling.levels import SamplerOptions
+from stepforge.runtime.plan.sampling.linear import Level, Linear, NoisePath, p, rewind, x, z
 
 
 def ddim(path: NoisePath, k: int) -> Linear:
@@ -126,6 +126,7 @@ class Sampler:
     clips: bool = False  # has clip_sample
     truncates: bool = True  # can start at a later step, on an image with noise
     blends: bool = True  # latents may be changed between its steps
+    draws_last: bool = False  # diffusers draws noise in the last step too, which is multiplied by 0
     variance: Callable[[Level, Level], tuple[float, float]] | None = (
         None  # bounds of a variance that the network learned
     )
@@ -135,10 +136,11 @@ NOISY = ("epsilon", "v_prediction")
 TIMESTEPS = ("timesteps",)
 
 
-def dpm_solver(move: Callable[[NoisePath, int], Linear]) -> Sampler:
+def dpm_solver(move: Callable[[NoisePath, int], Linear], *, draws_last: bool = False) -> Sampler:
     return Sampler(
-        move=move, levels=levels.ahead_levels, schedules=SCHEDULES, custom=TIMESTEPS, zero_snr=True, thresholds=True
-    )
+        move=move, levels=levels.ahead_levels, schedules=SCHEDULES, custom=TIMESTEPS, zero_snr=True, thresholds=True,
+        draws_last=draws_last,
+    )  # fmt: skip
 
 
 SAMPLERS = {
@@ -163,9 +165,9 @@ SAMPLERS = {
         fractions=True,
         zero_snr=True,
     ),
-    "euler_a": Sampler(move=euler_a, levels=levels.sigma_levels, predictions=NOISY, zero_snr=True),
+    "euler_a": Sampler(move=euler_a, levels=levels.sigma_levels, predictions=NOISY, zero_snr=True, draws_last=True),
     "dpmpp_2m": dpm_solver(multistep.dpmpp_2m),
-    "dpmpp_2m_sde": dpm_solver(multistep.dpmpp_2m_sde),
+    "dpmpp_2m_sde": dpm_solver(multistep.dpmpp_2m_sde, draws_last=True),
     "dpmpp_3m": dpm_solver(multistep.dpmpp_3m),
     "unipc": Sampler(
         move=multistep.unipc,
