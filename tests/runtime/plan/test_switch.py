@@ -4,18 +4,44 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
-from test_samplers import CARD, reference
 
 from stepforge.runtime.bundle import ExpertCard
+from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan.sample import sample_steps
 from stepforge.runtime.plan.switch import Switch, default_switch
 
-XL = replace(CARD, sampler="euler")
+XL = SchedulerCard(
+    sampler="euler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+    set_alpha_to_one=False,
+)  # fmt: skip
+CLASSES = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
 # float32 tables of diffusers' schedulers against our float64; a cut that is off by one differs by 1e-2 and more
 TOLERANCE = 2e-4
+
+
+def reference(sampler: str, schedule: str, spacing: str | None):
+    name, options = CLASSES[sampler]
+    common = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    spaced = {"timestep_spacing": spacing, "steps_offset": 1} if spacing else {}
+    curved = {} if schedule == "normal" else {f"use_{schedule}_sigmas": True}
+    return getattr(diffusers, name)(**common, **options, **spaced, **curved)
 
 
 def ensemble(sampler: str, schedule: str, spacing: str | None, steps: int, at: float, noise: torch.Generator):
@@ -23,7 +49,7 @@ def ensemble(sampler: str, schedule: str, spacing: str | None, steps: int, at: f
     denoiser, timestep and latent of each evaluation, and the last latent. A prediction is 0.1·x + its number's normal draw."""
     x, rows = None, []
     for name in ("unet", "refiner"):
-        scheduler = reference(XL, sampler, schedule, spacing)
+        scheduler = reference(sampler, schedule, spacing)
         scheduler.set_timesteps(steps)
         timesteps = scheduler.timesteps
         cut = int(round(1000 - at * 1000))
