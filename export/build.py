@@ -128,7 +128,9 @@ def export_bundle(
     nets = read_controls(source, controls or {})
     stages, others = read_upscalers(upscalers or {}), read_experts(experts or {}, source)
     with staged(out, overwrite=overwrite) as folder:
-        bundle = _Export(source, nets, stages, others, folder, precision, bank, reuse, progress).run(name or source.name)
+        bundle = _Export(source, nets, stages, others, folder, precision, bank, reuse, progress).run(
+            name or source.name
+        )
     return replace(bundle, path=out)
 
 
@@ -298,9 +300,7 @@ class _Export:
             zero_empty_negative=self.source.force_zeros_for_empty_prompt,
         )
 
-    def bundle(
-        self, card: ModelCard, stages: Mapping[str, StageCard], experts: Mapping[str, ExpertCard]
-    ) -> Bundle:
+    def bundle(self, card: ModelCard, stages: Mapping[str, StageCard], experts: Mapping[str, ExpertCard]) -> Bundle:
         """The manifest of what the folder holds."""
         scheduler = scheduler_card(self.source.scheduler)
         if scheduler.table is not None:
@@ -338,9 +338,7 @@ def _hashed(folder: Path) -> dict[str, tuple[int, str]]:
     return {path.relative_to(folder).as_posix(): (path.stat().st_size, sha256(path)) for path in files}
 
 
-def _variants(
-    folder: Path, key: ComponentId, entry: Component, names: Sequence[str]
-) -> dict[ComponentId, Component]:
+def _variants(folder: Path, key: ComponentId, entry: Component, names: Sequence[str]) -> dict[ComponentId, Component]:
     """The reuse variants of a denoiser."""
     return {replace(key, variant=name): cut for name, cut in cut_variants(folder, entry, names).items()}
 

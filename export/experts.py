@@ -53,9 +53,7 @@ def export_expert(
         own = ComponentId("text_encoder", f"{name}_{TEXT_ENCODERS[1].name}")
         encoder = tokenize(text.tokenizer, None, own)
         add(own, text.load, partial(modules.text_encoder, length=encoder.max_length, penultimate=True))
-    return replace(
-        card, text_encoders=(encoder,), zero_empty_negative=text.zero_empty_negative, aesthetic=True
-    )
+    return replace(card, text_encoders=(encoder,), zero_empty_negative=text.zero_empty_negative, aesthetic=True)
 
 
 def share_weights(

@@ -99,7 +99,9 @@ def _refiner(path: Path, index: Mapping[str, Any], base: Source, window: tuple[s
     if base.family != "sdxl":
         raise CheckpointError(f"it is SDXL's refiner, and {base.name} is {base.family}")
     if index.get("requires_aesthetics_score") is not True:
-        raise CheckpointError("a refiner reads an aesthetic score; its model_index.json says requires_aesthetics_score: true")
+        raise CheckpointError(
+            "a refiner reads an aesthetic score; its model_index.json says requires_aesthetics_score: true"
+        )
     unet, second = _unet(path / "unet", path.name), TEXT_ENCODERS[1].name
     config = read_json(path / second / "config.json")
     text = Stored(
@@ -141,6 +143,7 @@ def _digest(load: Loader) -> tuple[Any, ...]:
     settings = {key: value for key, value in network.config.to_dict().items() if key not in ("dtype", "architectures")}
     settings = {key: value for key, value in settings.items() if not key.startswith(("_", "transformers"))}
     weights = {
-        name: hashlib.sha256(value.detach().contiguous().numpy()).hexdigest() for name, value in network.state_dict().items()
+        name: hashlib.sha256(value.detach().contiguous().numpy()).hexdigest()
+        for name, value in network.state_dict().items()
     }
     return settings, weights

@@ -11,7 +11,7 @@ import torch
 from stepforge.runtime.bundle import ExpertCard
 from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.plan.sample import sample_steps
+from stepforge.runtime.plan.sampling.sample import sample_steps
 from stepforge.runtime.plan.switch import Switch, default_switch
 
 XL = SchedulerCard(
@@ -61,7 +61,9 @@ def ensemble(sampler: str, schedule: str, spacing: str | None, steps: int, at: f
             count = (timesteps < cut).sum().item()
             count += scheduler.order == 2 and count % 2 == 0
             timesteps = timesteps[len(timesteps) - count :]
-            scheduler.set_begin_index(len(scheduler.timesteps) - count) if hasattr(scheduler, "set_begin_index") else None
+            scheduler.set_begin_index(len(scheduler.timesteps) - count) if hasattr(
+                scheduler, "set_begin_index"
+            ) else None
         for t in timesteps:
             seen = scheduler.scale_model_input(x, t)
             options = {"generator": noise} if "generator" in scheduler.step.__code__.co_varnames else {}
@@ -86,14 +88,14 @@ def predicted(number: int, seen: torch.Tensor) -> torch.Tensor:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(("steps", "at"), [(10, 0.8), (7, 0.5)])
-def test_hand_over_is_that_of_diffusers_pipelines(sampler: str, schedule: str, spacing: str | None, steps: int, at: float):
+def test_hand_over_is_that_of_diffusers_pipelines(
+    sampler: str, schedule: str, spacing: str | None, steps: int, at: float
+):
     """Same denoisers, timesteps and latents: DPM++'s history is dropped, Heun's last predictor runs twice."""
     wanted, last = ensemble(sampler, schedule, spacing, steps, at, torch.Generator().manual_seed(7))
     switch = Switch.parse(f"refiner@{at}..1")
     found, init = sample_steps(XL, sampler=sampler, schedule=schedule, spacing=spacing, steps=steps, experts=switch)
-    assert [(step.denoiser, step.t) for step in found] == [
-        (name, pytest.approx(t, abs=1e-2)) for name, t, _ in wanted
-    ]
+    assert [(step.denoiser, step.t) for step in found] == [(name, pytest.approx(t, abs=1e-2)) for name, t, _ in wanted]
     noise = torch.Generator().manual_seed(7)
     xs = [torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * init]
     ps: list[torch.Tensor] = []
@@ -145,4 +147,10 @@ def test_what_cannot_hand_over_is_refused():
         with pytest.raises(RequestError, match="cannot start afresh"):
             sample_steps(XL, sampler=sampler, steps=10, experts=switch)
     with pytest.raises(RequestError, match=r"no timestep .* refiner@0.999..1"):
-        sample_steps(XL, sampler="euler", spacing="linspace", steps=2, experts=Switch.parse("base@0..0.4,a@0.4..0.999,refiner@0.999..1"))
+        sample_steps(
+            XL,
+            sampler="euler",
+            spacing="linspace",
+            steps=2,
+            experts=Switch.parse("base@0..0.4,a@0.4..0.999,refiner@0.999..1"),
+        )
