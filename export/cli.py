@@ -64,7 +64,7 @@ def parse_experts(texts: list[str] | None) -> dict[str, tuple[Path, tuple[str, f
     """NAME=PATH@WINDOW -> name, path and window. Raises RequestError."""
     from stepforge.runtime.plan.switch import Switch
 
-    found = {}
+    found: dict[str, tuple[Path, tuple[str, float, float | None] | None]] = {}
     for name, given in parse_named("--expert", texts, "refiner=models/refiner").items():
         path, at, window = str(given).rpartition("@")
         if not at:
@@ -181,6 +181,7 @@ def verify_command(
     lora: Loras = None,
     control: Controls = None,
     sr: Upscalers = None,
+    expert: Experts = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Compare a bundle with diffusers and store the verdict in it. Exit code 1 if it fails."""
@@ -197,6 +198,7 @@ def verify_command(
         loras=[file_and_strength(text) for text in lora or ()],
         controls=parse_controls(control),
         upscalers=parse_upscalers(sr),
+        experts={name: path for name, (path, _) in parse_experts(expert).items()},
         backends=backend or (),
         precisions=precision or (),
         prompts=prompt or PROMPTS,

@@ -225,7 +225,8 @@ class VaeDecoder(nn.Module):
 
 
 def denoiser(unet: Any, *, probe: bool = False, ids: int = 6) -> Traced:
-    """probe: with the inner values that ControlNets and reuse variants need as further outputs, see `Denoiser`. ids: numbers of time_ids."""
+    """probe: with the inner values that ControlNets and reuse variants need as further outputs, see `Denoiser`. ids: numbers of
+    SDXL's time_ids."""
     example, inputs, least = network_inputs(unet.config, ids)
     module = Denoiser(unet, probe=probe)
     outputs = {"prediction": ("rows", unet.config.out_channels, "height", "width")}

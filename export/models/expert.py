@@ -129,7 +129,7 @@ def _provenance(path: Path, *stored: Stored) -> dict[str, Any]:
     return {
         "kind": "diffusers",
         "file": path.resolve().name,
-        "sha256": {f"{one.what}/{file.name}": sha256(file) for one in stored for file in one.files},
+        "sha256": {file.relative_to(path).as_posix(): sha256(file) for one in stored for file in one.files},
     }
 
 

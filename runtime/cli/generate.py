@@ -139,7 +139,8 @@ def generate(
         prompt_file,
         request_file,
         {
-            "micro": parse_micro(micro or ()), "negative": negative, "width": width, "height": height, "seed": seed, "images": images,
+            "micro": parse_micro(micro or ()),
+            "negative": negative, "width": width, "height": height, "seed": seed, "images": images,
             "prompt_syntax": prompt_syntax, **planned,
             "controls": parse_controls(control or (), preprocessor, control_window, guess_mode),
             "adapters": {name: strength for name, (_, strength) in adapters.items()},

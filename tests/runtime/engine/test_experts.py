@@ -11,10 +11,9 @@ import torch
 
 import stepforge
 from stepforge import Request, RequestError
-from stepforge.export.build import BankOptions, export_bundle
+from stepforge.export.build import export_bundle
 from stepforge.export.cli import parse_experts
-from stepforge.export.models.scheduler import scheduler_card
-from stepforge.runtime.bundle import ComponentId, read
+from stepforge.runtime.bundle import read
 
 PROMPT, NEGATIVE = "a cat", "a dog"
 SIGMA = 3.0
@@ -131,4 +130,4 @@ def test_neighbours_with_other_experts_change_nothing(opened):
     for request, result in zip(requests, together, strict=True):
         alone = engine.generate(request)
         assert np.abs(alone.latents[0] - result.latents[0]).max() < 1e-4
-        assert {"unet", "refiner"} & set(alone.stats.rows) == set(step.denoiser for step in engine.plan(request).steps)
+        assert {"unet", "refiner"} & set(alone.stats.rows) == {step.denoiser for step in engine.plan(request).steps}

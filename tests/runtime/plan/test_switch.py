@@ -52,7 +52,7 @@ def ensemble(sampler: str, schedule: str, spacing: str | None, steps: int, at: f
         scheduler = reference(sampler, schedule, spacing)
         scheduler.set_timesteps(steps)
         timesteps = scheduler.timesteps
-        cut = int(round(1000 - at * 1000))
+        cut = round(1000 - at * 1000)
         if x is None:
             x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
             x = x * scheduler.init_noise_sigma
@@ -104,7 +104,8 @@ def test_hand_over_is_that_of_diffusers_pipelines(
         assert (ours - seen).abs().max() < TOLERANCE * seen.abs().max()
         ps.append(predicted(len(ps) + 1, ours))
         x = sum(c * xs[-1 - i] for i, c in enumerate(step.keep)) + sum(c * ps[-1 - j] for j, c in enumerate(step.gain))
-        drawn = torch.randn(1, 4, 4, 4, generator=noise, dtype=torch.float64) if step.noise else 0.0
+        dtype = torch.float32 if sampler == "dpmpp_2m_sde" else torch.float64  # its scheduler draws so
+        drawn = torch.randn(1, 4, 4, 4, generator=noise, dtype=dtype) if step.noise else 0.0
         xs.append(x + step.noise * drawn)
     assert (xs[-1] - last).abs().max() < TOLERANCE * last.abs().max()
 
@@ -146,7 +147,7 @@ def test_what_cannot_hand_over_is_refused():
     for sampler in ("pndm", "lms"):
         with pytest.raises(RequestError, match="cannot start afresh"):
             sample_steps(XL, sampler=sampler, steps=10, experts=switch)
-    with pytest.raises(RequestError, match=r"no timestep .* refiner@0.999..1"):
+    with pytest.raises(RequestError, match="no timestep of the 2 lies in"):
         sample_steps(
             XL,
             sampler="euler",
