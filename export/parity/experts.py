@@ -78,7 +78,8 @@ def load_expert(path: Path, expert: Expert) -> tuple[Any, Any]:
     """diffusers' UNet of an expert and, of a refiner, its text encoder."""
     if path.is_file():  # a LoRA file: merged as the export merged it
         return expert.unet(FP32), None
-    weights, found = list(expert.provenance["sha256"]), []
+    weights = list(expert.provenance["sha256"])
+    found: list[Any] = []
     with staging() as place:
         for name, kind in (
             (UNET.name, diffusers.UNet2DConditionModel),

@@ -33,10 +33,10 @@ from stepforge.export.models.source import Source
 from stepforge.export.parity.adapters import merge_adapters
 from stepforge.export.parity.components import component_errors
 from stepforge.export.parity.control import exported_controls
+from stepforge.export.parity.experts import ExpertReference, run_experts
 from stepforge.export.parity.loaders import Loaded, load_pipeline
 from stepforge.export.parity.measures import psnr, relative_error
 from stepforge.export.parity.reference import Reference, References, Settings, run_references
-from stepforge.export.parity.experts import ExpertReference, run_experts
 from stepforge.export.parity.stages import StageReference, run_stages
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend, Graph, open_backend, runnable
@@ -112,8 +112,8 @@ def verify(
     geometry than the published models'. loras: what the bundle has merged; the reference gets them merged too. controls: the
     bundle's ControlNets, each of which draws the first prompt with a drawn hint. upscalers: the
     models of its super-resolution stages, each of which enlarges a drawn picture. experts: the
-    models of its experts, which draw the first prompt as the bundle switches between them. backends, precisions: all that this machine
-    can run unless given. Raises BundleError, CheckpointError, AdapterError, BackendError.
+    models of its experts, which draw the first prompt as the bundle switches between them. backends, precisions: all
+    that this machine can run unless given. Raises BundleError, CheckpointError, AdapterError, BackendError.
     """
     bundle, model = read(bundle_path), Path(model_path)
     source = load(model, tokenizer=tokenizer, prediction_type=prediction_type)

@@ -11,8 +11,9 @@ import torch
 
 import stepforge
 from stepforge import Request, RequestError
-from stepforge.export.build import export_bundle
+from stepforge.export.build import BankOptions, export_bundle
 from stepforge.export.cli import parse_experts
+from stepforge.export.parity.verify import verify
 from stepforge.runtime.bundle import read
 
 PROMPT, NEGATIVE = "a cat", "a dog"
@@ -83,6 +84,43 @@ def opened(refined: Path):
         make(backend).close()
 
 
+def changed_unet(model: Path, out: Path) -> Path:
+    """The model's UNet with other weights in one layer."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    with torch.no_grad():
+        unet.mid_block.resnets[0].conv1.weight *= 1.5
+    unet.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def noisy(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with an expert of high noise, LoRA banks and a ControlNet; the expert lies beside it."""
+    folder = tmp_path_factory.mktemp("noisy")
+    high = changed_unet(tiny_sd1, folder / "high")
+    export_bundle(
+        tiny_sd1, folder / "bundle", experts=parse_experts([f"high={high}@sigma={SIGMA}..inf"]),
+        controls={"a": tiny_sd1_controls["a"]}, bank=BankOptions(2, 4),
+    )  # fmt: skip
+    return folder / "bundle"
+
+
+def test_expert_of_one_architecture(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], noisy: Path):
+    """One trajectory whose network changes, as diffusers with its UNet replaced; on disk the changed layer alone is added."""
+    bundle = read(noisy)
+    own = bundle.files["denoiser/unet/high.data"][0]
+    assert 0 < own < 0.2 * bundle.files["denoiser/unet/model.onnx.data"][0]
+    verdict = verify(
+        noisy, tiny_sd1, experts={"high": noisy.with_name("high")}, backends=["onnxruntime", "openvino", "torch"],
+        precisions=["fp32"], prompts=[PROMPT], steps=8, store=False, controls={"a": tiny_sd1_controls["a"]},
+    )  # fmt: skip
+    checks = [check for check in verdict["checks"] if check["name"].startswith("experts")]
+    assert {check["level"] for check in checks} == {"step", "trajectory", "image"}
+    assert all(check["passed"] for check in verdict["checks"]), verdict["checks"]
+
+
 MICRO = {
     "original_size": (48, 96), "crops_coords_top_left": (3, 5), "target_size": (80, 40),
     "negative_original_size": (20, 30), "negative_crops_coords_top_left": (1, 2), "negative_target_size": (50, 70),
@@ -109,9 +147,21 @@ def test_base_and_refiner_are_diffusers_two_pipelines(backend: str, opened, pipe
         assert {step.denoiser for step in engine.plan(request).steps} == {"unet", "refiner"}
 
 
-def test_text_encoder_is_stored_once_and_missing_experts_are_refused(refined: Path, opened):
+def test_text_encoder_is_stored_once_and_missing_experts_are_refused(
+    refined: Path, opened, tiny_sdxl: Path, tiny_refiner: Path
+):
     bundle, engine = read(refined), opened("onnxruntime")
     assert bundle.experts["refiner"].text_encoders == bundle.card.text_encoders[1:]
+    verdict = verify(
+        refined, tiny_sdxl, experts={"refiner": tiny_refiner}, backends=["onnxruntime"], precisions=["fp32"],
+        prompts=[PROMPT], steps=8, store=False,
+    )  # fmt: skip
+    assert [check["level"] for check in verdict["checks"] if check["name"].startswith("experts")] == [
+        "step",
+        "trajectory",
+        "image",
+    ]
+    assert verdict["passed"], verdict["checks"]
     assert not [key for key in bundle.components if key.role == "text_encoder" and "refiner" in key.name]
     with pytest.raises(RequestError, match=r"no expert 'high'; it has base, refiner"):
         engine.plan(Request(prompt="", experts="high@sigma=1..inf"))
