@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from stepforge.export.experts import Windowed, export_expert, read_experts, share_weights
+from stepforge.export.experts.read import Expert
+from stepforge.export.experts.write import Windowed, export_expert, read_experts, share_weights
 from stepforge.export.graph import modules, trace
 from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, used_modules
 from stepforge.export.graph.check import open_graphs
@@ -25,16 +26,15 @@ from stepforge.export.graph.rewire import RESIDUAL, Variants, cut_variants, reso
 from stepforge.export.lora.merge import read_all, with_adapters
 from stepforge.export.memory import check_fits
 from stepforge.export.models.controlnet import ControlSource, load_control
-from stepforge.export.models.expert import Expert
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
-from stepforge.export.models.pixel.t5 import t5_tokenizer_json
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source, Upscaler
-from stepforge.export.models.tokenizer import Pad, tokenizer_json
+from stepforge.export.models.tokenizer import Pad
 from stepforge.export.models.weights import Loader
 from stepforge.export.publish import check_out, staged
 from stepforge.export.stages import export_stage, networks_of, read_upscalers, told
+from stepforge.export.text import text_trace, tokenizer_card
 from stepforge.runtime.bundle import (
     MANIFEST,
     NAME,
@@ -109,7 +109,7 @@ def export_bundle(
     loras: files and strengths to merge into the weights. bank: take LoRA files as run-time inputs as well.
     controls: ControlNets by the name that requests use, see `models.controlnet.load_control`. upscalers:
     super-resolution models by the name of their stage, see `models.upscaler.read_upscaler`. experts: further
-    denoisers by name, each a model and where it runs, see `models.expert.read_expert`. reuse: variants of the
+    denoisers by name, each a model and where it runs, see `experts.read.read_expert`. reuse: variants of the
     denoiser for approximate plans. overwrite: replace a bundle at `out`; without it nothing is replaced, also not what appears
     there during the export. `out` appears complete or not at all.
     Raises CheckpointError for the model and its ControlNets, for a graph that an installed engine does not load and for an
@@ -219,8 +219,8 @@ class _Export:
         cards = []
         networks = list(zip(self.source.text_encoders, self.source.tokenizers, self.source.pads, strict=True))
         for key, (loader, tokens, pad) in zip(TEXT_ENCODERS, networks, strict=False):
-            card = _tokenizer(tokens, pad, self.folder, key, t5=self.source.family == "if")
-            self.add(key, loader, _text_trace(self.source.family, card.max_length))
+            card = tokenizer_card(tokens, pad, self.folder, key, t5=self.source.family == "if")
+            self.add(key, loader, text_trace(self.source.family, card.max_length))
             cards.append(card)
         return tuple(cards)
 
@@ -236,7 +236,7 @@ class _Export:
         key, probe = replace(UNET, name=name), bool(self.controls or self.reuse.names)
 
         def tokenize(tokens: Path, pad: Pad | None, encoder: ComponentId) -> TextEncoder:
-            return _tokenizer(tokens, pad, self.folder, encoder)
+            return tokenizer_card(tokens, pad, self.folder, encoder)
 
         card = export_expert(name, expert, self.source, base, self.add, tokenize, probe=probe)
         if expert.text is None:
@@ -280,7 +280,7 @@ class _Export:
         t5 = upscaler.source.family == "if"
 
         def tokenize(tokens: Path, pad: Pad | None, key: ComponentId) -> TextEncoder:
-            return _tokenizer(tokens, pad, self.folder, key, t5=t5)
+            return tokenizer_card(tokens, pad, self.folder, key, t5=t5)
 
         return export_stage(name, upscaler, self.source, base, self.add, tokenize, _vae)
 
@@ -381,22 +381,6 @@ def prefixed(key: ComponentId, entry: Component) -> Component:
     """A component whose graphs are named from the bundle's root."""
     derived = {backend: f"{key.folder}/{graph}" for backend, graph in entry.derived.items()}
     return replace(entry, graph=f"{key.folder}/{entry.graph}", derived=derived)
-
-
-def _text_trace(family: str, length: int) -> Callable[[Any], trace.Traced]:
-    """How a text encoder of a family becomes a graph; length: tokens of one chunk."""
-    if family == "if":
-        return partial(modules.t5_encoder, length=length)
-    return partial(modules.text_encoder, length=length, penultimate=family == "sdxl")
-
-
-def _tokenizer(tokens: Path, pad: Pad | None, folder: Path, encoder: ComponentId, *, t5: bool = False) -> TextEncoder:
-    text, card = tokenizer_json(tokens, pad) if not t5 else t5_tokenizer_json(tokens)
-    name = encoder.name.replace("text_encoder", "tokenizer")
-    path = (PurePosixPath(encoder.folder).with_name(name) / "tokenizer.json").as_posix()
-    (folder / path).parent.mkdir(parents=True)
-    (folder / path).write_text(text, encoding="utf-8")
-    return TextEncoder(encoder.name, path, **card, stage=encoder.stage)
 
 
 def _vae(source: Source, dtype: torch.dtype) -> Any:
