@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.plan.linear import NoisePath
+from stepforge.runtime.plan.sampling.linear import NoisePath
 from stepforge.runtime.plan.step import Step
 
 
