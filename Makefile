@@ -25,8 +25,9 @@ demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw thre
 		--out out/control --sheet out/control.png --columns 5 --overwrite
 	@echo "look at out/emoji.png, out/adapters.png and out/control.png"
 
-# one process a core, each test file in one of them; a crash ends one process and names its test
-PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+# one process a core, each with a run of neighbouring tests, of which one without work takes some; a crash ends one process and
+# names its test
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest $(PARALLEL)
@@ -34,8 +35,9 @@ test: $(STAMP)  ## the whole suite
 quick: $(STAMP)  ## without the slow tests
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
-test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, counts into benchmarks/results/soak.json
+test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, and batches killed; counts into benchmarks/results
 	$(BIN)/python tests/fuzz/soak.py --json benchmarks/results/soak.json
+	$(BIN)/python benchmarks/batch_kills.py --json benchmarks/results/batch_kills.json
 
 aot: $(STAMP)  ## every kernel compiled for six architectures, against golden.json (4 minutes on 2 cores)
 	$(BIN)/python -m stepforge.kernels.aot --check

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
-from stepforge.export.graph import trace
+from stepforge.export.graph import modules, trace
 from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, used_modules
 from stepforge.export.graph.check import open_graphs
 from stepforge.export.graph.control import split
@@ -26,23 +26,27 @@ from stepforge.export.memory import check_fits
 from stepforge.export.models.controlnet import ControlSource, load_control
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
+from stepforge.export.models.pixel.t5 import t5_tokenizer_json
 from stepforge.export.models.scheduler import scheduler_card
-from stepforge.export.models.source import Source
+from stepforge.export.models.source import Source, Upscaler
 from stepforge.export.models.tokenizer import Pad, tokenizer_json
 from stepforge.export.models.weights import Loader
 from stepforge.export.publish import check_out, staged
+from stepforge.export.stages import export_stage, networks_of, read_upscalers, told
 from stepforge.runtime.bundle import (
     MANIFEST,
     NAME,
     TEXT_ENCODERS,
     UNET,
     VAE_DECODER,
+    VAE_ENCODER,
     WEIGHT_PRECISIONS,
     Bundle,
     Component,
     ComponentId,
     ControlCard,
     ModelCard,
+    StageCard,
     TextEncoder,
     read,
     sha256,
@@ -89,6 +93,7 @@ def export_bundle(
     loras: Sequence[tuple[Path, float]] = (),
     bank: BankOptions | None = None,
     controls: Mapping[str, str | Path] | None = None,
+    upscalers: Mapping[str, str | Path] | None = None,
     reuse: Variants = NO_VARIANTS,
     progress: Progress | None = None,
     overwrite: bool = False,
@@ -98,7 +103,8 @@ def export_bundle(
     precision: of the weights and the arithmetic inside the graphs; inputs and outputs are float32 always.
     tokenizer, prediction_type: see `models.load.load`. name: how requests call the model; its file name by default.
     loras: files and strengths to merge into the weights. bank: take LoRA files as run-time inputs as well.
-    controls: ControlNets by the name that requests use, see `models.controlnet.load_control`. reuse: variants of the
+    controls: ControlNets by the name that requests use, see `models.controlnet.load_control`. upscalers:
+    super-resolution models by the name of their stage, see `models.upscaler.read_upscaler`. reuse: variants of the
     denoiser for approximate plans. overwrite: replace a bundle at `out`; without it nothing is replaced, also not what appears
     there during the export. `out` appears complete or not at all.
     Raises CheckpointError for the model and its ControlNets, for a graph that an installed engine does not load and for an
@@ -115,8 +121,9 @@ def export_bundle(
     source = with_adapters(source, read_all(source, loras))
     check_fits({key: make() for key, make in source.empty.items()}, DTYPES[precision], out)
     nets = read_controls(source, controls or {})
+    stages = read_upscalers(upscalers or {})
     with staged(out, overwrite=overwrite) as folder:
-        bundle = _Export(source, nets, folder, precision, bank, reuse, progress).run(name or source.name)
+        bundle = _Export(source, nets, stages, folder, precision, bank, reuse, progress).run(name or source.name)
     return replace(bundle, path=out)
 
 
@@ -137,16 +144,26 @@ class _Export:
         self,
         source: Source,
         controls: Sequence[ControlSource],
+        upscalers: Mapping[str, Upscaler],
         folder: Path,
         precision: str,
         bank: BankOptions | None,
         reuse: Variants,
         progress: Progress | None,
     ) -> None:
-        self.source, self.controls, self.folder, self.precision = source, controls, folder, precision
+        self.source, self.controls, self.upscalers = source, controls, upscalers
+        self.folder, self.precision = folder, precision
         self.dtype, self.bank, self.reuse = DTYPES[precision], bank, reuse
         self.components: dict[ComponentId, Component] = {}
-        self.progress, self.done, self.stages = progress, 0, len(source.text_encoders) + len(controls) + 4
+        self.progress, self.done, self.stages = (
+            progress,
+            0,
+            len(source.text_encoders)
+            + len(controls)
+            + 4
+            - (source.vae is None)
+            + sum(map(networks_of, upscalers.values())),
+        )
 
     def run(self, name: str) -> Bundle:
         encoders = self.text_encoders()
@@ -154,8 +171,10 @@ class _Export:
         for control in self.controls:
             self.control(control)
         vae = self.decoder()
+        card = self.card(name, encoders, unet, vae)
+        stages = {stage: self.stage(stage, upscaler, card) for stage, upscaler in self.upscalers.items()}
         self.tell("manifest")
-        bundle = self.bundle(self.card(name, encoders, unet, vae))
+        bundle = self.bundle(card, stages)
         self.tell("check")
         open_graphs(bundle)
         write_manifest(bundle)
@@ -190,16 +209,15 @@ class _Export:
         cards = []
         networks = list(zip(self.source.text_encoders, self.source.tokenizers, self.source.pads, strict=True))
         for key, (loader, tokens, pad) in zip(TEXT_ENCODERS, networks, strict=False):
-            card = _tokenizer(tokens, pad, self.folder, key)
-            make = partial(trace.text_encoder, length=card.max_length, penultimate=self.source.family == "sdxl")
-            self.add(key, loader, make)
+            card = _tokenizer(tokens, pad, self.folder, key, t5=self.source.family == "if")
+            self.add(key, loader, _text_trace(self.source.family, card.max_length))
             cards.append(card)
         return tuple(cards)
 
     def denoiser(self) -> Any:
         """The denoiser and its reuse variants; the denoiser's config."""
         probe = bool(self.controls or self.reuse.names)
-        config = self.add(UNET, self.source.unet, lambda network: trace.denoiser(network, probe=probe))
+        config = self.add(UNET, self.source.unet, lambda network: modules.denoiser(network, probe=probe))
         self.components |= _variants(self.folder, self.components, self.reuse.names)
         return config
 
@@ -220,8 +238,27 @@ class _Export:
         release()
 
     def decoder(self) -> Any:
-        """The VAE decoder; the VAE's config."""
-        return self.add(VAE_DECODER, lambda dtype: _vae(self.source, dtype), trace.vae_decoder)
+        """The VAE decoder, and the encoder if the VAE has one; the VAE's config. None for a model of pixels."""
+        if self.source.vae is None:
+            return None
+        load, halves = partial(_vae, self.source), []
+
+        def decoder(vae: Any) -> trace.Traced:
+            halves.append(vae.encoder is not None)
+            return modules.vae_decoder(vae)
+
+        config = self.add(VAE_DECODER, load, decoder)
+        if halves[0]:
+            self.add(VAE_ENCODER, load, modules.vae_encoder)
+        return config
+
+    def stage(self, name: str, upscaler: Upscaler, base: ModelCard) -> StageCard:
+        t5 = upscaler.source.family == "if"
+
+        def tokenize(tokens: Path, pad: Pad | None, key: ComponentId) -> TextEncoder:
+            return _tokenizer(tokens, pad, self.folder, key, t5=t5)
+
+        return export_stage(name, upscaler, self.source, base, self.add, tokenize, _vae)
 
     def card(self, name: str, encoders: tuple[TextEncoder, ...], unet: Any, vae: Any) -> ModelCard:
         scale = self.source.vae_scale
@@ -231,15 +268,15 @@ class _Export:
             family=self.source.family,
             width=width * scale,
             height=height * scale,
-            latent_channels=unet.in_channels,
+            latent_channels=unet.in_channels if vae is None else vae.latent_channels,
             vae_scale=scale,
-            size_multiple=scale,
-            scaling_factor=vae.scaling_factor,
+            size_multiple=self.source.size_multiple or scale,
+            scaling_factor=1.0 if vae is None else vae.scaling_factor,
             text_encoders=encoders,
             zero_empty_negative=self.source.force_zeros_for_empty_prompt,
         )
 
-    def bundle(self, card: ModelCard) -> Bundle:
+    def bundle(self, card: ModelCard, stages: Mapping[str, StageCard]) -> Bundle:
         """The manifest of what the folder holds."""
         scheduler = scheduler_card(self.source.scheduler)
         if scheduler.table is not None:
@@ -249,6 +286,8 @@ class _Export:
         provenance |= {"assumed": list(self.source.assumed), "corrected": list(self.source.corrected)}
         if self.controls:
             provenance["controls"] = {control.name: dict(control.provenance) for control in self.controls}
+        if self.upscalers:
+            provenance["upscalers"] = {name: told(upscaler.source) for name, upscaler in self.upscalers.items()}
         return Bundle(
             path=self.folder,
             card=card,
@@ -262,6 +301,7 @@ class _Export:
                 control.name: ControlCard(bool(control.config.get("global_pool_conditions")))
                 for control in self.controls
             },
+            stages=stages,
         )
 
 
@@ -318,17 +358,27 @@ def prefixed(key: ComponentId, entry: Component) -> Component:
     return replace(entry, graph=f"{key.folder}/{entry.graph}", derived=derived)
 
 
-def _tokenizer(tokens: Path, pad: Pad | None, folder: Path, encoder: ComponentId) -> TextEncoder:
-    text, card = tokenizer_json(tokens, pad)
-    path = f"{encoder.name.replace('text_encoder', 'tokenizer')}/tokenizer.json"
-    (folder / path).parent.mkdir()
+def _text_trace(family: str, length: int) -> Callable[[Any], trace.Traced]:
+    """How a text encoder of a family becomes a graph; length: tokens of one chunk."""
+    if family == "if":
+        return partial(modules.t5_encoder, length=length)
+    return partial(modules.text_encoder, length=length, penultimate=family == "sdxl")
+
+
+def _tokenizer(tokens: Path, pad: Pad | None, folder: Path, encoder: ComponentId, *, t5: bool = False) -> TextEncoder:
+    text, card = tokenizer_json(tokens, pad) if not t5 else t5_tokenizer_json(tokens)
+    name = encoder.name.replace("text_encoder", "tokenizer")
+    path = (PurePosixPath(encoder.folder).with_name(name) / "tokenizer.json").as_posix()
+    (folder / path).parent.mkdir(parents=True)
     (folder / path).write_text(text, encoding="utf-8")
     return TextEncoder(encoder.name, path, **card, stage=encoder.stage)
 
 
 def _vae(source: Source, dtype: torch.dtype) -> Any:
-    """SDXL's VAE overflows in fp16 unless its config says otherwise; diffusers decodes with it in fp32 too."""
-    if dtype == torch.float16 and source.family == "sdxl":
+    """The VAEs of SDXL and the x4 upscaler overflow in fp16 unless their configs say otherwise; diffusers decodes with them in
+    fp32 too."""
+    assert source.vae is not None
+    if dtype == torch.float16 and source.family in ("sdxl", "x4"):
         vae = source.vae(torch.float32)
         return vae if vae.config.force_upcast else vae.half()
     return source.vae(dtype)

@@ -38,19 +38,35 @@ Controls = Annotated[
 ]
 
 
-def parse_controls(texts: list[str] | None) -> dict[str, Path]:
+Upscalers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sr",
+        metavar="NAME=PATH",
+        help="A super-resolution stage: a diffusers folder of an upscaler; repeatable.",
+    ),
+]
+
+
+def parse_named(option: str, texts: list[str] | None, example: str) -> dict[str, Path]:
     """NAME=PATH -> name and path. Raises RequestError."""
-    controls: dict[str, Path] = {}
+    found: dict[str, Path] = {}
     for text in texts or ():
         name, equals, path = text.partition("=")
         if not equals or not path or not NAME.fullmatch(name):
-            raise RequestError(
-                f"--control {printable(text)} is not understood; give NAME=PATH, such as canny=models/canny"
-            )
-        if name in controls:
-            raise RequestError(f"--control {name} is given twice; choose another name for one of the two")
-        controls[name] = Path(path)
-    return controls
+            raise RequestError(f"{option} {printable(text)} is not understood; give NAME=PATH, such as {example}")
+        if name in found:
+            raise RequestError(f"{option} {name} is given twice; choose another name for one of the two")
+        found[name] = Path(path)
+    return found
+
+
+def parse_controls(texts: list[str] | None) -> dict[str, Path]:
+    return parse_named("--control", texts, "canny=models/canny")
+
+
+def parse_upscalers(texts: list[str] | None) -> dict[str, Path]:
+    return parse_named("--sr", texts, "x4=models/x4-upscaler")
 
 
 def export_command(
@@ -71,6 +87,7 @@ def export_command(
         str, typer.Option(help="all, or transformer (less work a step; LoRA of other layers is refused at run time).")
     ] = "all",
     control: Controls = None,
+    sr: Upscalers = None,
     reuse: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,6 +114,7 @@ def export_command(
         loras=[file_and_strength(text) for text in lora or ()],
         bank=BankOptions(lora_slots, lora_rank, lora_targets) if lora_slots else None,
         controls=parse_controls(control),
+        upscalers=parse_upscalers(sr),
         reuse=Variants.parse(reuse or ()),
         overwrite=overwrite,
         progress=progress,
@@ -131,6 +149,7 @@ def verify_command(
     ] = None,
     lora: Loras = None,
     control: Controls = None,
+    sr: Upscalers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Compare a bundle with diffusers and store the verdict in it. Exit code 1 if it fails."""
@@ -146,6 +165,7 @@ def verify_command(
         config=config,
         loras=[file_and_strength(text) for text in lora or ()],
         controls=parse_controls(control),
+        upscalers=parse_upscalers(sr),
         backends=backend or (),
         precisions=precision or (),
         prompts=prompt or PROMPTS,

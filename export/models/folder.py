@@ -14,6 +14,7 @@ from stepforge.export.models import tokenizer
 from stepforge.export.models.files import read_json, refuse_code
 from stepforge.export.models.ldm_config import WIDTHS
 from stepforge.export.models.networks import empty_clip, empty_unet, empty_vae, levels
+from stepforge.export.models.pixel.read import read_if
 from stepforge.export.models.scheduler import read_scheduler
 from stepforge.export.models.source import Source
 from stepforge.export.models.stored import Stored, check_model
@@ -22,7 +23,8 @@ from stepforge.runtime.bundle import UNET, ComponentId, sha256
 from stepforge.runtime.errors import BundleError, CheckpointError
 from stepforge.runtime.files import printable
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+XL = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", *XL)
 COMPONENTS = {  # component of a pipeline -> classes that it may have
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
@@ -47,11 +49,13 @@ def read_folder(path: Path, prediction_type: str | None) -> Source:
     refuse_code(path)
     index = read_json(path / "model_index.json")
     pipeline = index.get("_class_name")
+    if pipeline == "IFPipeline":
+        return read_if(path, index, prediction_type)
     if pipeline not in PIPELINES:
         raise CheckpointError(
-            f"{path} is a {printable(repr(pipeline), 80)}; supported pipelines: {', '.join(PIPELINES)}"
+            f"{path} is a {printable(repr(pipeline), 80)}; supported pipelines: {', '.join(PIPELINES)}, IFPipeline"
         )
-    xl = pipeline == "StableDiffusionXLPipeline"
+    xl = pipeline in XL
     texts = ("text_encoder", "text_encoder_2") if xl else ("text_encoder",)
     names = [name.replace("text_encoder", "tokenizer") for name in texts]
     for name in ("unet", "vae", "scheduler", *texts, *names):

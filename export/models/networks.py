@@ -36,6 +36,7 @@ TEXTS = ("hidden_act",)  # members of CLIP_KEYS that are not numbers
 REPEATS = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
 MOST = 10_000_000  # largest whole number in a config; real ones end at a vocabulary of 49,408
 MOST_LEVELS = 16
+SIZED = ("UpBlock2D", "CrossAttnUpBlock2D")  # blocks of diffusers that upsample to a given size
 KINDS = {"linear": nn.Linear, "conv": nn.Conv2d, "norm": (nn.GroupNorm, nn.LayerNorm)}
 
 
@@ -47,12 +48,12 @@ def known_options(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for key, parameter in inspect.signature(cls).parameters.items():
         if key in config and not key.startswith("_"):
-            _check_option(cls.__name__, key, config[key], parameter.default)
+            check_option(cls.__name__, key, config[key], parameter.default)
             found[key] = config[key]
     return found
 
 
-def _check_option(name: str, key: str, value: Any, default: Any) -> None:
+def check_option(name: str, key: str, value: Any, default: Any) -> None:
     """Raises CheckpointError unless a value can be one of an option with this default."""
     given = f"{name}: {key} is {printable(repr(value), 80)}"
     for leaf in _leaves(value, given):
@@ -137,10 +138,11 @@ def empty_unet(config: Mapping[str, Any]) -> Any:
         raise CheckpointError(
             f"the UNet has addition_embed_type={printable(repr(kind), 80)}; supported: none (SD), 'text_time' (SDXL)"
         )
-    if (channels := config.get("in_channels", 4)) != config.get("out_channels", 4):
+    channels, out = config.get("in_channels", 4), config.get("out_channels", 4)
+    if channels != out and not (type(channels) is type(out) is int and channels == 2 * out + 1):
         raise CheckpointError(
-            f"the UNet has {printable(repr(channels), 80)} input channels; only text-to-image models, whose input and output "
-            "have equal channels, are supported (not inpainting)"
+            f"the UNet has {printable(repr(channels), 80)} input channels for {printable(repr(out), 80)} of its output; "
+            "supported: as many (text to image), or those, a mask and a masked image (inpainting)"
         )
     return empty_network(UNet2DConditionModel, config)
 
@@ -167,7 +169,7 @@ def empty_clip(config: Mapping[str, Any], *, projection: bool) -> Any:
         raise CheckpointError("the text encoder has use_attention_mask, which stepforge does not support")
     values = {key: config[key] for key in CLIP_KEYS if config.get(key) is not None}
     for key, value in values.items():
-        _check_option("the text encoder", key, value, "" if key in TEXTS else math.pi)
+        check_option("the text encoder", key, value, "" if key in TEXTS else math.pi)
         if isinstance(value, list):
             raise CheckpointError(f"the text encoder: {key} is {printable(repr(value), 80)}; a number is expected")
     cls = CLIPTextModelWithProjection if projection else CLIPTextModel
@@ -189,3 +191,16 @@ def modules_of(network: nn.Module) -> tuple[Module, ...]:
 def named_modules(network: nn.Module) -> dict[str, nn.Module]:
     """Modules by the paths that bundles use: transformers before 5.6 put "text_model." before them."""
     return {name.removeprefix("text_model."): module for name, module in network.named_modules()}
+
+
+def reads_text(config: Any) -> bool:
+    """Whether a UNet or a ControlNet attends to text, or has it in its time embedding."""
+    blocks = (*config.down_block_types, getattr(config, "mid_block_type", None))
+    added = getattr(config, "addition_embed_type", None)
+    return any("CrossAttn" in str(block) for block in blocks) or added in ("text", "text_time")
+
+
+def size_multiple(config: Any) -> int:
+    """What height and width of a UNet's sample must be multiples of: 1, or 2^levels where a block can only double them."""
+    blocks = config.up_block_types[:-1]  # the last does not upsample
+    return 1 if all(block in SIZED for block in blocks) else 2 ** len(blocks)

@@ -1,6 +1,6 @@
 """A model's scheduler as diffusers' pipelines run it, and what a bundle keeps of it.
 
-Where `plan/samplers.py` has the formula of the class with these options, the bundle keeps the card alone. Otherwise the
+Where `plan/sampling` has the formula of the class with these options, the bundle keeps the card alone. Otherwise the
 steps are compiled by the oracle, for each count of COUNTS, as long as diffusers runs them linearly.
 """
 
@@ -18,7 +18,7 @@ from stepforge.export.oracle import exact_copy, one_line, silent, step_table
 from stepforge.runtime.bundle.scheduler import BETA_SCHEDULES, SCHEDULES, SchedulerCard, choose
 from stepforge.runtime.errors import BundleError, CheckpointError
 from stepforge.runtime.files import printable
-from stepforge.runtime.plan.samplers import SAMPLERS
+from stepforge.runtime.plan.sampling.samplers import SAMPLERS
 
 COUNTS = range(1, 101)  # step counts that are compiled
 EXAMINED = (20, 4, 1)  # counts that are compiled before any weight is read, to refuse early
@@ -54,7 +54,7 @@ DPM_SOLVERS = {("dpmsolver++", 2): "dpmpp_2m", ("dpmsolver++", 3): "dpmpp_3m", (
 
 # Options that change the numbers, and the values for which our formulas are right.
 REQUIRED: dict[str, tuple[Any, ...]] = {
-    "clip_sample": (False,),
+    "clip_sample": (False, True),
     "disable_corrector": ([],),
     "final_sigmas_type": ("zero",),
     "interpolation_type": ("linear",),
@@ -68,13 +68,18 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "sigma_min": (None,),
     "solver_p": (None,),
     "stochastic_sampling": (False,),
-    "thresholding": (False,),
+    "thresholding": (False, True),
     "timestep_scaling": (10.0,),
     "timestep_type": ("discrete",),
     "use_dynamic_shifting": (False,),
     "use_flow_sigmas": (False,),
     "use_lu_lambdas": (False,),
-    "variance_type": (None, "fixed_small", "fixed_small_log"),  # the two formulas give the same deviation
+    "variance_type": (
+        None,
+        "fixed_small",
+        "fixed_small_log",
+        "learned_range",
+    ),  # the fixed ones give the same deviation
 }
 REQUIRED_OF_CLASS: dict[str, dict[str, tuple[Any, ...]]] = {
     "DEISMultistepScheduler": {"solver_order": (2,)},
@@ -82,13 +87,18 @@ REQUIRED_OF_CLASS: dict[str, dict[str, tuple[Any, ...]]] = {
     "PNDMScheduler": {"skip_prk_steps": (True,)},
     "UniPCMultistepScheduler": {"solver_order": (2,), "solver_type": ("bh2", "midpoint", "heun", "logrho")},
 }
-# Options without effect once REQUIRED holds (euler_at_final is implied by a final sigma of zero).
+# Options without effect once REQUIRED holds (euler_at_final is implied by a final sigma of zero), or read elsewhere.
 WITHOUT_EFFECT = {
     "base_image_seq_len", "base_shift", "clip_sample_range", "dynamic_thresholding_ratio", "euler_at_final",
     "flow_shift", "max_image_seq_len", "max_shift", "sample_max_value", "solver_type", "time_shift_type",
 }  # fmt: skip
 READ_BY_ALL = {"sigma_max", "sigma_min"}  # schedules of sigmas look for these in any config
-KEPT = {field.name for field in fields(SchedulerCard)} - {"sampler", "schedule", "shift", "table"}
+LIMITS = {"clip_sample", "threshold", "learned_range"}  # fields that are set where the class reads such options
+KEPT = {field.name for field in fields(SchedulerCard)} - {"sampler", "schedule", "shift", "table"} - LIMITS
+FIXES: dict[str, dict[str, Any]] = {  # what the constructor of a pipeline sets in the scheduler's config
+    "StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False},
+    "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
+}
 UNSAID = {"timestep_spacing", "set_alpha_to_one"}  # each sampler has its own default
 
 
@@ -116,15 +126,11 @@ def read_scheduler(
     corrected = []
     if (said := config.get("_class_name", name)) != name:
         corrected.append(f"scheduler: {name}, as model_index.json names it, instead of {printable(said, 80)}")
-    if pipeline == "StableDiffusionPipeline":
-        for option, right, wrong in (
-            ("steps_offset", 1, lambda value: value != 1),
-            ("clip_sample", False, lambda value: value is True),
-        ):
-            if wrong(value := given.get(option, known.get(option, right))):
-                given[option] = right
-                was = printable(repr(value), 80)
-                corrected.append(f"scheduler: {option} {right!r} instead of {was}, as {pipeline} sets it")
+    for option, right in FIXES.get(pipeline, {}).items():
+        if (value := given.get(option, known.get(option, right))) != right:
+            given[option] = right
+            was = printable(repr(value), 80)
+            corrected.append(f"scheduler: {option} {right!r} instead of {was}, as {pipeline} sets it")
     return given, tuple(assumed), tuple(corrected)
 
 
@@ -144,6 +150,10 @@ def scheduler_card(config: Mapping[str, Any], counts: Iterable[int] = COUNTS) ->
     elif name in FLOW or read.get("use_flow_sigmas"):
         values["prediction_type"] = "flow"
         values["shift"] = stated.get("shift" if name in FLOW else "flow_shift", 1.0)
+    if read.get("thresholding"):
+        values["threshold"] = read["dynamic_thresholding_ratio"], read["sample_max_value"]
+    values["clip_sample"] = bool(read.get("clip_sample"))
+    values["learned_range"] = read.get("variance_type") == "learned_range"
     if values.get("prediction_type") == "original_sample":
         values["prediction_type"] = "sample"
     try:
@@ -165,6 +175,12 @@ def scheduler_card(config: Mapping[str, Any], counts: Iterable[int] = COUNTS) ->
     return replace(card, table=step_table(scheduler, counts))
 
 
+def noising_card(config: Mapping[str, Any]) -> SchedulerCard:
+    """The card of a scheduler that noises the low-resolution image: of its options only the betas count."""
+    plain = {"clip_sample": False, "thresholding": False, "variance_type": "fixed_small", "prediction_type": "epsilon"}
+    return scheduler_card({**config, **plain, "_class_name": "DDPMScheduler"}, ())
+
+
 def formula_of(name: str, read: Mapping[str, Any], card: SchedulerCard) -> str | None:
     """Our sampler that does what the class does with these options, all of its own; None if there is none."""
     sampler = FORMULAS.get(name)
@@ -178,6 +194,9 @@ def formula_of(name: str, read: Mapping[str, Any], card: SchedulerCard) -> str |
     if any(value not in required[key] if key in required else key not in known for key, value in read.items()):
         return None
     kind = SAMPLERS[sampler]
+    clips = read.get("clip_sample") and not read.get("thresholding")
+    if clips and not (kind.clips and read.get("clip_sample_range", 1.0) == 1.0):
+        return None
     fits = card.prediction_type in kind.predictions and (kind.zero_snr or not card.rescale_betas_zero_snr)
     return sampler if fits else None
 

@@ -74,8 +74,8 @@ def check_model(
     Returns what was corrected of the tokenizers, a line each. Raises CheckpointError.
     """
     own, decoder, *encoders = (stored.check().config for stored in (unet, vae, *texts))
-    if own.in_channels != decoder.latent_channels:
-        raise CheckpointError(f"the UNet takes {own.in_channels} channels, the VAE makes {decoder.latent_channels}")
+    if own.out_channels != decoder.latent_channels:
+        raise CheckpointError(f"the UNet makes {own.out_channels} channels, the VAE takes {decoder.latent_channels}")
     widths = [encoder.hidden_size for encoder in encoders]
     if own.cross_attention_dim != sum(widths):
         raise CheckpointError(
@@ -91,6 +91,16 @@ def check_model(
             raise CheckpointError(
                 f"pooled text and sizes are {added} numbers, the UNet takes {own.projection_class_embeddings_input_dim}"
             )
+    return check_tokenizers(texts, encoders, tokenizers, pads)
+
+
+def check_tokenizers(
+    texts: Sequence[Stored], encoders: Sequence[Any], tokenizers: Sequence[Path], pads: Sequence[Pad | None]
+) -> list[str]:
+    """Whether each tokenizer makes what its text encoder reads; what was corrected of them, a line each.
+
+    encoders: configs of the text encoders. Raises CheckpointError.
+    """
     corrected = []
     for stored, encoder, folder, pad in zip(texts, encoders, tokenizers, pads, strict=True):
         tokenizer = read_tokenizer(folder, pad)

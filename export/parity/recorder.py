@@ -69,9 +69,9 @@ def plain_calls(pipeline: Any, recorder: Recorder, latents: Float32) -> Iterator
     yield from _text_calls(pipeline, recorder, denoiser[0])
     for index in places(len(denoiser)):
         inputs, (_, _, output) = denoiser[index], heard["unet"][index]
-        yield Call(UNET, f"denoiser t={inputs['timestep'][0]:g}", inputs, {"prediction": _array(output[0])})
+        yield Call(UNET, f"denoiser t={inputs['timestep'][0]:g}", inputs, {"prediction": as_array(output[0])})
     pixels = heard["decoder"][-1][2]
-    yield Call(VAE_DECODER, VAE_DECODER.label, {"latents": latents[None]}, {"pixels": _array(pixels)})
+    yield Call(VAE_DECODER, VAE_DECODER.label, {"latents": latents[None]}, {"pixels": as_array(pixels)})
 
 
 def _text_calls(pipeline: Any, recorder: Recorder, denoiser: Arrays) -> Iterator[Call]:
@@ -82,7 +82,7 @@ def _text_calls(pipeline: Any, recorder: Recorder, denoiser: Arrays) -> Iterator
     start = 0
     for key in _encoders(pipeline):
         network = getattr(pipeline, key.name)
-        ids = [_array(args[0]) for args, _, _ in recorder.heard[key.name]][1::-1]  # the prompt came first
+        ids = [as_array(args[0]) for args, _, _ in recorder.heard[key.name]][1::-1]  # the prompt came first
         rows = slice(2 - len(ids), 2)
         end = start + network.config.hidden_size
         outputs = {"hidden_states": denoiser["encoder_hidden_states"][rows, :, start:end]}
@@ -100,11 +100,11 @@ def control_calls(name: str, recorder: Recorder) -> Iterator[Call]:
     """The hint encoder, and all residuals together at start, middle and end."""
     hint_key, key = ComponentId("control_hint", name), ComponentId("control_residuals", name)
     calls = recorder.heard["control"]
-    image, hint = _array(calls[0][1]["controlnet_cond"]), _array(recorder.heard["hint"][0][2])
+    image, hint = as_array(calls[0][1]["controlnet_cond"]), as_array(recorder.heard["hint"][0][2])
     yield Call(hint_key, str(hint_key), {"image": image}, {"hint": hint})
     for index in places(len(calls)):
         down, mid = calls[index][2]
-        residuals = [_array(value) for value in (*down, mid)]
+        residuals = [as_array(value) for value in (*down, mid)]
         inputs = _denoiser_inputs(calls[index])
         # a pipeline runs a ControlNet with pooled residuals on the conditional row alone
         inputs |= {"hint": hint, "scale": np.ones((len(inputs["sample"]), len(residuals)), np.float32)}
@@ -125,15 +125,15 @@ def _denoiser_inputs(call: Heard) -> dict[str, NDArray[Any]]:
     """Inputs of a denoiser or a ControlNet under the names of a bundle's graphs."""
     (sample, t), kwargs, _ = call
     inputs = {
-        "sample": _array(sample),
+        "sample": as_array(sample),
         "timestep": np.full(len(sample), float(t), np.float32),
-        "encoder_hidden_states": _array(kwargs["encoder_hidden_states"]),
+        "encoder_hidden_states": as_array(kwargs["encoder_hidden_states"]),
     }
     added = kwargs.get("added_cond_kwargs") or {}
-    return inputs | {name: _array(added[name]) for name in ("text_embeds", "time_ids") if name in added}
+    return inputs | {name: as_array(added[name]) for name in ("text_embeds", "time_ids") if name in added}
 
 
-def _array(value: torch.Tensor) -> NDArray[Any]:
+def as_array(value: torch.Tensor) -> NDArray[Any]:
     array: NDArray[Any] = (value.float() if value.is_floating_point() else value).numpy()
     return array
 

@@ -20,7 +20,10 @@ from stepforge.export.models.weights import first_line
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.files import printable
 
-COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+COMPONENTS = (
+    "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
+    "low_res_scheduler", "image_noising_scheduler",
+)  # fmt: skip
 PREFIX = "stepforge-"  # beginning of temporary folders
 LIBRARIES = ("diffusers", "transformers")  # the only ones that a model_index.json may name
 PUBLIC = ("_class_name", "_diffusers_version")  # keys with an underscore that are kept

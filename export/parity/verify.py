@@ -9,6 +9,8 @@ stepforge's reading has to, stands in the verdict as assumed.
     trajectory   latents after every step, the worst one
     image        PSNR of the 8-bit image; finite, and not one flat colour unless the reference is
 
+Each super-resolution stage is compared on a drawn picture in the same way (stages.py).
+
 Errors are ‖ours − reference‖ / ‖reference‖. Limits are per precision and stated in LIMITS with their reasons. `spread` is
 the reference against itself with one thread, which sums in another order: no engine can be held to less than that.
 """
@@ -34,6 +36,7 @@ from stepforge.export.parity.control import exported_controls
 from stepforge.export.parity.loaders import Loaded, load_pipeline
 from stepforge.export.parity.measures import psnr, relative_error
 from stepforge.export.parity.reference import Reference, References, Settings, run_references
+from stepforge.export.parity.stages import StageReference, run_stages
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend, Graph, open_backend, runnable
 from stepforge.runtime.bundle import Bundle, ComponentId, Size, read, update
@@ -91,6 +94,7 @@ def verify(
     config: str | Path | None = None,
     loras: Sequence[tuple[Path, float]] = (),
     controls: Mapping[str, str | Path] | None = None,
+    upscalers: Mapping[str, str | Path] | None = None,
     backends: Sequence[str] = (),
     precisions: Sequence[str] = (),
     prompts: Sequence[str] = PROMPTS,
@@ -104,7 +108,8 @@ def verify(
 
     tokenizer, prediction_type: as for the export. config: a diffusers folder whose configs hold for a single file of another
     geometry than the published models'. loras: what the bundle has merged; the reference gets them merged too. controls: the
-    bundle's ControlNets, each of which draws the first prompt with a drawn hint. backends, precisions: all that this machine
+    bundle's ControlNets, each of which draws the first prompt with a drawn hint. upscalers: the
+    models of its super-resolution stages, each of which enlarges a drawn picture. backends, precisions: all that this machine
     can run unless given. Raises BundleError, CheckpointError, AdapterError, BackendError.
     """
     bundle, model = read(bundle_path), Path(model_path)
@@ -128,11 +133,12 @@ def verify(
         return loaded.assuming(*merge_adapters(loaded.pipeline, loras, merged))
 
     known = run_references(load_reference(), [(net, places[net.name]) for net in nets], bundle, settings, progress)
+    staged = run_stages(bundle, {name: Path(path) for name, path in (upscalers or {}).items()}, settings, progress)
     release()  # SDXL's pipeline and an engine of it do not fit 24 GB together
     checks: list[Check] = []
     for backend, precision in runs:
         progress(f"{backend} {precision}")
-        checks += compare(bundle, open_backend(backend, bundle, precision=precision), known, settings)
+        checks += compare(bundle, open_backend(backend, bundle, precision=precision), known, settings, staged)
     verdict = _verdict(checks, known, settings)
     if store:
         update(bundle, lambda now: replace(now, verdict=verdict))
@@ -165,8 +171,15 @@ def _configurations(bundle: Bundle, backends: Sequence[str], precisions: Sequenc
         raise BackendError("none of the asked backends and precisions can run here; see `stepforge doctor`")
 
 
-def compare(bundle: Bundle, backend: Backend, references: References, settings: Settings) -> Iterator[Check]:
+def compare(
+    bundle: Bundle,
+    backend: Backend,
+    references: References,
+    settings: Settings,
+    stages: Mapping[str, StageReference] | None = None,
+) -> Iterator[Check]:
     """One backend and precision against the references."""
+    stages = stages or {}
     opened = _OpenOnce(backend)
     limits = LIMITS[bundle.precision if backend.precision == "fp32" else backend.precision]
     with Engine(bundle, opened) as engine:
@@ -174,21 +187,27 @@ def compare(bundle: Bundle, backend: Backend, references: References, settings: 
             ours = Size(bundle.card.width, bundle.card.height)
             name = f"image size {ours.width}x{ours.height}, diffusers {size.width}x{size.height}"
             yield _limited(backend, "setting", name, 0.0 if ours == size else math.inf, 0.0)
-        for name, error in component_errors(bundle, references.calls, opened):
+        calls = [*references.calls, *(call for stage in stages.values() for call in stage.calls)]
+        for name, error in component_errors(bundle, calls, opened):
             yield _limited(backend, "component", name, error, limits.component)
         for request, reference, name in _requests(references, settings):
             yield from _trajectory(engine, request, reference, name, limits)
+        for name, stage in stages.items():
+            yield from _trajectory(engine, stage.request, stage.reference, f"stage {name}", limits)
 
 
 def _requests(references: References, settings: Settings) -> Iterator[tuple[Request, Reference, str]]:
     """Requests of the engine, each with diffusers' run of the same and the name of the check."""
     options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance, "seed": settings.seed}
-    options["prompt_syntax"] = "plain"
+    options |= {"prompt_syntax": "plain", "init": references.init}
     for prompt, reference in references.plain.items():
         yield Request(prompt=prompt, **options), reference, prompt
     for net, reference in references.controlled.items():
         control = Control(name=net, image=references.hint)
         yield (Request(prompt=settings.prompts[0], controls=(control,), **options), reference, f"with ControlNet {net}")
+    for init, reference in references.given:
+        name = "from an image" if init.mask is None else "inpainting"
+        yield Request(prompt=settings.prompts[0], **{**options, "init": init}), reference, name
 
 
 class _OpenOnce:

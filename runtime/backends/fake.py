@@ -6,6 +6,7 @@ denoiser is then a formula, so images are deterministic, depend on the prompt, a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,43 +17,59 @@ from stepforge.runtime.bundle import (
     TEXT_ENCODERS,
     UNET,
     VAE_DECODER,
+    VAE_ENCODER,
     Bundle,
     Component,
     ComponentId,
     ModelCard,
+    StageCard,
     TextEncoder,
 )
 from stepforge.runtime.bundle.scheduler import SchedulerCard
-from stepforge.runtime.plan.schedules import alphas_cumprod
+from stepforge.runtime.plan.sampling.schedules import alphas_cumprod
 
 SPREAD = 0.5
 DIM = 16  # width of the pretended text embedding
 
 
 def fake_bundle(size: int = 512) -> Bundle:
-    """A bundle with the shape of Stable Diffusion 1 whose only file is a tokenizer of one token a byte."""
+    """A bundle with the shape of Stable Diffusion 1 whose only file is a tokenizer of one token a byte, and three stages:
+    "x4" and "x2", which denoise, and "nearest", which repeats pixels."""
+    card = ModelCard(
+        name="fake",
+        family="sd1",
+        width=size,
+        height=size,
+        latent_channels=4,
+        vae_scale=8,
+        size_multiple=8,
+        scaling_factor=1.0,
+        text_encoders=(TextEncoder("text_encoder", "fake_tokenizer.json", 77, 256, 257, 257),),
+    )
+    scheduler = SchedulerCard(sampler="ddim", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    x4 = replace(card, family="x4", width=4 * size, height=4 * size, vae_scale=4, size_multiple=4)
+    x2 = replace(card, family="x2", width=2 * size, height=2 * size, size_multiple=16)
+    stages = {
+        "x4": StageCard("x4", 4, x4, scheduler, noising=scheduler, most_noise=350, noise_level=20, guidance=9.0),
+        "x2": StageCard("x2", 2, x2, replace(scheduler, sampler="euler")),
+        "nearest": StageCard("network", 2),
+    }
+    keys = [TEXT_ENCODERS[0], UNET, VAE_DECODER, VAE_ENCODER]
+    for name in ("x4", "x2"):
+        keys += [replace(key, stage=name) for key in (UNET, VAE_DECODER, VAE_ENCODER)]
     return Bundle(
         path=Path(__file__).parent,
-        card=ModelCard(
-            name="fake",
-            family="sd1",
-            width=size,
-            height=size,
-            latent_channels=4,
-            vae_scale=8,
-            size_multiple=8,
-            scaling_factor=1.0,
-            text_encoders=(TextEncoder("text_encoder", "fake_tokenizer.json", 77, 256, 257, 257),),
-        ),
-        scheduler=SchedulerCard(
-            sampler="ddim", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
-        ),
-        components={key: Component("", (), ()) for key in (TEXT_ENCODERS[0], UNET, VAE_DECODER)},
+        card=card,
+        scheduler=scheduler,
+        components={
+            key: Component("", (), ()) for key in (*keys, ComponentId("upscaler", "upscaler", stage="nearest"))
+        },
         precision="fp32",
         versions={},
         source={"kind": "fake"},
         files={},
-    )  # fmt: skip
+        stages=stages,
+    )
 
 
 class Fake:
@@ -72,9 +89,14 @@ class Fake:
     def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
         if component.role == "text_encoder":
             return encode_text
+        card = self._bundle.model(component.stage)
+        if card is None:
+            return Enlarger(self._bundle.stages[component.stage].scale)
         if component.role == "vae_decoder":
-            return Decoder(self._bundle.card.vae_scale)
-        return Denoiser(self._alphas)
+            return Decoder(card.vae_scale)
+        if component.role == "vae_encoder":
+            return Encoder(card.vae_scale)
+        return Denoiser(self._alphas, card.latent_channels)
 
 
 def encode_text(inputs: Arrays) -> dict[str, NDArray[np.float32]]:
@@ -84,13 +106,13 @@ def encode_text(inputs: Arrays) -> dict[str, NDArray[np.float32]]:
 
 
 class Denoiser:
-    """epsilon = E[noise | x_t, prompt] for Gaussian data."""
+    """epsilon = E[noise | x_t, prompt] for Gaussian data; what stands beside the latents is not looked at."""
 
-    def __init__(self, alphas: NDArray[np.float64]) -> None:
-        self._alphas = alphas
+    def __init__(self, alphas: NDArray[np.float64], channels: int = 4) -> None:
+        self._alphas, self._channels = alphas, channels
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        x, t = inputs["sample"], inputs["timestep"]
+        x, t = inputs["sample"][:, : self._channels], inputs["timestep"]
         alpha_squared = np.interp(t, np.arange(len(self._alphas)), self._alphas)
         alpha, sigma = np.sqrt(alpha_squared), np.sqrt(1 - alpha_squared)
         gain = (sigma / (alpha_squared * SPREAD**2 + sigma**2)).astype(np.float32).reshape(-1, 1, 1, 1)
@@ -107,3 +129,28 @@ class Decoder:
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         pixels = np.clip(inputs["latents"][:, :3], -1, 1)
         return {"pixels": pixels.repeat(self._scale, axis=2).repeat(self._scale, axis=3)}
+
+
+class Encoder:
+    """Means of squares of `scale` pixels as three latent channels, 0 as the fourth; no variance."""
+
+    def __init__(self, scale: int) -> None:
+        self._scale = scale
+
+    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        rows, channels, height, width = inputs["pixels"].shape
+        h, w = height // self._scale, width // self._scale
+        means = inputs["pixels"].reshape(rows, channels, h, self._scale, w, self._scale).mean(axis=(3, 5))
+        moments = np.full((rows, 8, h, w), -30, np.float32)
+        moments[:, :3], moments[:, 3] = means, 0
+        return {"moments": moments}
+
+
+class Enlarger:
+    """Each pixel `scale` times."""
+
+    def __init__(self, scale: int) -> None:
+        self._scale = scale
+
+    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        return {"pixels": inputs["image"].repeat(self._scale, axis=2).repeat(self._scale, axis=3)}

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from stepforge.runtime.bundle.format import (
     TEXT_ENCODERS,
@@ -18,12 +19,16 @@ from stepforge.runtime.bundle.format import (
     Bundle,
     Component,
     ComponentId,
+    ExpertCard,
     ModelCard,
     Tensor,
 )
 
 ANY = "any"  # a size that only the network knows
 ENCODERS = {"sd1": (1,), "sd2": (1,), "sdxl": (2,), "x4": (1,), "x2": (1,), "if": (0, 1)}  # numbers of text encoders
+POOLED = ("sdxl", "x2")  # families that read pooled text
+BESIDE = ("x4", "x2")  # families that read a smaller image beside the latents: RGB, or latents
+IDS = ("input_ids", "attention_mask", "adapter")
 MOST_BANKED = 1 << 37  # elements of all LoRA banks: half a terabyte, beyond any model
 KEPT = re.compile(r"deep|text_\d{1,4}")  # activations that variants take from earlier steps
 RESIDUAL = re.compile(r"residual_\d{1,4}")
@@ -38,6 +43,7 @@ class _Signature:
 
     inputs: Mapping[str, Shape]
     outputs: Mapping[str, Shape]
+    ids: tuple[str, ...] = IDS  # what is int64
 
 
 def check_fit(bundle: Bundle) -> None:
@@ -50,6 +56,8 @@ def check_fit(bundle: Bundle) -> None:
             )
         if stage.model is not None:
             _check_model(stage.model, f"stages.{name}.model")
+    for name, expert in bundle.experts.items():
+        _check_expert(bundle, name, expert)
     card = bundle.card
     if bundle.text_encoders != TEXT_ENCODERS[: len(card.text_encoders)]:
         raise ValueError(
@@ -75,6 +83,19 @@ def _check_model(card: ModelCard, where: str) -> None:
         raise ValueError(f"{where}.size_multiple is {card.size_multiple}, no multiple of vae_scale {card.vae_scale}")
 
 
+def _check_expert(bundle: Bundle, name: str, expert: ExpertCard) -> None:
+    first = next(iter(bundle.experts.values()))
+    if name in (UNET.name, "base") or expert.unit != first.unit:
+        raise ValueError(f"experts.{name} has the base model's name, or another unit than the first of the experts")
+    if expert.unit == "timesteps" and (expert.end is None or expert.end > 1):
+        raise ValueError(f"experts.{name}.end is {expert.end}; timesteps end at 1")
+    if expert.end is not None and expert.end <= expert.start:
+        raise ValueError(f"experts.{name} ends at {expert.end}, before it starts")
+    spans = sorted((e.start, math.inf if e.end is None else e.end) for e in bundle.experts.values())
+    if any(after[0] < before[1] for before, after in pairwise(spans)):
+        raise ValueError("experts overlap")
+
+
 def _needed(card: ModelCard | None, stage: str) -> list[ComponentId]:
     """Networks that a model cannot do without."""
     if card is None:
@@ -87,6 +108,8 @@ def _check_components(bundle: Bundle) -> None:
     needed = _needed(bundle.card, "")
     for name, stage in bundle.stages.items():
         needed += _needed(stage.model, name)
+    for name, expert in bundle.experts.items():
+        needed += [replace(UNET, name=name), *(encoder.component for encoder in expert.text_encoders)]
     for control in bundle.controls:
         needed += [ComponentId("control_hint", control), ComponentId("control_residuals", control)]
     needed += [key.whole for key in bundle.components]
@@ -98,15 +121,18 @@ def _check_components(bundle: Bundle) -> None:
             raise ValueError(f"component {str(key)!r} is a variant, which a {key.role} has not")
         if key.stage and key.stage not in bundle.stages:
             raise ValueError(f"component {str(key)!r} belongs to no entry of stages")
+        if key.role == "denoiser" and key.name not in (UNET.name, *(() if key.stage else bundle.experts)):
+            raise ValueError(f"component {str(key)!r} belongs to no entry of experts")
         if key.role.startswith("control") and key.name not in bundle.controls:
             raise ValueError(f"component {str(key)!r} belongs to no entry of controls")
 
 
 def _check_files(bundle: Bundle) -> None:
+    cards: list[ModelCard | ExpertCard] = [*bundle.models, *bundle.experts.values()]
     named = [
         *(component.graph for component in bundle.components.values()),
         *(graph for component in bundle.components.values() for graph in component.derived.values()),
-        *(encoder.tokenizer for card in bundle.models for encoder in card.text_encoders),
+        *(encoder.tokenizer for card in cards for encoder in card.text_encoders),
     ]
     for name in named:
         if name not in bundle.files:
@@ -125,7 +151,7 @@ def _check_network(bundle: Bundle, key: ComponentId, entry: Component) -> None:
     if key.variant:
         extra |= {tensor.name: tensor.shape for tensor in whole.outputs if KEPT.fullmatch(tensor.name)}
     needed = ("sample",) if key.variant else (*expected.inputs, *_banks(whole))
-    _check_tensors("input", entry.inputs, {**expected.inputs, **extra}, needed)
+    _check_tensors("input", entry.inputs, {**expected.inputs, **extra}, needed, expected.ids)
     outputs = dict(expected.outputs)
     if key.role == "denoiser":
         outputs |= {tensor.name: (ANY,) * len(tensor.shape) for tensor in entry.outputs if KEPT.fullmatch(tensor.name)}
@@ -143,25 +169,40 @@ def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
     if card is None:
         return _Signature({"image": ("rows", 3, "height", "width")}, {"pixels": ("rows", 3, ANY, ANY)})
     image: Shape = ("rows", card.latent_channels, "height", "width")
-    encoders = [encoder.component for encoder in card.text_encoders]
+    reading = bundle.reading(key.stage, key.name)[0] if key.role == "denoiser" else card.text_encoders
+    encoders = [encoder.component for encoder in reading]
     text = [shapes[encoder].get("hidden_states", ()) for encoder in encoders]
     width = sum(size for shape in text for size in shape[-1:] if isinstance(size, int))
-    read: dict[str, Shape] = {
-        "sample": image,
-        "timestep": ("rows",),
-        "encoder_hidden_states": ("rows", "tokens", width),
-    }
+    read: dict[str, Shape] = {"sample": image, "timestep": ("rows",)}
+    if encoders:
+        read["encoder_hidden_states"] = ("rows", "tokens", width)
+    if card.family in POOLED:
+        read["text_embeds"] = ("rows", *shapes[encoders[-1]].get("pooled", ())[1:])
     if card.family == "sdxl":
-        pooled = shapes[encoders[-1]].get("pooled", ())
-        read |= {"text_embeds": ("rows", *pooled[1:]), "time_ids": ("rows", 6)}
+        expert = bundle.experts.get(key.name) if key.role == "denoiser" else None
+        read["time_ids"] = ("rows", 6 if expert is None or not expert.aesthetic else 5)
     match key.role:
         case "text_encoder":
-            length = next((one.max_length for one in card.text_encoders if one.component == key), 0)
+            further = [one for expert in bundle.experts.values() for one in expert.text_encoders if not key.stage]
+            length = next((one.max_length for one in (*card.text_encoders, *further) if one.component == key), 0)
             given: dict[str, Shape] = {"hidden_states": ("rows", length, ANY)}
-            if card.family == "sdxl" and key == encoders[-1]:
+            last = [encoders[-1:], *([one.component for one in e.text_encoders[-1:]] for e in bundle.experts.values())]
+            if card.family in POOLED and [key] in last:
                 given["pooled"] = ("rows", ANY)
-            return _Signature({"input_ids": ("rows", length)}, given)
+            ids: Shape = ("rows", length)
+            masked = {"attention_mask": ids} if card.family == "if" else {}
+            return _Signature({"input_ids": ids, **masked}, given)
+        case "denoiser" if card.family == "if":
+            return _pixel_denoiser(bundle, key, card, read)
+        case "denoiser" if card.family in BESIDE:
+            beside = card.latent_channels if card.family == "x2" else 3
+            read["sample"] = ("rows", card.latent_channels + beside, "height", "width")
+            if card.family == "x4":
+                read["class_labels"] = ("rows",)
+            return _Signature(read, {"prediction": image}, (*IDS, "class_labels"))
         case "denoiser":
+            if not key.stage and bundle.reads_mask:
+                read["sample"] = ("rows", 2 * card.latent_channels + 1, "height", "width")
             return _Signature(read, {"prediction": image})
         case "control_hint":
             by = card.vae_scale
@@ -188,11 +229,27 @@ def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
             return _Signature({"latents": image}, {"pixels": pixels})
 
 
+def _pixel_denoiser(bundle: Bundle, key: ComponentId, card: ModelCard, read: Mapping[str, Shape]) -> _Signature:
+    """A denoiser of DeepFloyd IF: a stage also reads the smaller image and its noise level; a variance may follow the mean."""
+    channels = card.latent_channels
+    scheduler = bundle.stages[key.stage].scheduler if key.stage else bundle.scheduler
+    doubled = any(tensor.shape[1:2] == (2 * channels,) for tensor in bundle.components[key].outputs)
+    if scheduler is not None and scheduler.learned_range:
+        doubled = True
+    beside: dict[str, Shape] = {}
+    if key.stage:
+        beside = {"sample": ("rows", 2 * channels, "height", "width"), "class_labels": ("rows",)}
+    given: Shape = ("rows", 2 * channels if doubled else channels, "height", "width")
+    return _Signature({**read, **beside}, {"prediction": given})
+
+
 def _shapes(tensors: Iterable[Tensor]) -> dict[str, Shape]:
     return {tensor.name: tensor.shape for tensor in tensors}
 
 
-def _check_tensors(what: str, found: tuple[Tensor, ...], known: Mapping[str, Shape], needed: Iterable[str]) -> None:
+def _check_tensors(
+    what: str, found: tuple[Tensor, ...], known: Mapping[str, Shape], needed: Iterable[str], ids: tuple[str, ...] = IDS
+) -> None:
     names = set()
     for tensor in found:
         if tensor.name in names:
@@ -200,7 +257,7 @@ def _check_tensors(what: str, found: tuple[Tensor, ...], known: Mapping[str, Sha
         names.add(tensor.name)
         if tensor.name not in known:
             raise ValueError(f"it states the {what} {tensor.name!r}, which no network of its kind has")
-        dtype = "int64" if tensor.name in ("input_ids", "adapter") else "float32"
+        dtype = "int64" if tensor.name in ids else "float32"
         wanted = known[tensor.name]
         same = len(wanted) == len(tensor.shape) and all(
             a in (ANY, b) for a, b in zip(wanted, tensor.shape, strict=True)

@@ -16,7 +16,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow", "edm")  # edm: a raw output that its own scheduler weighs
 SPACINGS = ("linspace", "leading", "trailing")
 SCHEDULES = ("normal", "karras", "exponential", "beta")
-SAMPLER_NAMES = (  # keys of plan.samplers.SAMPLERS
+SAMPLER_NAMES = (  # keys of plan.sampling.samplers.SAMPLERS
     "ddim",
     "ddpm",
     "deis",
@@ -37,6 +37,8 @@ SAMPLER_NAMES = (  # keys of plan.samplers.SAMPLERS
 COMPILED = re.compile(r"[A-Z][A-Za-z0-9]{0,63}Scheduler")  # name of a sampler whose steps the bundle carries
 MOST_TIMESTEPS = 100_000
 LEAST_BETA = 1e-9  # 1 − beta must be below 1 in arithmetic
+HIGHEST_CAP = 1e6
+LISTS = ("trained_betas", "threshold")  # fields that are lists in JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,9 @@ class SchedulerCard:
     steps_offset: int = 0
     set_alpha_to_one: bool | None = None
     shift: float = 1.0  # flow models' shift
+    threshold: tuple[float, float] | None = None  # ratio and cap of dynamic thresholding, see plan/sampling/limits.py
+    clip_sample: bool = False  # the clean latent is clipped to -1..1, unless it is thresholded
+    learned_range: bool = False  # the network predicts a variance beside the mean
     table: StepTable | None = field(default=None, repr=False)  # a file of its own, see steps.py
 
     def __post_init__(self) -> None:
@@ -73,6 +78,8 @@ class SchedulerCard:
         choose("timestep_spacing", self.timestep_spacing, (None, *SPACINGS))
         choose("rescale_betas_zero_snr", self.rescale_betas_zero_snr, (False, True))
         choose("set_alpha_to_one", self.set_alpha_to_one, (None, False, True))
+        choose("clip_sample", self.clip_sample, (False, True))
+        choose("learned_range", self.learned_range, (False, True))
         for name in ("num_train_timesteps", "steps_offset"):
             if not isinstance(getattr(self, name), int):
                 raise BundleError(f"{name} is {shown(getattr(self, name))}; it must be a whole number")
@@ -91,6 +98,12 @@ class SchedulerCard:
             )
         if not 0.0 < self.shift < math.inf:
             raise BundleError(f"shift is {self.shift}; it must be positive")
+        if self.threshold is not None:
+            if len(self.threshold) != 2:
+                raise BundleError(f"threshold is {shown(self.threshold)}; a ratio and a cap are expected")
+            if not 0.0 <= self.threshold[0] <= 1.0 or not 1.0 <= self.threshold[1] <= HIGHEST_CAP:
+                limits = f"a ratio from 0 to 1 and a cap from 1 to {HIGHEST_CAP:g} are possible"
+                raise BundleError(f"threshold is {shown(self.threshold)}; {limits}")
 
     @property
     def is_compiled(self) -> bool:
@@ -100,7 +113,8 @@ class SchedulerCard:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without the table."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "table"}
-        return values | {"trained_betas": None if self.trained_betas is None else list(self.trained_betas)}
+        lists = {name: None if values[name] is None else list(values[name]) for name in LISTS}
+        return values | lists
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SchedulerCard:
@@ -109,9 +123,9 @@ class SchedulerCard:
         if values.keys() != names:
             wrong = ", ".join(sorted(values.keys() ^ names))
             raise BundleError(f"scheduler card has missing or unknown fields: {wrong}")
-        betas = values["trained_betas"]
         try:
-            return cls(**{**values, "trained_betas": None if betas is None else tuple(betas)})
+            tuples = {name: None if values[name] is None else tuple(values[name]) for name in LISTS}
+            return cls(**{**values, **tuples})
         except TypeError as error:
             raise BundleError(f"scheduler card has a value of the wrong kind: {error}") from None
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend, Graph, LoopingGraph
-from stepforge.runtime.bundle import Bundle, Component, ComponentId, Size
+from stepforge.runtime.bundle import Bundle, Component, ComponentId
 from stepforge.runtime.engine.adapters import Adapters, row_inputs
 from stepforge.runtime.engine.conditions.controls import Controls, ControlUse, no_residuals
 from stepforge.runtime.engine.conditions.text import Condition
@@ -37,7 +37,7 @@ class Denoisers:
         self._graphs: dict[ComponentId, Graph] = {}
         for network in bundle.denoisers:
             self._open(network)
-        self._packed: tuple[tuple[tuple[int, Size], ...], dict[str, Float32], list[Condition]] | None = None
+        self._packed: tuple[tuple[Any, ...], dict[str, Float32], list[Condition]] | None = None
         self._sample: Float32 = np.empty(0, np.float32)
         self._pools: OrderedDict[tuple[ComponentId, tuple[int, int, int]], DevicePool] = OrderedDict()
         self._zeros = {key: no_residuals(entry) for key, entry in bundle.components.items()}
@@ -65,8 +65,14 @@ class Denoisers:
 
     def rings(self, leg: Leg) -> tuple[int, int] | None:
         """Latents and predictions of the loop that the leg's steps can run in; None if they run here."""
-        graph = self._open(ComponentId("denoiser", leg.plan.steps[0].denoiser, stage=leg.stage))
-        return graph.rings if isinstance(graph, LoopingGraph) and can_run_on_device(leg.plan, graph.rings) else None
+        network = ComponentId("denoiser", leg.plan.steps[0].denoiser, stage=leg.stage)
+        graph, entry = self._open(network), self._bundle.components[network]
+        ends = {
+            tensor.shape[1] for tensor in (*entry.inputs, *entry.outputs) if tensor.name in ("sample", "prediction")
+        }
+        if not isinstance(graph, LoopingGraph) or len(ends) > 1:  # loops know latents in and latents out
+            return None
+        return graph.rings if can_run_on_device(leg.plan, graph.rings) else None
 
     def step(self, batch: Batch) -> None:
         """One whole step of the batch's images in their loop."""
@@ -121,17 +127,28 @@ class Denoisers:
         further = {name: np.stack([row.trajectory.begin.inputs[name] for row in rows]) for name in first.begin.inputs}
         return {"sample": self._sample, "timestep": timestep, **further, **self._context(rows)}
 
+    def _time_ids(self, row: Row) -> tuple[float, ...]:
+        """SDXL's sizes, crop and, for an expert that reads it, aesthetic score."""
+        trajectory = row.trajectory
+        size = trajectory.leg.size.height, trajectory.leg.size.width
+        expert = None if trajectory.leg.stage else self._bundle.experts.get(trajectory.step.denoiser)
+        aesthetic = expert is not None and expert.aesthetic
+        return trajectory.job.request.micro.numbers(size, is_cond=row.is_cond, aesthetic=aesthetic)
+
     def _context(self, rows: Sequence[Row]) -> dict[str, Float32]:
         """Prompt inputs of the rows; kept while the same rows come back, as they do on most steps."""
-        key = tuple((id(row.condition), row.trajectory.leg.size) for row in rows)
+        key = tuple(
+            (id(row.condition), row.trajectory.leg.size, row.is_cond, row.trajectory.job.request.micro) for row in rows
+        )
         if self._packed is not None and self._packed[0] == key:
             return self._packed[1]
         conditions = [row.condition for row in rows]
-        inputs = {"encoder_hidden_states": np.stack([condition.context for condition in conditions])}
+        inputs = {}
+        if conditions[0].context.size:
+            inputs["encoder_hidden_states"] = np.stack([condition.context for condition in conditions])
         if conditions[0].pooled is not None:
             inputs["text_embeds"] = np.stack([c.pooled for c in conditions if c.pooled is not None])
-            sizes = [(row.trajectory.leg.size.height, row.trajectory.leg.size.width) for row in rows]
-            inputs["time_ids"] = np.array([[h, w, 0, 0, h, w] for h, w in sizes], np.float32)
+            inputs["time_ids"] = np.array([self._time_ids(row) for row in rows], np.float32)
         self._packed = (key, inputs, conditions)  # holds the conditions, so that ids stay theirs
         return inputs
 

@@ -21,7 +21,7 @@ def can_run_on_device(plan: Plan, rings: tuple[int, int]) -> bool:
     return (
         plan.guider == Guider()
         and len({step.denoiser for step in steps}) == 1
-        and not any(step.reuse for step in steps)
+        and not any(step.reuse or step.threshold or step.variance for step in steps)
         and max(len(step.keep) for step in steps) <= rings[0]
         and max(len(step.gain) for step in steps) <= rings[1]
     )

@@ -14,13 +14,15 @@ import weakref
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, overload
 
 from stepforge.runtime.backends import Backend
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import Bundle, Size
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.future import RequestFuture
+from stepforge.runtime.engine.legs import legs_of
 from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
 from stepforge.runtime.engine.state import Job, Leg, OnStep
 from stepforge.runtime.engine.worker import Worker
@@ -28,6 +30,7 @@ from stepforge.runtime.errors import Cancelled, QueueFull, RequestError
 from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.compile import Rows, check_variants, compile_plan
 from stepforge.runtime.request import Request, Result
+from stepforge.runtime.request.control import ImageSource
 from stepforge.runtime.request.presets import resolve
 
 log = logging.getLogger(__name__)
@@ -87,8 +90,18 @@ class Engine:
         self._end = weakref.finalize(self, _end, self._pid, self._scheduler, self._thread)
 
     def plan(self, request: Asked, **options: Any) -> Plan:
-        """The plan that `generate` would run. Raises RequestError."""
+        """The plan that `generate` would run, of the base model. Raises RequestError."""
         return self._plan(resolve(Request.of(request, **options), self.bundle), None)
+
+    def size(self, request: Asked, **options: Any) -> Size:
+        """Size of the pictures that `generate` would make, behind all stages. Raises RequestError."""
+        return self._legs(resolve(Request.of(request, **options), self.bundle), None)[-1].size
+
+    def plans(self, request: Asked, **options: Any) -> list[tuple[str, Plan]]:
+        """The plans that `generate` would run, each with the name of its stage, which is empty for the base model; those of
+        feed-forward networks are empty. Raises RequestError."""
+        request = resolve(Request.of(request, **options), self.bundle)
+        return [(leg.stage, leg.plan) for leg in self._legs(request, None)]
 
     def submit(
         self,
@@ -149,6 +162,23 @@ class Engine:
             found[outcome.index] = outcome.result if outcome.error is None else outcome.error
         return [found[index] for index in range(len(found))]
 
+    def upscale(
+        self,
+        image: ImageSource,
+        stage: str,
+        *,
+        prompt: str = "",
+        seed: int = 0,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Result:
+        """Enlarge a picture by one stage of the bundle; `generate` with an `Upscale` that has an image.
+
+        options: further fields of `Upscale`. Raises RequestError, Cancelled or GenerationError.
+        """
+        asked = {"name": stage, "image": image, **options}
+        return self.generate(Request(prompt=prompt, seed=seed, upscale=asked), on_step=on_step)
+
     def stream(
         self, requests: Iterable[Asked], *, on_step: OnStep | None = None, **options: Any
     ) -> Generator[Outcome, None, None]:
@@ -203,20 +233,24 @@ class Engine:
         self.close()
 
     def _plan(self, request: Request, rows: Rows | None) -> Plan:
-        plan = compile_plan(request, self.scheduler_card, rows)
+        plan = compile_plan(request, self.scheduler_card, rows, blends=not self.bundle.reads_mask)
         check_variants(plan, self.bundle)
         return plan
+
+    def _legs(self, request: Request, rows: Rows | None) -> list[Leg]:
+        return legs_of(request, self.bundle, partial(self._plan, request, rows))
 
     def _job(self, request: Request, on_step: OnStep | None, rows: Rows | None) -> Job:
         """A request that can be run. Raises RequestError for one that cannot."""
         self._check_process()
+        if rows is not None and request.experts is not None:
+            raise RequestError("steps of the caller's own name their denoisers; leave experts out")
         request = resolve(request, self.bundle)
-        size = self.bundle.card.size(request.width, request.height)
         self._worker.check(request)  # unreadable prompts, unknown ControlNets
-        plan = self._plan(request, rows)
+        legs = self._legs(request, rows)
         self._warn(request)
         return Job(
-            request, [Leg(plan, size)], RequestFuture(self._check_wait),
+            request, legs, RequestFuture(self._check_wait),
             on_step=on_step, adapters=self.adapters.choose(request.adapters),
         )  # fmt: skip
 

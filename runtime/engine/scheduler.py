@@ -1,6 +1,7 @@
 """Who runs next: which requests wait, which images are on their way, and which of them share a network call.
 
-Touches no arrays and no networks. `submit` and `close` are for any thread, everything else for the engine's own.
+Touches no arrays and no networks. `submit`, `resume`, `returned` and `close` are for any thread, everything else for the
+engine's own.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 from stepforge.runtime.bundle import ComponentId
 from stepforge.runtime.engine.state import Job
-from stepforge.runtime.engine.trajectory import Batch, Trajectory
-from stepforge.runtime.errors import QueueFull, RequestError
+from stepforge.runtime.engine.trajectory import Batch, Trajectory, Waypoint
+from stepforge.runtime.errors import Cancelled, QueueFull, RequestError
 
 CLOSED = "the engine was closed"
 
@@ -27,6 +28,8 @@ class Scheduler:
     def __init__(self, *, max_rows: int, max_pixels: int, queue_limit: int) -> None:
         self.max_rows, self.max_pixels, self.queue_limit = max_rows, max_pixels, queue_limit
         self._waiting: deque[Job] = deque()
+        self._between: deque[Waypoint] = deque()  # images whose next leg can start
+        self._lent = 0  # given images that feed-forward networks work on
         self._running: list[Trajectory] = []
         self._most_pixels: dict[ComponentId, int] = {}  # network -> what fitted in memory
         self._changed = threading.Condition()
@@ -47,6 +50,14 @@ class Scheduler:
             self._waiting.append(job)
             self._changed.notify_all()
 
+    def resume(self, waypoint: Waypoint) -> None:
+        """An image has come to its next leg. Raises Cancelled once the scheduler is closed."""
+        with self._changed:
+            if self.is_closed:
+                raise Cancelled(CLOSED)
+            self._between.append(waypoint)
+            self._changed.notify_all()
+
     def close(self) -> None:
         """No more work: `has_work` gives False from now on."""
         with self._changed:
@@ -56,29 +67,59 @@ class Scheduler:
     def has_work(self) -> bool:
         """Wait until there is some; False once the scheduler is closed."""
         with self._changed:
-            while not (self._waiting or self._running or self.is_closed):
+            while not (self.is_closed or self._running or self._between or (self._waiting and not self._is_held)):
                 self._changed.wait()
             return not self.is_closed
 
-    def admissible(self) -> Job | None:
-        """The oldest waiting job, if rows and pixels are free for one more of its images."""
+    def admissible(self) -> Waypoint | Job | None:
+        """What starts next, if rows and pixels are free for it: the image that has waited longest for its next leg, before
+        one of the oldest waiting job."""
         with self._changed:
+            while self._between and self._between[0].job.is_over:
+                self._between.popleft()
             while self._waiting and self._waiting[0].is_over:
                 self._waiting.popleft()
                 self._changed.notify_all()
-            if not self._waiting or len(self._running) >= self.max_rows:
+            if not (self._between or self._waiting) or len(self._running) >= self.max_rows:
                 return None
-            job = self._waiting[0]
+            asked: Waypoint | Job = self._between[0] if self._between else self._waiting[0]
+            leg = asked.next if isinstance(asked, Waypoint) else asked.legs[0]
+            assert leg is not None
+            if leg.is_network and self._is_held:
+                return None
             used = sum(trajectory.pixels for trajectory in self._running)
-            return job if not self._running or used + job.legs[0].pixels <= self.max_pixels else None
+            return asked if not self._running or used + leg.pixels <= self.max_pixels else None
 
     def start(self, trajectory: Trajectory) -> None:
-        """One image of the oldest waiting job is on its way; the job leaves the queue with its last one."""
-        job = trajectory.job
-        self._running.append(trajectory)
-        job.started += 1
-        if job.started == job.request.images:
-            self.drop(job)
+        """One image is on its way, before those of younger requests."""
+        submitted = trajectory.job.submitted
+        younger = (place for place, other in enumerate(self._running) if other.job.submitted > submitted)
+        self._running.insert(next(younger, len(self._running)), trajectory)
+
+    @property
+    def _is_held(self) -> bool:
+        """Whether the oldest waiting job is for a feed-forward network, whose given images stand in memory, and has to wait."""
+        return self._lent >= self.max_rows and bool(self._waiting) and self._waiting[0].legs[0].is_network
+
+    def lend(self) -> None:
+        """A given image goes to a feed-forward network, which `returned` tells the end of."""
+        with self._changed:
+            self._lent += 1
+
+    def returned(self) -> None:
+        with self._changed:
+            self._lent -= 1
+            self._changed.notify_all()
+
+    def took(self, asked: Waypoint | Job) -> None:
+        """What `admissible` gave has started, or failed to: an image leaves the queue, a job with the last of its images."""
+        if isinstance(asked, Waypoint):
+            with self._changed:
+                self._between.remove(asked)
+            return
+        asked.started += 1
+        if asked.started == asked.request.images:
+            self.drop(asked)
 
     def drop(self, job: Job) -> None:
         """Take a job out of the queue."""
@@ -121,8 +162,10 @@ class Scheduler:
     def abandon(self, tell: Callable[[Job], None]) -> None:
         """Empty queue and batch; `tell` settles each job."""
         with self._changed:
-            jobs = dict.fromkeys((*self._waiting, *(trajectory.job for trajectory in self._running)))
+            images: tuple[Waypoint | Trajectory, ...] = (*self._between, *self._running)
+            jobs = dict.fromkeys((*self._waiting, *(image.job for image in images)))
             self._waiting.clear()
+            self._between.clear()
             self._running.clear()
             self._changed.notify_all()
         for job in jobs:

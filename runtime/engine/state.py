@@ -5,39 +5,71 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime.arrays import Float32
-from stepforge.runtime.bundle import Size
+from stepforge.runtime.bundle import Size, StageCard
 from stepforge.runtime.engine.adapters import NONE, AdapterSet
 from stepforge.runtime.engine.conditions.text import Condition
 from stepforge.runtime.engine.future import RequestFuture
 from stepforge.runtime.errors import BackendError, GenerationError, StepforgeError
 from stepforge.runtime.files import printable
+from stepforge.runtime.imaging.read import Picture
 from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.reuse import recordings
-from stepforge.runtime.request import Progress, Request
+from stepforge.runtime.request import Progress, Request, Upscale
 
+if TYPE_CHECKING:
+    from stepforge.runtime.engine.pictures.inits import Given
+
+Texts = tuple[Condition | None, Condition | None]
 OnStep = Callable[[Progress], None]
 
 
 class Leg:
     """One stage of a job: a model of the bundle, the plan that it runs, and what its rows are conditioned on.
 
-    size: of the pictures that it makes. stage: name of the super-resolution stage; empty for the base model.
+    size: of the pictures that it makes. stage: name of the super-resolution stage, and card what the bundle says of it;
+    empty and None for the base model. upscale: what the request says of the stage. reads_latents: the stage takes the
+    latents that the leg before has made, as they are; otherwise its pictures.
+    A plan without steps is that of a feed-forward network.
     """
 
-    def __init__(self, plan: Plan, size: Size, stage: str = "") -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        size: Size,
+        stage: str = "",
+        *,
+        card: StageCard | None = None,
+        upscale: Upscale | None = None,
+        reads_latents: bool = False,
+    ) -> None:
         self.plan, self.size, self.stage = plan, size, stage
+        self.card, self.upscale, self.reads_latents = card, upscale, reads_latents
+        self.prompt = None if upscale is None else upscale.prompt  # None: the request's
+        self.negative = None if upscale is None else upscale.negative
         self.guider = plan.guider
         self.recordings = recordings(plan.steps)
         # set when the job is admitted
         self.cond: Condition | None = None
         self.uncond: Condition | None = None
+        self.texts: dict[str, Texts] = {}  # of denoisers that read prompts in their own way
         self.hints: Sequence[Float32] = ()  # encoded, one a ControlNet; empty where no step uses it
         self.hint_digests: Sequence[str] = ()
+
+    def text(self, denoiser: str) -> Texts:
+        """Conditions of a denoiser's rows: of the prompt, and of the negative one."""
+        return self.texts.get(denoiser, (self.cond, self.uncond))
+
+    @property
+    def is_network(self) -> bool:
+        """Whether it is one pass of a feed-forward network."""
+        return not self.plan.steps
 
     @property
     def pixels(self) -> int:
@@ -63,6 +95,7 @@ class Job:
         self.submitted = time.perf_counter()
         # set when it is admitted
         self.is_prepared = False
+        self.init: Given | None = None  # the request's init image, encoded
         self.bank_slot = NONE
         self.started = 0  # images that have become trajectories
         # filled as images end
@@ -70,7 +103,13 @@ class Job:
         self.pixels: list[NDArray[np.uint8] | None] = [None] * request.images
         self.rows: dict[str, int] = {}
         self.seconds = {"prompt": 0.0, "denoise": 0.0, "decode": 0.0}
+        self.seconds |= {f"{leg.stage}/denoise": 0.0 for leg in self.legs if leg.stage and not leg.is_network}
         self.calls = 0
+
+    @property
+    def given(self) -> Path | bytes | Picture | None:
+        """The image that the first leg enlarges; None if it draws one."""
+        return self.request.upscale[0].image if self.request.upscale else None
 
     @property
     def is_over(self) -> bool:
@@ -87,6 +126,11 @@ class Job:
 
     def count(self, label: str, rows: int) -> None:
         self.rows[label] = self.rows.get(label, 0) + rows
+
+    def spend(self, leg: Leg, what: str, seconds: float) -> None:
+        """Add to the seconds of a leg: "denoise" or "decode" of the base model, "x4/denoise" of a stage."""
+        label = f"{leg.stage}/{what}" if leg.stage else what
+        self.seconds[label] = self.seconds.get(label, 0.0) + seconds
 
 
 def failure(stage: str, error: BaseException) -> GenerationError:

@@ -16,6 +16,7 @@ from stepforge.runtime.engine.conditions.text import Condition
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.engine.state import Job, Leg
 from stepforge.runtime.plan import Step
+from stepforge.runtime.plan.sampling.limits import deviation, limited
 
 
 class Kind(NamedTuple):
@@ -28,6 +29,22 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """What inpainting puts back after each step."""
+
+    mask: Float32  # 1 where the image is drawn anew, [1, h, w]
+    latents: Float32  # [C, h, w]
+    noise: Float32  # [C, h, w], the same in all steps
+
+    def put_back(self, x: Float32, level: tuple[float, float]) -> Float32:
+        """Latents whose known part is alpha·latents + sigma·noise."""
+        alpha, sigma = map(np.float32, level)
+        known = alpha * self.latents + sigma * self.noise if sigma else self.latents
+        blended: Float32 = (1 - self.mask) * known + self.mask * x.reshape(known.shape)
+        return blended.reshape(-1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Start:
     """What the first step of an image is given."""
 
@@ -35,6 +52,12 @@ class Start:
     generator: Generator  # its stream goes on with the steps' noise
     concat: Float32 | None = None  # [C', h, w], beside the scaled latents in the network's `sample`
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # of each of its rows in a network call
+    known: Known | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but the first latents sets it apart; loops of backends know no more."""
+        return self.concat is None and not self.inputs and self.known is None
 
 
 class Trajectory:
@@ -90,7 +113,8 @@ class Trajectory:
 
     @property
     def kind(self) -> Kind:
-        tokens = 0 if self.leg.cond is None else len(self.leg.cond.context)
+        cond, _ = self.leg.text(self.step.denoiser)
+        tokens = 0 if cond is None else len(cond.context)
         return Kind(self.network, self.on_device, self.shape, tokens)
 
     @property
@@ -114,7 +138,8 @@ class Trajectory:
     def rows(self) -> list[Row]:
         """Rows that the next evaluation needs, the conditional one first."""
         leg, w = self.leg, self.weight
-        wanted = ((leg.cond, True, w != 0.0), (leg.uncond, False, w != 1.0))
+        cond, uncond = leg.text(self.step.denoiser)
+        wanted = ((cond, True, w != 0.0), (uncond, False, w != 1.0))
         return [Row(self, condition, is_cond) for condition, is_cond, use in wanted if use and condition is not None]
 
     @property
@@ -138,12 +163,32 @@ class Trajectory:
         noise: Float32 = self.state[-1]
         return noise
 
-    def advance(self) -> None:
-        """x_{k+1} = Σ keep·x + Σ gain·p + noise·z."""
-        self.draw()
+    def advance(self, variance: Float32 | None = None) -> None:
+        """x_{k+1} = Σ keep·x + Σ gain·p + noise·z, p and z as plan/sampling/limits.py makes them.
+
+        variance: the network's variance channels, flat.
+        """
+        step, noise, raw = self.step, self.draw(), None
+        if step.threshold is not None:
+            raw = self.p.copy()
+            a, b = map(np.float32, step.denoised)
+            self.p[:] = limited(a * self.x + b * raw, step.threshold)
+        if step.variance is not None and noise is not None and variance is not None:
+            noise *= deviation(variance, step.variance)
         latent = self.table[self.k] @ self.state
+        if raw is not None and step.raw:
+            latent += np.float32(step.raw) * raw
+        if step.known is not None and self.begin.known is not None:
+            latent = self.begin.known.put_back(latent, step.known)
         self.k += 1
         self.x[:] = latent
+
+    def end(self) -> Waypoint:
+        """The image behind its leg."""
+        done = next(number for number, leg in enumerate(self.job.legs, 1) if leg is self.leg)
+        if self.leg.plan.steps[-1].draws_more:
+            self.begin.generator.normal(self.shape)
+        return Waypoint(self.job, self.index, done, self.begin.generator, self.latents())
 
     def latents(self) -> Float32:
         """A copy of the current latent, [C, h, w]."""
@@ -152,7 +197,8 @@ class Trajectory:
     def denoised(self) -> Float32:
         """Estimate of the clean latent that the last step made, [C, h, w]."""
         k = self.k - 1
-        a, b = self.leg.plan.steps[k].denoised
+        step = self.leg.plan.steps[k]
+        a, b = step.denoised if step.threshold is None else (0.0, 1.0)
         x, p = self.state[k % self.num_x], self.state[self.num_x + k % self.num_p]
         estimate: Float32 = (np.float32(a) * x + np.float32(b) * p).reshape(self.shape)
         return estimate
@@ -176,6 +222,23 @@ class Trajectory:
                 self._means[name] = values.mean(axis=0, keepdims=True, dtype=np.float32)
             return self._means[name]
         return values[[kept.index(role) for role in roles]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Waypoint:
+    """One image of a job between two legs, or behind the last."""
+
+    job: Job
+    index: int
+    done: int  # legs behind it; 0: its picture was given
+    generator: Generator  # its stream goes on in the next leg
+    latents: Float32 | None = None  # that the last denoiser behind it made, [C, h, w]
+    picture: Float32 | None = None  # in [-1, 1], [3, height, width]; None: latents are not decoded
+
+    @property
+    def next(self) -> Leg | None:
+        """The leg that comes next; None behind the last."""
+        return self.job.legs[self.done] if self.done < len(self.job.legs) else None
 
 
 @dataclass(frozen=True, slots=True)

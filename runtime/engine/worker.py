@@ -1,6 +1,8 @@
 """The engine's thread: owns the networks and runs what the scheduler says.
 
     admit → (prompt, hint once) → pack → control → denoise → guide + update → retire → decode
+      ↑                                                                                  │
+      └──────────────────────────── the next leg of an image ────────────────────────────┘
 
 A failure stays with its request: whatever one image, callback or result runs into ends that request, and a network call
 that fails is repeated in halves until the culprit is alone.
@@ -11,21 +13,25 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import replace
 from functools import partial
 
 from stepforge.runtime.arrays import Float32
-from stepforge.runtime.backends import Backend, is_out_of_memory
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.backends import Backend, Graph, is_out_of_memory
+from stepforge.runtime.bundle import VAE_ENCODER, Bundle, ComponentId
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.conditions.text import Conditioner
-from stepforge.runtime.engine.decode import Decoder
 from stepforge.runtime.engine.denoise import Denoisers
+from stepforge.runtime.engine.noise import Generator
+from stepforge.runtime.engine.pictures.decode import Decoder
+from stepforge.runtime.engine.pictures.inits import Inits, from_init
 from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
 from stepforge.runtime.engine.stages import Stage
-from stepforge.runtime.engine.starts import from_noise
-from stepforge.runtime.engine.state import Job, failure, stage
-from stepforge.runtime.engine.trajectory import Batch, Trajectory
+from stepforge.runtime.engine.starts import from_noise, from_picture
+from stepforge.runtime.engine.state import Job, Leg, failure, stage
+from stepforge.runtime.engine.trajectory import Batch, Start, Trajectory, Waypoint
 from stepforge.runtime.errors import Cancelled, GenerationError, RequestError
+from stepforge.runtime.imaging.read import check_image, read_picture
 from stepforge.runtime.request import Progress, Request
 
 log = logging.getLogger(__name__)
@@ -35,16 +41,33 @@ class Worker:
     """Everything that runs on the engine's thread."""
 
     def __init__(self, bundle: Bundle, backend: Backend, scheduler: Scheduler, adapters: Adapters) -> None:
-        self._bundle, self._scheduler, self._adapters = bundle, scheduler, adapters
+        self._bundle, self._backend, self._scheduler, self._adapters = bundle, backend, scheduler, adapters
+        self._encoders: dict[ComponentId, Graph] = {}
+        self._inits = Inits(bundle, self._encode)
         self.conditioner = Conditioner(bundle, backend, adapters)
         self.denoisers = Denoisers(bundle, backend, adapters)
-        self.decoding: Stage[Trajectory] = Stage("stepforge-decode", Decoder(bundle, backend))
+        self._decoder = Decoder(bundle, backend, scheduler.resume)
+        self.decoding: Stage[Waypoint] = Stage("stepforge-decode", self._decode)
+
+    def _decode(self, image: Waypoint) -> None:
+        """On the decoding stage's thread."""
+        self._decoder(image)
+        if not image.done:
+            self._scheduler.returned()
 
     def check(self, request: Request) -> None:
         """Refuse, on the caller's thread, unreadable prompts and images, and ControlNets that the bundle lacks."""
         for text in (request.prompt, request.negative):
             self.conditioner.tokenize(text, request.prompt_syntax)
+        for upscale in request.upscale:
+            if upscale.name in self._bundle.stages:  # others are refused when their plan is made
+                for text in upscale.prompts(request):
+                    self.conditioner.tokenize(text, request.prompt_syntax, upscale.name)
         self.denoisers.controls.check(request.controls)
+        if request.init is not None:
+            for image in (request.init.image, request.init.mask):
+                if image is not None:
+                    check_image(image)
 
     def run(self) -> None:
         """Until the scheduler is closed. However it ends, every job is settled and no new one is taken."""
@@ -70,18 +93,56 @@ class Worker:
 
     def _admit(self) -> None:
         """Start images while rows are free. A job whose adapters find no free bank slot waits, and so do those behind it."""
-        while (job := self._scheduler.admissible()) is not None:
+        while (asked := self._scheduler.admissible()) is not None:
             started = time.perf_counter()
+            job = asked if isinstance(asked, Job) else asked.job
             try:
                 if not job.is_prepared and not self._prepare(job):
                     return
-                leg, index = job.legs[0], job.started
-                start = from_noise(leg, self._bundle.card.latent_shape(leg.size), job.request.seed + index)
-                self._scheduler.start(Trajectory(job, index, leg, start, self.denoisers.rings(leg)))
+                self._start(asked)
             except BaseException as error:
                 job.fail("start", error)
                 self._scheduler.drop(job)
+            self._scheduler.took(asked)
             job.seconds["prompt"] += time.perf_counter() - started
+
+    def _start(self, asked: Waypoint | Job) -> None:
+        """Set an image of a job, or one between two legs, on its way."""
+        image = asked
+        if isinstance(image, Job):
+            job, index = image, image.started
+            if job.given is None:
+                leg = job.legs[0]
+                start = self._first(job, leg, job.request.seed + index)
+                self._run(job, index, leg, start)
+                return
+            image = Waypoint(job, index, 0, Generator(job.request.seed + index), picture=read_picture(job.given))
+        assert image.next is not None
+        if image.next.is_network:
+            self.decoding.submit(image)
+            self._scheduler.lend()
+        else:
+            self._run(image.job, image.index, image.next, from_picture(image.next, image, self._encode))
+
+    def _first(self, job: Job, leg: Leg, seed: int) -> Start:
+        """Start of an image in the base model."""
+        card, init = self._bundle.card, job.request.init
+        if init is None or job.init is None:
+            return from_noise(leg, card.latent_shape(leg.size), seed)
+        reads_mask = self._bundle.reads_mask
+        return from_init(leg, job.init, init, seed, scaling=card.scaling_factor, reads_mask=reads_mask)
+
+    def _encode(self, picture: Float32, stage: str) -> Float32:
+        """Moments of a picture, by the VAE encoder of a stage."""
+        key = replace(VAE_ENCODER, stage=stage)
+        if key not in self._encoders:
+            self._encoders[key] = self._backend.open(key)
+        moments: Float32 = self._encoders[key]({"pixels": picture[None]})["moments"][0]
+        return moments
+
+    def _run(self, job: Job, index: int, leg: Leg, start: Start) -> None:
+        rings = self.denoisers.rings(leg) if start.is_plain else None
+        self._scheduler.start(Trajectory(job, index, leg, start, rings))
 
     def _prepare(self, job: Job) -> bool:
         """What a job needs once: a bank slot, its prompts, its hints. False if no bank slot is free."""
@@ -95,6 +156,10 @@ class Worker:
             self.conditioner.prepare(job)
         with stage("hint encoder"):
             self.denoisers.controls.prepare(job)
+        if job.request.init is not None:
+            with stage("VAE encoder"):
+                job.init, runs = self._inits(job.request.init, job.legs[0].size)
+            job.count(VAE_ENCODER.label, runs)
         job.future.start()
         job.is_prepared = True
         return True
@@ -118,7 +183,7 @@ class Worker:
         for trajectory, span in zip(batch.trajectories, batch.spans, strict=True):
             job, rows = trajectory.job, span.stop - span.start
             job.count(batch.network.label, rows)
-            job.seconds["denoise"] += share * rows
+            job.spend(trajectory.leg, "denoise", share * rows)
             job.calls += 1
         for trajectory, span in zip(batch.trajectories, batch.spans, strict=True):
             try:
@@ -141,14 +206,15 @@ class Worker:
             self._denoise(half)
 
     def _update(self, trajectory: Trajectory, batch: Batch, span: slice, prediction: Float32) -> None:
-        """Guidance, then x_{k+1}."""
+        """Guidance, then x_{k+1}. Channels beyond the latents' are a variance; the first row's counts, the conditional one."""
         flat = prediction.reshape(len(prediction), -1)
-        given = {row.is_cond: values for row, values in zip(batch.rows[span], flat, strict=True)}
+        size = trajectory.x.size
+        given = {row.is_cond: values[:size] for row, values in zip(batch.rows[span], flat, strict=True)}
         trajectory.leg.guider(
             trajectory.guide, trajectory.step, trajectory.weight, trajectory.x, given.get(True), given.get(False),
             trajectory.p,
         )  # fmt: skip
-        trajectory.advance()
+        trajectory.advance(flat[0, size:])
 
     def _look(self, trajectory: Trajectory) -> None:
         """Check the new latent where it is on the host, and tell the caller of the step."""
@@ -161,8 +227,9 @@ class Worker:
             return
         k, steps = trajectory.k, len(trajectory.table)
         progress = Progress(
-            trajectory.index, k, steps, partial(self._latents, trajectory, k), partial(self._estimate, trajectory, k)
-        )
+            trajectory.index, k, steps, partial(self._latents, trajectory, k), partial(self._estimate, trajectory, k),
+            trajectory.leg.stage,
+        )  # fmt: skip
         try:
             job.on_step(progress)
         except Exception as error:  # the caller's own code: its error is the request's
@@ -187,9 +254,13 @@ class Worker:
             self.denoisers.read(trajectory)
 
     def _retire(self) -> None:
-        """Hand finished latents to the decoder."""
+        """Hand finished latents to the decoder, or to the next leg if it reads them as they are."""
         for trajectory in self._scheduler.retire():
+            image = trajectory.end()
             try:
-                self.decoding.submit(trajectory)
-            except BaseException as error:  # no thread to be had
+                if image.next is not None and image.next.reads_latents:
+                    self._scheduler.resume(image)
+                else:
+                    self.decoding.submit(image)
+            except BaseException as error:  # no thread to be had, or the engine was closed
                 trajectory.job.fail("decoder", error)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from stepforge.runtime.arrays import Float32
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.files import is_lfs_pointer, printable
 
@@ -20,6 +21,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_SIDE = 4096  # pixels, of images read and drawn: above this one latent's attention exceeds any memory we know of
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values for pictures that are stored on their side
 WITHOUT_ALPHA = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV")
 
 
@@ -52,6 +54,26 @@ def read_image(source: str | Path | bytes | Picture | Image.Image | NDArray[Any]
         return Image.frombytes(source.mode, (source.width, source.height), source.pixels)
     with _opened(source) as image:
         return _decoded(image)
+
+
+def read_picture(source: str | Path | bytes | Picture | Image.Image | NDArray[Any]) -> Float32:
+    """An image as decoders make them: RGB in [-1, 1], float32 [3, height, width]; transparent parts on black.
+
+    Raises RequestError as `read_image`."""
+    values = np.asarray(on_black(read_image(source)), np.float32) / np.float32(255)
+    return np.ascontiguousarray((np.float32(2) * values - np.float32(1)).transpose(2, 0, 1))
+
+
+def image_size(source: Any) -> tuple[int, int]:
+    """Width and height of the upright image, from its header. Raises RequestError as `check_image`."""
+    if isinstance(source, Picture):
+        return source.width, source.height
+    if isinstance(source, np.ndarray):
+        _check_array(source)
+        return source.shape[1], source.shape[0]
+    with _opened(source) as image:
+        turned = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+        return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def check_image(source: object) -> None:

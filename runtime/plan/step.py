@@ -13,7 +13,8 @@ class Step:
         x_{k+1} = Σ_i keep[i]·x_{k-i} + Σ_j gain[j]·p_{k-j} + noise·z
 
     x_k are the latents that the plan's network saw (before `scale_in`), p_k the guided *raw* outputs of the network
-    (epsilon, v, sample or flow, whatever it predicts) and z standard normal noise. Plain floats only.
+    (epsilon, v, sample or flow, whatever it predicts) and z standard normal noise. Plain floats only. What is not linear,
+    `threshold` and `variance`, is in limits.py.
     """
 
     t: float  # what the denoiser is told, in its own unit (0..num_train_timesteps)
@@ -29,10 +30,12 @@ class Step:
     reuse: str = ""  # a variant of the denoiser that reuses an earlier step's activations: "deepcache", "tgate"
     denoiser: str = "unet"
     known: tuple[float, float] | None = None  # inpainting: known part after the step = known[0]·y + known[1]·z_0
-    threshold: tuple[float, float] | None = (
-        None  # p is the clean estimate, clipped at this quantile, at most the second
+    threshold: tuple[float, float] | None = None  # ratio, cap: p_k is then the limited clean latent, see limits.py
+    raw: float = 0.0  # coefficient of the raw output of the network, where p_k is the limited clean latent
+    variance: tuple[float, float] | None = None  # log beta, log beta~: the network predicts how strong the noise is
+    draws_more: bool = (
+        False  # noise is drawn behind it that nothing uses, so that a next stage continues as in diffusers
     )
-    variance: tuple[float, float] | None = None  # log beta and log beta~ that a learned variance lies between
     index: int = 0  # number of the sampler's step; the two evaluations of a Heun step share one
 
 

@@ -59,7 +59,7 @@ class Control:
         what = f"ControlNet {clipped(name, 60)!r}"
         put = object.__setattr__
         put(self, "name", name)
-        put(self, "image", _image(image))
+        put(self, "image", kept_image(image))
         put(self, "preprocessor", Recipe.parse(preprocessor))
         put(self, "scale", _scale(what, scale))
         window = real(start), real(end)
@@ -110,7 +110,8 @@ def _control(given: object) -> Control:
     raise RequestError(f"a control {fault}; give name and image, and any of {', '.join(known[2:])}")
 
 
-def _image(source: Any) -> Path | bytes | Picture:
+def kept_image(source: Any) -> Path | bytes | Picture:
+    """An image as values of requests keep it: a path or bytes, or a copy of its pixels. Raises RequestError."""
     if isinstance(source, Picture):
         return source
     if isinstance(source, str | Path):

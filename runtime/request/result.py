@@ -24,6 +24,7 @@ class Progress:
     steps: int  # network evaluations in all
     latents: Callable[[], NDArray[np.float32]]  # x_{k+1}, [C, h, w]; call it inside the callback
     denoised: Callable[[], NDArray[np.float32]]  # estimate of the clean latents so far, [C, h, w]
+    stage: str = ""  # super-resolution stage that made the step; empty for the base model
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Stats:
 
     rows: dict[str, int]  # network -> rows run
     calls: int  # engine ticks that this request took part in
-    seconds: dict[str, float]  # stage -> seconds; denoise is shared out by rows
+    seconds: dict[str, float]  # part of the work -> seconds; denoise is shared out by rows
     backend: str
     precision: str
     versions: dict[str, str]
@@ -45,13 +46,15 @@ class Result:
     request: Request
     images: tuple[Image.Image, ...]
     seeds: tuple[int, ...]
-    latents: NDArray[np.float32]  # final latents, [n, C, h, w]
-    plan: Plan
+    latents: NDArray[np.float32]  # final latents of the last denoiser, [n, C, h, w]
+    plan: Plan  # of the base model, or of the first stage if that was given the image
     stats: Stats
     model: str
     digest: str  # bundle's digest
     adapters: Mapping[str, str] = field(default_factory=dict)  # name -> sha256 of its file
     hints: tuple[str, ...] = ()  # sha256 of each ControlNet's hint image, float32 [3, height, width]
+    init: tuple[str, ...] = ()  # sha256 of the init image's file, or pixels, and of its mask's
+    stages: tuple[tuple[str, Plan], ...] = ()  # super-resolution stages and their plans, as the images passed them
 
     def save(self, path: str | Path, *, overwrite: bool = False, metadata: bool = True) -> list[Path]:
         """Write the images as PNG files, each in one atomic step, and return their paths.

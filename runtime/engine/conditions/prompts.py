@@ -60,6 +60,7 @@ class TokenChunks:
     ids: NDArray[np.int64]  # [chunks, max_length]
     weights: NDArray[np.float32]  # [chunks, max_length]; 1 at begin, end and padding
     empty: NDArray[np.int64]  # [max_length], the chunk of the empty prompt
+    mask: NDArray[np.int64] | None = None  # [chunks, max_length], 0 at padding; None: the encoder attends to all
 
 
 class ClipTokenizer:
@@ -82,11 +83,7 @@ class ClipTokenizer:
     @classmethod
     def from_file(cls, path: str | Path, max_length: int, bos_id: int, eos_id: int, pad_id: int) -> ClipTokenizer:
         """Read a `tokenizer.json`. Raises BundleError if it cannot be read."""
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception for every fault of the file
-            raise BundleError(f"{path} is not a tokenizer file: {error}") from error
-        return cls(tokenizer, max_length, bos_id, eos_id, pad_id)
+        return cls(read_tokenizer(path), max_length, bos_id, eos_id, pad_id)
 
     def encode(self, prompt: str, *, syntax: str = "a1111") -> TokenChunks:
         """Token ids and weights of a prompt.
@@ -100,7 +97,7 @@ class ClipTokenizer:
         """
         if syntax not in SYNTAXES:
             raise RequestError(f"prompt syntax {syntax!r} is unknown; choose one of {', '.join(SYNTAXES)}")
-        _check(prompt)
+        check_prompt(prompt)
         size = self.max_length - 2
         if syntax == "plain":
             tokens = self._tokens(prompt)
@@ -154,6 +151,14 @@ class ClipTokenizer:
         return TokenChunks(ids, weights, empty)
 
 
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """A `tokenizer.json`. Raises BundleError if it is none."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for every fault of the file
+        raise BundleError(f"{path} is not a tokenizer file: {error}") from error
+
+
 def _vectors(added: set[str]) -> dict[str, str]:
     """Textual inversions of several vectors, saved as the tokens `cat`, `cat_1`, `cat_2`, ...: first token -> all of them.
 
@@ -176,7 +181,8 @@ def warn_of_tags(prompt: str) -> None:
         )  # fmt: skip
 
 
-def _check(prompt: str) -> None:
+def check_prompt(prompt: str) -> None:
+    """Raises RequestError for what is not text, or too long."""
     if not isinstance(prompt, str):
         raise RequestError(f"prompt must be text, not {type(prompt).__name__}")
     if len(prompt) > MAX_CHARACTERS:

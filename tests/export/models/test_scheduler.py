@@ -12,7 +12,7 @@ import pytest
 from stepforge.export.models.scheduler import CLASSES, EXAMINED, FORMULAS, read_scheduler, scheduler_card
 from stepforge.export.oracle import follow
 from stepforge.runtime.errors import BundleError, CheckpointError, RequestError
-from stepforge.runtime.plan.sample import sample_steps
+from stepforge.runtime.plan.sampling.sample import sample_steps
 
 # scheduler/scheduler_config.json of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0
 SD15: dict[str, Any] = {
@@ -193,8 +193,7 @@ def test_the_class_is_that_of_the_index():
         ({"_class_name": "VQDiffusionScheduler"}, "scheduler class is 'VQDiffusionScheduler'; choose one of DDIM"),
         ({}, "scheduler class is None"),
         ({"_class_name": "DPMSolverSDEScheduler"}, "draws noise that no seed decides"),
-        ({"_class_name": "DDIMScheduler"}, "not linear"),
-        ({"_class_name": "UniPCMultistepScheduler", "thresholding": True}, "not linear"),
+        ({"_class_name": "DPMSolverSinglestepScheduler", "thresholding": True}, "not linear"),
         ({"_class_name": "HeunDiscreteScheduler", "clip_sample": True}, "not linear"),
         ({**SD15, "prediction_type": "score"}, "prediction_type is 'score'; choose one of epsilon, v_prediction"),
         ({**SD15, "beta_schedule": "cubic"}, "cubic is not implemented"),

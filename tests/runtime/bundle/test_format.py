@@ -86,12 +86,12 @@ REFUSED = {
         lambda p: edit(p, lambda m: m["controls"].update(canny={"global_pool": False})),
         "has no component 'control/canny/hint'",
     ),
-    "no denoiser": (lambda p: edit(p, lambda m: m["components"].pop(1)), "has no denoiser"),
+    "no denoiser": (lambda p: edit(p, lambda m: m["components"].pop(1)), "has no component 'denoiser/unet'"),
     "no decoder": (lambda p: edit(p, lambda m: m["components"].pop(2)), "has no component 'vae_decoder'"),
     "no text encoder": (lambda p: edit(p, lambda m: m["components"].pop(0)), "has no component 'text_encoder'"),
     "unknown role": (
-        lambda p: edit(p, lambda m: m["components"][1].update(role="upscaler")),
-        "role is 'upscaler'; known: text_encoder",
+        lambda p: edit(p, lambda m: m["components"][1].update(role="painter")),
+        "role is 'painter'; known: text_encoder",
     ),
     "component twice": (
         lambda p: edit(p, lambda m: m["components"].append(m["components"][1])),

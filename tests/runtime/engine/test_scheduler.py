@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from stepforge import QueueFull, RequestError
+from stepforge import Cancelled, QueueFull, RequestError
 from stepforge.runtime.bundle import UNET, ComponentId
 from stepforge.runtime.engine.scheduler import Scheduler
-from stepforge.runtime.engine.trajectory import Kind
+from stepforge.runtime.engine.trajectory import Kind, Waypoint
 
 REFINER = ComponentId("denoiser", "refiner")
 
@@ -22,12 +22,15 @@ class Job:
     images: int = 1
     side: int = 64
     started: int = 0
+    submitted: float = 0.0
+    is_network: bool = False
     is_over: bool = False
     request: SimpleNamespace = field(init=False)
     legs: list = field(init=False)
 
     def __post_init__(self):
-        self.request, self.legs = SimpleNamespace(images=self.images), [SimpleNamespace(pixels=self.side**2)]
+        self.request = SimpleNamespace(images=self.images)
+        self.legs = [SimpleNamespace(pixels=self.side**2, is_network=self.is_network)]
 
 
 @dataclass(eq=False)
@@ -54,6 +57,7 @@ def started(scheduler, *images):
         scheduler.submit(image.job, wait=False)
         assert scheduler.admissible() is image.job
         scheduler.start(image)
+        scheduler.took(image.job)
 
 
 def make(**options):
@@ -87,16 +91,59 @@ def test_images_of_a_request_start_one_by_one_and_hold_their_place_in_the_queue(
     for job in (many, next_one):
         scheduler.submit(job, wait=False)
     first, second = Image(many), Image(many)
-    scheduler.start(first)
-    scheduler.start(second)
+    for image in (first, second):
+        scheduler.start(image)
+        scheduler.took(many)
     assert scheduler.admissible() is None  # rows are taken
     first.is_done = True
     scheduler.retire()
     assert scheduler.admissible() is many
     scheduler.start(Image(many))
+    scheduler.took(many)
     second.is_done = True
     scheduler.retire()
     assert scheduler.admissible() is next_one
+
+
+def test_images_between_two_legs_come_before_waiting_requests_and_keep_to_rows_and_pixels():
+    scheduler = make(max_rows=3, max_pixels=5 * 64**2)
+    younger = [Image(Job(submitted=2.0)), Image(Job(submitted=3.0))]
+    started(scheduler, *younger)
+    scheduler.submit(Job(submitted=4.0), wait=False)
+    job = Job(submitted=1.0)
+    large, other = (Waypoint(Job(side=side), 0, 0, None) for side in (128, 64))
+    for waypoint in (large, other):
+        scheduler.resume(waypoint)
+    assert scheduler.admissible() is None  # the larger one waits for pixels, and what is behind it waits with it
+    younger[1].is_done = True
+    scheduler.retire()
+    assert scheduler.admissible() is large
+    scheduler.start(Image(job, REFINER))
+    scheduler.took(large)
+    assert scheduler.pack().trajectories[0].job is job  # the oldest request goes on first
+    assert scheduler.admissible() is other
+    other.job.is_over = True
+    assert isinstance(scheduler.admissible(), Job)
+    scheduler.resume(large)
+    told = []
+    scheduler.close()
+    scheduler.abandon(told.append)
+    assert large.job in told
+    with pytest.raises(Cancelled, match="closed"):
+        scheduler.resume(other)
+
+
+def test_given_images_of_networks_are_read_as_others_end():
+    scheduler = make(max_rows=2)
+    for _ in range(4):
+        scheduler.submit(Job(is_network=True), wait=False)
+    for _ in range(2):
+        scheduler.took(scheduler.admissible())
+        scheduler.lend()
+    assert scheduler.admissible() is None
+    threading.Timer(0.05, scheduler.returned).start()
+    assert scheduler.has_work()  # waits until one is back
+    assert scheduler.admissible() is not None
 
 
 @pytest.mark.parametrize(("limit", "rows"), [(None, 4), (1, 2), (2, 1)])

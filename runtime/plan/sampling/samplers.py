@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stepforge.runtime.bundle.scheduler import SCHEDULES, SchedulerCard
-from stepforge.runtime.plan import levels, multistep
-from stepforge.runtime.plan.levels import SamplerOptions
-from stepforge.runtime.plan.linear import Level, Linear, NoisePath, p, rewind, x, z
+from stepforge.runtime.plan.sampling import levels, multistep
+from stepforge.runtime.plan.sampling.levels import SamplerOptions
+from stepforge.runtime.plan.sampling.linear import Level, Linear, NoisePath, p, rewind, x, z
 
 
 def ddim(path: NoisePath, k: int) -> Linear:
@@ -39,6 +39,13 @@ def posterior_std(start: Level, end: Level) -> float:
     return end.sigma / start.sigma * math.sqrt(1 - (start.alpha / end.alpha) ** 2)
 
 
+def learned_range(start: Level, end: Level) -> tuple[float, float]:
+    """log beta and log beta~ of a step, between which the network's variance chooses; Nichol and Dhariwal,
+    arXiv:2102.09672, eq. 15. beta~ is held at 1e-20, as in diffusers."""
+    log_beta = math.log(1 - (start.alpha / end.alpha) ** 2)
+    return log_beta, math.log(max(posterior_std(start, end) ** 2, 1e-20))
+
+
 def euler(path: NoisePath, k: int) -> Linear:
     """Euler in sigma; Karras et al., arXiv:2206.00364, algorithm 2 without churn."""
     start, end = path.moves[k]
@@ -59,7 +66,7 @@ def heun(path: NoisePath, k: int) -> Linear:
     if k % 2 == 0:
         return euler(path, k)
     row = x(k - 1) + (end.sigma - start.sigma) / 2 * (path.eps(k - 1) + path.eps(k))
-    return row.put(("x", k - 1), rewind(euler(path, k - 1), k))
+    return row if path.blended else row.put(("x", k - 1), rewind(euler(path, k - 1), k))
 
 
 def kdpm2(path: NoisePath, k: int) -> Linear:
@@ -71,7 +78,7 @@ def kdpm2(path: NoisePath, k: int) -> Linear:
     if k % 2 == 0:
         return euler(path, k)
     row = x(k - 1) + (end.sigma - start.sigma) * path.eps(k)
-    return row.put(("x", k - 1), rewind(euler(path, k - 1), k))
+    return row if path.blended else row.put(("x", k - 1), rewind(euler(path, k - 1), k))
 
 
 def lcm(path: NoisePath, k: int) -> Linear:
@@ -115,13 +122,41 @@ class Sampler:
     zero_snr: bool = False
     eta: float | None = None  # default; None: it has no eta
     alpha_to_one: bool = True  # default of set_alpha_to_one
+    thresholds: bool = False  # has thresholding
+    clips: bool = False  # has clip_sample
+    truncates: bool = True  # can start at a later step, on an image with noise
+    blends: bool = True  # latents may be changed between its steps
+    draws_last: bool = False  # diffusers draws noise in the last step too, which is multiplied by 0
+    variance: Callable[[Level, Level], tuple[float, float]] | None = (
+        None  # bounds of a variance that the network learned
+    )
 
 
 NOISY = ("epsilon", "v_prediction")
 TIMESTEPS = ("timesteps",)
+
+
+def dpm_solver(move: Callable[[NoisePath, int], Linear], *, draws_last: bool = False) -> Sampler:
+    return Sampler(
+        move=move, levels=levels.ahead_levels, schedules=SCHEDULES, custom=TIMESTEPS, zero_snr=True, thresholds=True,
+        draws_last=draws_last,
+    )  # fmt: skip
+
+
 SAMPLERS = {
-    "ddim": Sampler(move=ddim, levels=levels.ddim_levels, spacing="leading", zero_snr=True, eta=0.0),
-    "ddpm": Sampler(move=ddpm, levels=levels.ddpm_levels, spacing="leading", zero_snr=True, custom=TIMESTEPS),
+    "ddim": Sampler(
+        move=ddim, levels=levels.ddim_levels, spacing="leading", zero_snr=True, eta=0.0, thresholds=True, clips=True
+    ),
+    "ddpm": Sampler(
+        move=ddpm,
+        levels=levels.ddpm_levels,
+        spacing="leading",
+        zero_snr=True,
+        custom=TIMESTEPS,
+        thresholds=True,
+        clips=True,
+        variance=learned_range,
+    ),
     "euler": Sampler(
         move=euler,
         levels=levels.sigma_levels,
@@ -130,17 +165,18 @@ SAMPLERS = {
         fractions=True,
         zero_snr=True,
     ),
-    "euler_a": Sampler(move=euler_a, levels=levels.sigma_levels, predictions=NOISY, zero_snr=True),
-    "dpmpp_2m": Sampler(
-        move=multistep.dpmpp_2m, levels=levels.ahead_levels, schedules=SCHEDULES, custom=TIMESTEPS, zero_snr=True
+    "euler_a": Sampler(move=euler_a, levels=levels.sigma_levels, predictions=NOISY, zero_snr=True, draws_last=True),
+    "dpmpp_2m": dpm_solver(multistep.dpmpp_2m),
+    "dpmpp_2m_sde": dpm_solver(multistep.dpmpp_2m_sde, draws_last=True),
+    "dpmpp_3m": dpm_solver(multistep.dpmpp_3m),
+    "unipc": Sampler(
+        move=multistep.unipc,
+        levels=levels.ahead_levels,
+        schedules=SCHEDULES,
+        zero_snr=True,
+        thresholds=True,
+        blends=False,
     ),
-    "dpmpp_2m_sde": Sampler(
-        move=multistep.dpmpp_2m_sde, levels=levels.ahead_levels, schedules=SCHEDULES, custom=TIMESTEPS, zero_snr=True
-    ),
-    "dpmpp_3m": Sampler(
-        move=multistep.dpmpp_3m, levels=levels.ahead_levels, schedules=SCHEDULES, custom=TIMESTEPS, zero_snr=True
-    ),
-    "unipc": Sampler(move=multistep.unipc, levels=levels.ahead_levels, schedules=SCHEDULES, zero_snr=True),
     "heun": Sampler(
         move=heun, levels=levels.heun_levels, schedules=SCHEDULES, custom=TIMESTEPS, fractions=True, evaluations=2
     ),
@@ -148,9 +184,17 @@ SAMPLERS = {
     "pndm": Sampler(
         move=multistep.pndm, levels=levels.pndm_levels, predictions=NOISY, spacing="leading", alpha_to_one=False
     ),
-    "lms": Sampler(move=multistep.lms, levels=levels.sigma_levels, schedules=SCHEDULES),
-    "deis": Sampler(move=multistep.deis, levels=levels.ahead_levels, schedules=SCHEDULES),
-    "lcm": Sampler(move=lcm, levels=levels.lcm_levels, spacing=None, zero_snr=True, custom=TIMESTEPS),
+    "lms": Sampler(move=multistep.lms, levels=levels.sigma_levels, schedules=SCHEDULES, truncates=False),
+    "deis": Sampler(move=multistep.deis, levels=levels.ahead_levels, schedules=SCHEDULES, thresholds=True),
+    "lcm": Sampler(
+        move=lcm,
+        levels=levels.lcm_levels,
+        spacing=None,
+        zero_snr=True,
+        custom=TIMESTEPS,
+        thresholds=True,
+        clips=True,
+    ),
     "tcd": Sampler(move=tcd, levels=levels.tcd_levels, spacing=None, zero_snr=True, custom=TIMESTEPS, eta=0.3),
     "flow_euler": Sampler(
         move=flow_euler,

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-Key = tuple[str, int]  # ("x", k): latent k, ("p", k): raw prediction k, ("z", k): noise drawn after evaluation k
+# ("x", k): latent k, ("p", k): prediction k, ("r", k): raw prediction k where p_k is the limited clean latent,
+# ("z", k): noise drawn after evaluation k
+Key = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,10 @@ def p(k: int) -> Linear:
     return Linear({("p", k): 1.0})
 
 
+def raw(k: int) -> Linear:
+    return Linear({("r", k): 1.0})
+
+
 def z(k: int) -> Linear:
     return Linear({("z", k): 1.0})
 
@@ -83,33 +89,52 @@ class NoisePath:
     """All that a sampler reads. Evaluation k sees x_k at at[k]; its move is from moves[k][0] to moves[k][-1].
 
     The two differ for samplers of two evaluations per step, and where diffusers counts back from t by a fixed stride.
+    before: evaluations that a strength below 1 has cut off. blended: x_{k+1} is changed between evaluations, so that no
+    earlier latent can be had from it.
+    limited: p_k is the clean latent after thresholding or clipping (threshold.py), no longer what the network predicts.
     """
 
     prediction: str
     at: tuple[Level, ...]
     moves: tuple[tuple[Level, ...], ...]
     eta: float = 0.0
+    limited: bool = False
+    before: int = 0
+    blended: bool = False
 
     def x0(self, k: int) -> Linear:
-        """Estimate of the clean latent from x_k and p_k."""
-        alpha, sigma = self.at[k].alpha, self.at[k].sigma
+        """Estimate of the clean latent that samplers read."""
+        return p(k) if self.limited else self.estimate(k)
+
+    def raw(self, k: int) -> Linear:
+        """What the network predicts."""
+        return raw(k) if self.limited else p(k)
+
+    def estimate(self, k: int) -> Linear:
+        """Estimate of the clean latent from x_k and the network's prediction, without limits."""
+        alpha, sigma, out = self.at[k].alpha, self.at[k].sigma, self.raw(k)
         if self.prediction == "epsilon":
-            return (x(k) - sigma * p(k)) / alpha
+            return (x(k) - sigma * out) / alpha
         if self.prediction == "sample":
-            return p(k)
+            return out
         if self.prediction == "flow":  # p = noise − x0, alpha = 1 − sigma
-            return x(k) - sigma * p(k)
+            return x(k) - sigma * out
         norm = math.hypot(alpha, sigma)  # v is defined on latents of norm 1
-        return x(k) * (alpha / norm**2) - p(k) * (sigma / norm)
+        return x(k) * (alpha / norm**2) - out * (sigma / norm)
 
     def eps(self, k: int) -> Linear:
-        """Estimate of the noise in x_k; where alpha is 1 it is also dx/dsigma."""
-        alpha, sigma = self.at[k].alpha, self.at[k].sigma
+        """Estimate of the noise in x_k; where alpha is 1 it is also dx/dsigma. Never limited."""
+        alpha, sigma, out = self.at[k].alpha, self.at[k].sigma, self.raw(k)
         if self.prediction == "epsilon":
-            return p(k)
+            return out
         if self.prediction == "sample":
-            return (x(k) - alpha * p(k)) / sigma
+            return (x(k) - alpha * out) / sigma
         if self.prediction == "flow":
-            return x(k) + alpha * p(k)
+            return x(k) + alpha * out
         norm = math.hypot(alpha, sigma)
-        return x(k) * (sigma / norm**2) + p(k) * (alpha / norm)
+        return x(k) * (sigma / norm**2) + out * (alpha / norm)
+
+    def limited_eps(self, k: int) -> Linear:
+        """The noise that is left of x_k beside `x0`: differs from `eps` where x0 is limited."""
+        level = self.at[k]
+        return (x(k) - level.alpha * p(k)) / level.sigma if self.limited else self.eps(k)

@@ -1,0 +1,124 @@
+"""Finished latents to pictures, through feed-forward networks to larger ones, and the pictures of a request to its result."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from stepforge.runtime.arrays import Float32
+from stepforge.runtime.backends import Backend, Graph
+from stepforge.runtime.bundle import VAE_DECODER, Bundle, ComponentId
+from stepforge.runtime.engine.state import Job, Leg
+from stepforge.runtime.engine.trajectory import Waypoint
+from stepforge.runtime.errors import GenerationError
+from stepforge.runtime.imaging.masks import sized_mask, sized_picture
+from stepforge.runtime.imaging.png import to_pil, to_uint8
+from stepforge.runtime.request import Result, Stats
+
+
+class Decoder:
+    """The VAE decoders and feed-forward networks of a bundle. Only the decoding stage's thread calls it.
+
+    resume: takes images whose next leg denoises.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, resume: Callable[[Waypoint], None]) -> None:
+        self._bundle, self._backend, self._resume = bundle, backend, resume
+        self._graphs: dict[ComponentId, Graph] = {}
+        if VAE_DECODER in bundle.components:
+            self._open(VAE_DECODER)  # those of stages when they are first used
+
+    def __call__(self, image: Waypoint) -> None:
+        """Decode one image and send it on; the last of a request settles it. Never raises: what fails is the request's."""
+        job = image.job
+        if job.is_over:
+            return
+        stage = "decoder"
+        try:
+            if image.picture is None:
+                image = self._decoded(image)
+            while image.next is not None and image.next.is_network:
+                stage = f"stage {image.next.stage}"
+                image = self._enlarged(image, image.next)
+            if image.next is not None:
+                self._resume(image)
+                return
+            self._finish(image)
+            if job.is_decoded:
+                stage = "assembly of the result"
+                job.future.settle(self._result(job))
+        except BaseException as error:  # also what ends a thread: its request ends, the stage goes on
+            job.fail(stage, error)
+
+    def _decoded(self, image: Waypoint) -> Waypoint:
+        """The image with its picture, by the decoder of the leg behind it."""
+        job, leg, latents = image.job, image.job.legs[image.done - 1], image.latents
+        assert latents is not None
+        key = replace(VAE_DECODER, stage=leg.stage)
+        if key not in self._bundle.components:  # a model of pixels
+            return replace(image, picture=latents)
+        started = time.perf_counter()
+        picture = self._open(key)({"latents": latents[None]})["pixels"][0]
+        self._check(image, picture, "decoded")
+        if (init := job.request.init) is not None and init.overlay and not leg.stage:
+            assert init.mask is not None
+            width, height = leg.size.width, leg.size.height
+            is_new = sized_mask(init.mask, width, height) > 0
+            picture = np.where(is_new, picture, sized_picture(init.image, width, height))
+        job.spend(leg, "decode", time.perf_counter() - started)
+        job.count(key.label, 1)
+        return replace(image, picture=picture)
+
+    def _enlarged(self, image: Waypoint, leg: Leg) -> Waypoint:
+        """The image behind its next leg, a feed-forward network, which reads and makes values in 0..1."""
+        assert image.picture is not None
+        started = time.perf_counter()
+        key = ComponentId("upscaler", "upscaler", stage=leg.stage)
+        pixels = self._open(key)({"image": np.clip(image.picture * 0.5 + 0.5, 0, 1)[None].astype(np.float32)})["pixels"]
+        self._check(image, pixels, "enlarged")
+        image.job.spend(leg, "upscale", time.perf_counter() - started)
+        image.job.count(key.label, 1)
+        return replace(image, done=image.done + 1, picture=pixels[0] * np.float32(2) - np.float32(1))
+
+    def _check(self, image: Waypoint, pixels: Float32, what: str) -> None:
+        if not math.isfinite(float(pixels.sum())):
+            raise GenerationError(f"image {image.index}: the {what} pixels are not finite")
+
+    def _finish(self, image: Waypoint) -> None:
+        job = image.job
+        assert image.picture is not None
+        job.latents[image.index] = np.empty((0, 0, 0), np.float32) if image.latents is None else image.latents
+        job.pixels[image.index] = to_uint8(image.picture[None])[0]
+
+    def _open(self, key: ComponentId) -> Graph:
+        if key not in self._graphs:
+            self._graphs[key] = self._backend.open(key)
+        return self._graphs[key]
+
+    def _result(self, job: Job) -> Result:
+        request, backend = job.request, self._backend
+        return Result(
+            request=request,
+            images=tuple(to_pil(np.stack([pixels for pixels in job.pixels if pixels is not None]))),
+            seeds=tuple(request.seed + index for index in range(request.images)),
+            latents=np.stack([latents for latents in job.latents if latents is not None]),
+            plan=job.legs[0].plan,
+            stats=Stats(
+                rows=job.rows,
+                calls=job.calls,
+                seconds={**job.seconds, "total": time.perf_counter() - job.submitted},
+                backend=backend.name,
+                precision=backend.precision,
+                versions={**backend.versions, "numpy": np.__version__},
+            ),
+            model=self._bundle.card.name,
+            digest=self._bundle.digest,
+            adapters={loaded.name: loaded.adapter.sha256 for loaded, _ in job.adapters.parts} if job.adapters else {},
+            hints=tuple(job.legs[0].hint_digests),
+            init=() if job.init is None else job.init.digests,
+            stages=tuple((leg.stage, leg.plan) for leg in job.legs if leg.stage),
+        )
