@@ -47,7 +47,13 @@ class Worker:
         self.conditioner = Conditioner(bundle, backend, adapters)
         self.denoisers = Denoisers(bundle, backend, adapters)
         self._decoder = Decoder(bundle, backend, scheduler.resume)
-        self.decoding: Stage[Waypoint] = Stage("stepforge-decode", self._decoder)
+        self.decoding: Stage[Waypoint] = Stage("stepforge-decode", self._decode)
+
+    def _decode(self, image: Waypoint) -> None:
+        """On the decoding stage's thread."""
+        self._decoder(image)
+        if not image.done:
+            self._scheduler.returned()
 
     def check(self, request: Request) -> None:
         """Refuse, on the caller's thread, unreadable prompts and images, and ControlNets that the bundle lacks."""
@@ -114,6 +120,7 @@ class Worker:
         assert image.next is not None
         if image.next.is_network:
             self.decoding.submit(image)
+            self._scheduler.lend()
         else:
             self._run(image.job, image.index, image.next, from_picture(image.next, image, self._encode))
 

@@ -138,13 +138,17 @@ def _read(
     if any(index.get(name) not in (None, [None, None]) for name in NOT_NEEDED):
         assumed.append("safety_checker and watermarker: none; images are neither filtered nor marked")
     texts = ("text_encoder",) if "text_encoder" in parts else ()
+
+    def text_encoder(_: torch.dtype) -> Any:
+        """In fp32: T5 overflows in fp16 (transformers keeps parts of it in fp32, and clamps)."""
+        return stored["text_encoder"].load(torch.float32)
+
     source = Source(
         name=path.resolve().name,
         family="if",
         unet=stored["unet"].load,
         vae=None,
-        # T5 overflows in fp16 (transformers keeps parts of it in fp32, and clamps); its result is in the bundle's fp32 anyway
-        text_encoders=tuple(partial(_in_fp32, stored[name]) for name in texts),
+        text_encoders=(text_encoder,) * len(texts),
         tokenizers=tuple(path / "tokenizer" for _ in texts),
         pads=(None,) * len(texts),
         scheduler=scheduler,
@@ -161,10 +165,6 @@ def _read(
         corrected=tuple(corrected),
     )
     return _Found(source, size, multiple, width)
-
-
-def _in_fp32(text: Stored, dtype: torch.dtype) -> Any:
-    return text.load(torch.float32)
 
 
 def _is_given(path: Path, index: Mapping[str, Any], name: str) -> bool:
