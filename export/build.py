@@ -20,6 +20,7 @@ from stepforge.export.graph import trace
 from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, used_modules
 from stepforge.export.graph.check import open_graphs
 from stepforge.export.graph.control import split
+from stepforge.export.graph.footprint import TILED, footprint
 from stepforge.export.graph.rewire import RESIDUAL, Variants, cut_variants, resolve_probes, variant
 from stepforge.export.lora.merge import read_all, with_adapters
 from stepforge.export.memory import check_fits
@@ -189,9 +190,11 @@ class _Export:
         """Load one network, export it, and let go of it; returns its config."""
         self.tell(str(key))
         network = loader(self.dtype)
-        config = network.config
+        config = getattr(network, "config", None)
         traced = make(network)
         entry = prefixed(key, trace.save(traced, self.folder / key.folder))
+        if key.role in TILED:
+            entry = replace(entry, footprint=footprint(self.folder / entry.graph, config))
         if key in self.source.empty:
             entry = replace(entry, modules=used_modules(self.folder / entry.graph, modules_of(network)))
             if traced.probes:
