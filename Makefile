@@ -25,8 +25,9 @@ demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw thre
 		--out out/control --sheet out/control.png --columns 5 --overwrite
 	@echo "look at out/emoji.png, out/adapters.png and out/control.png"
 
-# one process a core, each test file in one of them; a crash ends one process and names its test
-PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+# one process a core, each with a run of neighbouring tests, of which one without work takes some; a crash ends one process and
+# names its test
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest $(PARALLEL)

@@ -28,18 +28,20 @@ from stepforge.export.models.controlnet import ControlSource, load_control
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
 from stepforge.export.models.pixel.t5 import t5_tokenizer_json
+from stepforge.export.models.pixel.feedforward import FeedForward
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source, Upscaler
 from stepforge.export.models.tokenizer import Pad, tokenizer_json
 from stepforge.export.models.weights import Loader
 from stepforge.export.publish import check_out, staged
-from stepforge.export.stages import export_stage, networks_of, read_upscalers, told
+from stepforge.export.stages import export_network, export_stage, networks_of, read_upscalers, told
 from stepforge.runtime.bundle import (
     MANIFEST,
     NAME,
     TEXT_ENCODERS,
     UNET,
     VAE_DECODER,
+    VAE_ENCODER,
     WEIGHT_PRECISIONS,
     Bundle,
     Component,
@@ -104,7 +106,7 @@ def export_bundle(
     tokenizer, prediction_type: see `models.load.load`. name: how requests call the model; its file name by default.
     loras: files and strengths to merge into the weights. bank: take LoRA files as run-time inputs as well.
     controls: ControlNets by the name that requests use, see `models.controlnet.load_control`. upscalers:
-    super-resolution models by the name of their stage, see `models.upscaler.read_upscaler`. reuse: variants of the
+    super-resolution models by the name of their stage, see `stages.read_upscalers`. reuse: variants of the
     denoiser for approximate plans. overwrite: replace a bundle at `out`; without it nothing is replaced, also not what appears
     there during the export. `out` appears complete or not at all.
     Raises CheckpointError for the model and its ControlNets, for a graph that an installed engine does not load and for an
@@ -144,7 +146,7 @@ class _Export:
         self,
         source: Source,
         controls: Sequence[ControlSource],
-        upscalers: Mapping[str, Upscaler],
+        upscalers: Mapping[str, Upscaler | FeedForward],
         folder: Path,
         precision: str,
         bank: BankOptions | None,
@@ -240,12 +242,23 @@ class _Export:
         release()
 
     def decoder(self) -> Any:
-        """The VAE decoder; the VAE's config. None for a model of pixels."""
+        """The VAE decoder, and the encoder if the VAE has one; the VAE's config. None for a model of pixels."""
         if self.source.vae is None:
             return None
-        return self.add(VAE_DECODER, lambda dtype: _vae(self.source, dtype), trace.vae_decoder)
+        load, halves = partial(_vae, self.source), []
 
-    def stage(self, name: str, upscaler: Upscaler, base: ModelCard) -> StageCard:
+        def decoder(vae: Any) -> trace.Traced:
+            halves.append(vae.encoder is not None)
+            return trace.vae_decoder(vae)
+
+        config = self.add(VAE_DECODER, load, decoder)
+        if halves[0]:
+            self.add(VAE_ENCODER, load, trace.vae_encoder)
+        return config
+
+    def stage(self, name: str, upscaler: Upscaler | FeedForward, base: ModelCard) -> StageCard:
+        if isinstance(upscaler, FeedForward):
+            return export_network(name, upscaler, self.add)
         t5 = upscaler.source.family == "if"
 
         def tokenize(tokens: Path, pad: Pad | None, key: ComponentId) -> TextEncoder:
@@ -261,7 +274,7 @@ class _Export:
             family=self.source.family,
             width=width * scale,
             height=height * scale,
-            latent_channels=unet.in_channels,
+            latent_channels=unet.in_channels if vae is None else vae.latent_channels,
             vae_scale=scale,
             size_multiple=self.source.size_multiple or scale,
             scaling_factor=1.0 if vae is None else vae.scaling_factor,
@@ -280,7 +293,7 @@ class _Export:
         if self.controls:
             provenance["controls"] = {control.name: dict(control.provenance) for control in self.controls}
         if self.upscalers:
-            provenance["upscalers"] = {name: told(upscaler.source) for name, upscaler in self.upscalers.items()}
+            provenance["upscalers"] = {name: told(upscaler) for name, upscaler in self.upscalers.items()}
         return Bundle(
             path=self.folder,
             card=card,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from stepforge.runtime.load import load, open_bundle
     from stepforge.runtime.lora.adapter import Adapter
-    from stepforge.runtime.request import Control, Progress, Request, Result, Stats, Upscale
+    from stepforge.runtime.request import Control, Init, Progress, Request, Result, Stats, Upscale
 
     __version__: str
 
@@ -46,6 +46,7 @@ HOMES = {
     "Control": "request",
     "Engine": "engine",
     "GenerationError": "errors",
+    "Init": "request",
     "Outcome": "engine",
     "Progress": "request",
     "QueueFull": "errors",
@@ -70,6 +71,7 @@ __all__ = [
     "Control",
     "Engine",
     "GenerationError",
+    "Init",
     "Outcome",
     "Progress",
     "QueueFull",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
-
-from stepforge.runtime.errors import BundleError
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [
@@ -167,6 +166,33 @@ def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd1_inpaint(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD 1's inpainting layout: the UNet also reads a mask and the masked image."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd1-inpaint"
+    shutil.copytree(tiny_sd1, folder, ignore=shutil.ignore_patterns("unet"))
+    torch.manual_seed(4)
+    unet = build_unet(
+        in_channels=9,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+    )
+    unet.save_pretrained(folder / "unet")
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    index["_class_name"] = "StableDiffusionInpaintPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1_inpaint_bundle(tiny_sd1_inpaint: Path, request: pytest.FixtureRequest) -> Path:
+    return _export(tiny_sd1_inpaint, request)
+
+
+@pytest.fixture(scope="session")
 def tiny_sd2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SD 2: DDIM, v-prediction, zero terminal SNR; OpenCLIP's activation, linear projections, one more layer unused."""
     import torch
@@ -248,17 +274,18 @@ def tiny_x4(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"_class_name": "StableDiffusionUpscalePipeline", "max_noise_level": 350, "watermarker": [None, None]},
         {
             "unet": build_unet(
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                block_out_channels=(32,),
+                down_block_types=("CrossAttnDownBlock2D",),
+                up_block_types=("CrossAttnUpBlock2D",),
                 in_channels=7,
                 num_class_embeds=1000,
-                only_cross_attention=[True, False],
+                only_cross_attention=True,
                 cross_attention_dim=32,
                 attention_head_dim=8,
                 use_linear_projection=True,
             ),
             "vae": build_vae(3, scaling_factor=0.08333),
-            "text_encoder": build_text_encoder(vocabulary, 32, "gelu", layers=2),
+            "text_encoder": build_text_encoder(vocabulary, 32, "gelu", layers=1),
             "scheduler": scheduler,
             "low_res_scheduler": DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear"),
         },
@@ -266,22 +293,24 @@ def tiny_x4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_x2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """x2 latent upscaler: the blocks of Katherine Crowson's UNet, Fourier time, text and pooled text, 5 channels out."""
+def tiny_x2(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """x2 latent upscaler: the blocks of Katherine Crowson's UNet, Fourier time, text and pooled text, 5 channels out; the VAE
+    of the base model."""
     import torch
     from diffusers import EulerDiscreteScheduler
 
     torch.manual_seed(15)
     folder = tmp_path_factory.mktemp("models") / "tiny-x2"
     vocabulary = save_tokenizer(folder / "tokenizer")
-    return save_pipeline(
+    save_pipeline(
         folder,
         {"_class_name": "StableDiffusionLatentUpscalePipeline"},
         {
             "unet": build_unet(
-                block_out_channels=(32, 64, 64),
-                down_block_types=("KDownBlock2D", "KDownBlock2D", "KCrossAttnDownBlock2D"),
-                up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D", "KUpBlock2D"),
+                block_out_channels=(32, 32),
+                time_embedding_dim=32,
+                down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D"),
+                up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D"),
                 mid_block_type=None,
                 in_channels=8,
                 out_channels=5,
@@ -298,10 +327,12 @@ def tiny_x2(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 only_cross_attention=False,
             ),
             "vae": build_vae(),
-            "text_encoder": build_text_encoder(vocabulary, 32, "quick_gelu"),
+            "text_encoder": build_text_encoder(vocabulary, 32, "quick_gelu", layers=2),
             "scheduler": EulerDiscreteScheduler(**BETAS, prediction_type="sample"),
         },
     )
+    shutil.copytree(tiny_sd1 / "vae", folder / "vae", dirs_exist_ok=True)
+    return folder
 
 
 IF_SCHEDULER = {"beta_schedule": "squaredcos_cap_v2", "variance_type": "learned_range", "thresholding": True}
@@ -401,30 +432,132 @@ def tiny_sdxl_controls(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory
     return _controls(tiny_sdxl, tmp_path_factory.mktemp("sdxl-controls"), a={}, pooled=pooled)
 
 
-def _export(
-    model: Path, request: pytest.FixtureRequest, controls: dict[str, Path] | None = None, **options: Any
-) -> Path:
-    """Export a model, or copy what an earlier run with the same model, exporter and libraries made of it.
+def pytest_configure(config: pytest.Config) -> None:
+    """One core for each process of pytest-xdist: thread pools of torch, OpenVINO and ONNX Runtime in several processes would
+    wait for each other's cores."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+        os.environ["OMP_NUM_THREADS"] = "1"
 
-    Tracing takes 25 s of processor time a model. Remove .pytest_cache to export afresh. options: of `export_bundle`.
-    """
-    from stepforge.export.build import LIBRARIES, export_bundle
 
-    digest = hashlib.sha256(repr((sorted(controls or ()), sorted(options.items()))).encode())
-    places = (
-        (ROOT / "export").rglob("*.py"),
-        [ROOT / "runtime/bundle" / name for name in ("format.py", "scheduler.py", "store.py")],
-    )
-    code = [file for place in places for file in sorted(place)]
-    weights = [file for folder in (model, *(controls or {}).values()) for file in folder.rglob("*") if file.is_file()]
-    for file in sorted(code) + sorted(weights):
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if "stepforge.export.graph.trace" in sys.modules:
+        trace_once(session.config)
+
+
+@contextlib.contextmanager
+def _made_once(out: Path) -> Iterator[Path | None]:
+    """A place to make `out` in, which becomes `out`; None if it is there. One process makes it, the others wait."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_name(f"{out.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if out.exists():
+            yield None
+            return
+        place = out.with_name(f"{out.name}.part")
+        shutil.rmtree(place, ignore_errors=True)
+        yield place
+        place.rename(out)
+
+
+@cache
+def _code(*places: str) -> bytes:
+    """Of files of this repository, and the libraries that an export traces with."""
+    from stepforge.export.build import LIBRARIES
+
+    digest = hashlib.sha256()
+    for file in sorted(file for place in places for file in ROOT.glob(place)):
         digest.update(file.name.encode() + file.read_bytes())
     for library in LIBRARIES:
         digest.update(importlib.metadata.version(library).encode())
+    return digest.digest()
+
+
+def _settings(value: Any) -> Any:
+    """A module's attribute, or a config, without addresses, paths and what begins with an underscore."""
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, dict):
+        named = {str(key): _settings(one) for key, one in value.items() if not str(key).startswith("_")}
+        return sorted((key, one) for key, one in named.items() if key != "name_or_path")
+    if isinstance(value, list | tuple):
+        return [_settings(one) for one in value]
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _network_digest(traced: Any, opset: int) -> str:
+    """Of a network before its export: modules, their settings, weights, and what is asked of the trace."""
+    import torch
+
+    digest = hashlib.sha256(_code("export/graph/*.py"))
+    for name, module in traced.module.named_modules():
+        plain = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+        parts = (name, type(module).__qualname__, _settings(plain), _settings(getattr(module, "config", None)))
+        digest.update(repr(parts).encode())
+    for name, tensor in (*traced.module.named_parameters(), *traced.module.named_buffers()):
+        digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    example = [(name, tensor.shape, tensor.dtype) for name, tensor in traced.example.items()]
+    asked = (traced.inputs, traced.outputs, traced.multiple, traced.least, traced.derive, traced.probes, opset, example)
+    digest.update(repr(asked).encode())
+    return digest.hexdigest()[:20]
+
+
+def trace_once(config: pytest.Config) -> None:
+    """From now on this process and its neighbours trace each network once (5 to 30 s of processor time) and copy its graphs
+    afterwards, also in later runs with the same exporter and libraries. The fixture `fresh_traces` is the way around."""
+    from stepforge.export.graph import trace
+
+    if hasattr(trace.write, "whole"):
+        return
+    whole, networks = trace.write, Path(config.cache.mkdir("networks"))
+
+    def write(traced: Any, folder: Path, opset: int) -> None:
+        known = networks / _network_digest(traced, opset)
+        with _made_once(known) as place:
+            if place is not None:
+                whole(traced, place, opset)
+        shutil.copytree(known, folder, dirs_exist_ok=True)
+
+    write.whole = whole
+    trace.write = write
+
+
+@pytest.fixture
+def fresh_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks are traced, whatever earlier tests have left."""
+    from stepforge.export.graph import trace
+
+    monkeypatch.setattr(trace, "write", getattr(trace.write, "whole", trace.write))
+
+
+def _export(
+    model: Path,
+    request: pytest.FixtureRequest,
+    controls: dict[str, Path] | None = None,
+    upscalers: dict[str, Path] | None = None,
+    **options: Any,
+) -> Path:
+    """Export a model, or copy what an earlier run or another process with the same model, exporter and libraries made of it.
+
+    Remove .pytest_cache to export afresh. options: of `export_bundle`.
+    """
+    from stepforge.export.build import export_bundle
+
+    trace_once(request.config)
+    digest = hashlib.sha256(_code("export/**/*.py", "runtime/bundle/*.py"))
+    digest.update(repr((sorted(controls or ()), sorted(upscalers or ()), sorted(options.items()))).encode())
+    folders = (model, *(controls or {}).values(), *(upscalers or {}).values())
+    weights = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    for file in sorted(weights):
+        digest.update(file.name.encode() + file.read_bytes())
     cached = Path(request.config.cache.mkdir("bundles")) / digest.hexdigest()[:16] / model.name
-    if not cached.exists():
-        with contextlib.suppress(BundleError):  # another test process was first
-            export_bundle(model, cached, controls=controls, **options)
+    with _made_once(cached) as place:
+        if place is not None:
+            export_bundle(model, place, controls=controls, upscalers=upscalers, **options)
     out = request.getfixturevalue("tmp_path_factory").mktemp("bundles") / model.name
     return Path(shutil.copytree(cached, out))
 
@@ -432,6 +565,12 @@ def _export(
 @pytest.fixture(scope="session")
 def tiny_sd1_bundle(tiny_sd1: Path, request: pytest.FixtureRequest) -> Path:
     return _export(tiny_sd1, request)
+
+
+@pytest.fixture(scope="session")
+def tiny_stages_bundle(tiny_sd1: Path, tiny_x4: Path, tiny_x2: Path, request: pytest.FixtureRequest) -> Path:
+    """SD 1 with the stages x4 and x2."""
+    return _export(tiny_sd1, request, upscalers={"x4": tiny_x4, "x2": tiny_x2})
 
 
 @pytest.fixture(scope="session")

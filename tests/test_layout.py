@@ -15,7 +15,7 @@ ROOMS = ("kernels", "runtime", "export")
 FLOORS = {
     "runtime": (
         "arrays", "errors", "files", "checks", "grammar", "bundle", "plan", "imaging", "lora", "request", "backends",
-        "engine", "load", "tune", "cli", "__main__",
+        "engine", "load", "serve", "tune", "cli", "__main__",
     ),
     "export": ("oracle", "models", "memory", "lora", "graph", "publish", "stages", "build", "parity", "cli"),
 }  # fmt: skip

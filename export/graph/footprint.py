@@ -20,7 +20,9 @@ from stepforge.runtime.bundle import Footprint, Role
 from stepforge.runtime.errors import CheckpointError
 
 TILED: tuple[Role, ...] = ("vae_encoder", "vae_decoder", "upscaler")
-BY_ELEMENT = frozenset(("Add", "Cast", "Clip", "Div", "LeakyRelu", "Mul", "PRelu", "Reshape", "Sigmoid", "Softmax", "Sub"))
+BY_ELEMENT = frozenset(
+    ("Add", "Cast", "Clip", "Div", "LeakyRelu", "Mul", "PRelu", "Reshape", "Sigmoid", "Softmax", "Sub")
+)
 SIDES = (64, 128)  # height and width of what the network reads; multiples of what any reads
 BYTES = 4
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,20 @@ def for_any_size(unet: Any) -> None:
     unet.num_upsamplers = NEVER_DIVIDES if size_multiple(unet.config) == 1 else 0
 
 
+def pooled_text(pool: Any, x: Tensor) -> Tensor:
+    """diffusers' AttentionPooling, the text of IF in the time embedding, by products of matrices: its own has Einsum, which a
+    graph of a bundle must not have."""
+    token = x.mean(dim=1, keepdim=True) + pool.positional_embedding.to(x.dtype)
+    x = torch.cat([token, x], dim=1)
+    scale = pool.dim_per_head**-0.25
+    q, k, v = (
+        layer(value).unflatten(-1, (pool.num_heads, pool.dim_per_head)).transpose(1, 2)
+        for layer, value in ((pool.q_proj, token), (pool.k_proj, x), (pool.v_proj, x))
+    )
+    weight = torch.softmax(((q * scale) @ (k * scale).transpose(2, 3)).float(), dim=-1).to(x.dtype)
+    return (weight @ v).flatten(1)  # [rows, heads, 1, dim] side by side
+
+
 class Denoiser(nn.Module):
     """A UNet, which it changes (`for_any_size`), and the inner values that `probes` names.
 
@@ -118,6 +133,9 @@ class Denoiser(nn.Module):
     def __init__(self, unet: Any, *, probe: bool = False) -> None:
         super().__init__()
         for_any_size(unet)
+        if unet.config.addition_embed_type == "text":
+            pool = unet.add_embedding.pool
+            pool.forward = partial(pooled_text, pool)
         self.unet = unet
         self._text: list[Tensor] = []
         self._skips: list[tuple[Tensor, tuple[Tensor, ...]]] = []
@@ -217,7 +235,9 @@ class T5Encoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.embed(input_ids)
         lowest = torch.finfo(hidden.dtype).min
-        bias = self.bias + (1 - attention_mask[:, None, None, :].to(hidden.dtype)) * lowest
+        seen = attention_mask[:, None, None, :].to(hidden.dtype)
+        # not bias + (1 − seen)·lowest: OpenVINO 2026.4.1 moves a constant summand into the product q·kᵀ and spreads it wrongly
+        bias = self.bias * seen + (1 - seen) * lowest
         for block in self.blocks:
             attention, norm = block.layer[0].SelfAttention, block.layer[0].layer_norm
             normed = norm(hidden)
@@ -389,10 +409,21 @@ def slice_rule_at_slices() -> Iterator[None]:
 
 
 def save(traced: Traced, folder: Path, opset: int = OPSET) -> Component:
-    """Export into `folder`: model.onnx, its weights in model.onnx.data, and the graph for ONNX Runtime over the same.
+    """Export into `folder`. The graph names of the component are relative to `folder`."""
+    write(traced, folder, opset)
+    return Component(
+        graph=GRAPH,
+        inputs=tuple(
+            bundle.Tensor(name, "int64" if traced.example[name].dtype == torch.int64 else "float32", shape)
+            for name, shape in traced.inputs.items()
+        ),
+        outputs=tuple(bundle.Tensor(n, "float32", s) for n, s in traced.outputs.items()),
+        derived={"onnxruntime": DERIVED} if traced.derive else {},
+    )
 
-    The graph names of the component are relative to `folder`.
-    """
+
+def write(traced: Traced, folder: Path, opset: int) -> None:
+    """model.onnx, its weights in model.onnx.data, and the graph for ONNX Runtime over the same."""
     folder.mkdir(parents=True, exist_ok=True)
     model = trace(traced, opset)
     name_weights(model)
@@ -405,15 +436,6 @@ def save(traced: Traced, folder: Path, opset: int = OPSET) -> Component:
     model = ir.load(folder / GRAPH)  # its weights stay in their file
     forget_shapes(model)
     ir.save(model, folder / GRAPH)
-    return Component(
-        graph=GRAPH,
-        inputs=tuple(
-            bundle.Tensor(name, "int64" if traced.example[name].dtype == torch.int64 else "float32", shape)
-            for name, shape in traced.inputs.items()
-        ),
-        outputs=tuple(bundle.Tensor(n, "float32", s) for n, s in traced.outputs.items()),
-        derived={"onnxruntime": DERIVED} if traced.derive else {},
-    )
 
 
 def derive(graph: Path, out: Path) -> None:

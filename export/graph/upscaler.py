@@ -20,39 +20,63 @@ from stepforge.export.graph.trace import ClipEncoder, Traced, at_end
 NOISE_FEATURES = 64  # cosines and as many sines of the low-resolution latents' noise level, which is 0 always
 
 
-class Resample(nn.Module):
-    """diffusers' KDownsample2D or KUpsample2D, one channel at a time: its own builds a [C, C, 4, 4] kernel that is 0 off the
-    diagonal."""
+class Halve(nn.Module):
+    """diffusers' KDownsample2D, one channel at a time: its own builds a [C, C, 4, 4] kernel that is 0 off the diagonal."""
 
-    def __init__(self, layer: Any, *, up: bool) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.up, self.pad, self.mode = up, layer.pad, layer.pad_mode
         self.kernel: Tensor
         self.register_buffer("kernel", layer.kernel, persistent=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        channels = hidden_states.shape[1]
-        pad = (self.pad + 1) // 2 if self.up else self.pad
-        x = functional.pad(hidden_states, (pad,) * 4, self.mode)
-        kernel = self.kernel.to(x)[None, None].expand(channels, 1, -1, -1)
-        if self.up:
-            return functional.conv_transpose2d(x, kernel, stride=2, padding=2 * self.pad + 1, groups=channels)
-        return functional.conv2d(x, kernel, stride=2, groups=channels)
+        return depthwise(reflected(hidden_states), self.kernel, stride=2)
+
+
+class Double(nn.Module):
+    """diffusers' KUpsample2D, a transposed convolution by [1, 3, 3, 1] / 4 on each axis with stride 2: pixels twice, and
+    [1, 2, 1] / 4 over them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        taps = torch.tensor([[1 / 4, 2 / 4, 1 / 4]])
+        self.kernel: Tensor
+        self.register_buffer("kernel", taps.T @ taps, persistent=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        twice = functional.interpolate(reflected(hidden_states), scale_factor=2.0, mode="nearest")
+        return depthwise(twice[:, :, 1:-1, 1:-1], self.kernel, stride=1)
+
+
+def reflected(x: Tensor) -> Tensor:
+    """One more pixel on each side, of the row or column before the last; of slices, as bundles allow no Pad."""
+    x = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], dim=2)
+    return torch.cat([x[:, :, :, 1:2], x, x[:, :, :, -2:-1]], dim=3)
+
+
+def depthwise(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    channels = x.shape[1]
+    weight = kernel.to(x)[None, None].expand(channels, 1, -1, -1)
+    return functional.conv2d(x, weight, stride=stride, groups=channels)
 
 
 class LatentUpscaler(nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
-        for block in (*unet.down_blocks, *unet.up_blocks):
-            for name in ("downsamplers", "upsamplers"):
-                for index, layer in enumerate(getattr(block, name, None) or ()):
-                    getattr(block, name)[index] = Resample(layer, up=name == "upsamplers")
+        for block in unet.down_blocks:
+            for index, layer in enumerate(block.downsamplers or ()):
+                block.downsamplers[index] = Halve(layer)
+        for block in unet.up_blocks:
+            for index in range(len(block.upsamplers or ())):
+                block.upsamplers[index] = Double()
         self.unet = unet
+        # cosine and sine of no noise
+        self.clean: Tensor
+        self.register_buffer("clean", torch.tensor([[1.0] * NOISE_FEATURES + [0.0] * NOISE_FEATURES]), persistent=False)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor) -> Tensor:
         dtype = self.unet.dtype
-        clean = torch.ones_like(text_embeds[:, :1]).expand(-1, NOISE_FEATURES)  # cosine and sine of no noise
-        condition = torch.cat([clean, torch.zeros_like(clean), text_embeds], dim=1).to(dtype)
+        clean = self.clean.float() + 0 * text_embeds[:, :1]  # one a row
+        condition = torch.cat([clean, text_embeds], dim=1).to(dtype)
         out = self.unet(
             sample.to(dtype), timestep, encoder_hidden_states.to(dtype), timestep_cond=condition, return_dict=False
         )[0]

@@ -23,7 +23,8 @@ from stepforge.runtime.bundle import UNET, ComponentId, sha256
 from stepforge.runtime.errors import BundleError, CheckpointError
 from stepforge.runtime.files import printable
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+XL = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", *XL)
 COMPONENTS = {  # component of a pipeline -> classes that it may have
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
@@ -54,7 +55,7 @@ def read_folder(path: Path, prediction_type: str | None) -> Source:
         raise CheckpointError(
             f"{path} is a {printable(repr(pipeline), 80)}; supported pipelines: {', '.join(PIPELINES)}, IFPipeline"
         )
-    xl = pipeline == "StableDiffusionXLPipeline"
+    xl = pipeline in XL
     texts = ("text_encoder", "text_encoder_2") if xl else ("text_encoder",)
     names = [name.replace("text_encoder", "tokenizer") for name in texts]
     for name in ("unet", "vae", "scheduler", *texts, *names):

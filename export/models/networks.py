@@ -138,10 +138,11 @@ def empty_unet(config: Mapping[str, Any]) -> Any:
         raise CheckpointError(
             f"the UNet has addition_embed_type={printable(repr(kind), 80)}; supported: none (SD), 'text_time' (SDXL)"
         )
-    if (channels := config.get("in_channels", 4)) != config.get("out_channels", 4):
+    channels, out = config.get("in_channels", 4), config.get("out_channels", 4)
+    if channels != out and not (type(channels) is type(out) is int and channels == 2 * out + 1):
         raise CheckpointError(
-            f"the UNet has {printable(repr(channels), 80)} input channels; only text-to-image models, whose input and output "
-            "have equal channels, are supported (not inpainting)"
+            f"the UNet has {printable(repr(channels), 80)} input channels for {printable(repr(out), 80)} of its output; "
+            "supported: as many (text to image), or those, a mask and a masked image (inpainting)"
         )
     return empty_network(UNet2DConditionModel, config)
 

@@ -95,6 +95,10 @@ WITHOUT_EFFECT = {
 READ_BY_ALL = {"sigma_max", "sigma_min"}  # schedules of sigmas look for these in any config
 LIMITS = {"clip_sample", "threshold", "learned_range"}  # fields that are set where the class reads such options
 KEPT = {field.name for field in fields(SchedulerCard)} - {"sampler", "schedule", "shift", "table"} - LIMITS
+FIXES: dict[str, dict[str, Any]] = {  # what the constructor of a pipeline sets in the scheduler's config
+    "StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False},
+    "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
+}
 UNSAID = {"timestep_spacing", "set_alpha_to_one"}  # each sampler has its own default
 
 
@@ -122,15 +126,11 @@ def read_scheduler(
     corrected = []
     if (said := config.get("_class_name", name)) != name:
         corrected.append(f"scheduler: {name}, as model_index.json names it, instead of {printable(said, 80)}")
-    if pipeline == "StableDiffusionPipeline":
-        for option, right, wrong in (
-            ("steps_offset", 1, lambda value: value != 1),
-            ("clip_sample", False, lambda value: value is True),
-        ):
-            if wrong(value := given.get(option, known.get(option, right))):
-                given[option] = right
-                was = printable(repr(value), 80)
-                corrected.append(f"scheduler: {option} {right!r} instead of {was}, as {pipeline} sets it")
+    for option, right in FIXES.get(pipeline, {}).items():
+        if (value := given.get(option, known.get(option, right))) != right:
+            given[option] = right
+            was = printable(repr(value), 80)
+            corrected.append(f"scheduler: {option} {right!r} instead of {was}, as {pipeline} sets it")
     return given, tuple(assumed), tuple(corrected)
 
 

@@ -15,12 +15,14 @@ from PIL import Image, ImageDraw
 
 from stepforge.export.models.controlnet import ControlSource
 from stepforge.export.parity.control import control_pipeline, load_network
+from stepforge.export.parity.inits import encoder_call, init_options, init_pipeline, inits_of, whole_init
 from stepforge.export.parity.loaders import Loaded, quiet
 from stepforge.export.parity.recorder import Call, control_calls, control_recorder, plain_calls, plain_recorder
 from stepforge.export.parity.staging import reason
 from stepforge.runtime.arrays import Float32
-from stepforge.runtime.bundle import Bundle, Size
+from stepforge.runtime.bundle import VAE_ENCODER, Bundle, Size
 from stepforge.runtime.errors import CheckpointError
+from stepforge.runtime.request import Init
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,8 @@ class References:
     plain: Mapping[str, Reference]  # run of each prompt
     again: Reference  # the first prompt with one thread
     controlled: Mapping[str, Reference]  # the first prompt with the drawn hint, by ControlNet
+    given: Sequence[tuple[Init, Reference]]  # the first prompt from the drawn hint as an init image, and with a mask
+    init: Init | None  # what all other runs start from: nothing, but for inpainting models
     hint: Image.Image
     calls: Sequence[Call]  # calls of networks, during the first prompt's runs
     size: Size | None  # the pipeline's own image size; None: its configs state none
@@ -75,16 +79,24 @@ def run_references(
     first, hint, size = settings.prompts[0], drawn_hint(bundle), own_size(pipeline)
     if size is None:
         assumed.append(f"image size {bundle.card.width}x{bundle.card.height}: the UNet's config states none")
+    init = whole_init(hint) if bundle.reads_mask else None
+    whole = {} if init is None else init_options(init, hint, bundle)
     plain, controlled = {}, {}
     for prompt in settings.prompts:
         progress(f"reference: {prompt!r}")
         with plain_recorder(pipeline) as recorder:
-            plain[prompt] = run(pipeline, prompt)
+            plain[prompt] = run(pipeline, prompt, **whole)
         if prompt == first:
             calls = list(plain_calls(pipeline, recorder, plain[first].latents[-1]))
     progress("reference: spread")
     with threads(1):
-        again = run(pipeline, first)
+        again = run(pipeline, first, **whole)
+    given = []
+    for start in inits_of(bundle, hint, settings.steps):
+        progress("reference: from an image" if start.mask is None else "reference: inpainting")
+        given.append((start, run(init_pipeline(pipeline, start), first, **init_options(start, hint, bundle))))
+    if VAE_ENCODER in bundle.components:
+        calls.append(encoder_call(pipeline, hint))
     for net, path in nets:
         progress(f"reference: ControlNet {net.name}")
         network, lines = load_network(path, net, pipeline.unet)
@@ -92,7 +104,7 @@ def run_references(
         with control_recorder(network) as recorder:
             controlled[net.name] = run(control_pipeline(pipeline, network), first, image=hint)
         calls += control_calls(net.name, recorder)
-    return References(plain, again, controlled, hint, calls, size, loaded.loader, tuple(assumed))
+    return References(plain, again, controlled, given, init, hint, calls, size, loaded.loader, tuple(assumed))
 
 
 @contextmanager
@@ -126,15 +138,15 @@ def run_reference(
         trajectory.append(values["latents"][0].float().numpy().copy())
         return {}
 
+    size = {} if "strength" in more else {"width": bundle.card.width, "height": bundle.card.height}
     output = pipeline(
         prompt,
-        width=bundle.card.width,
-        height=bundle.card.height,
         num_inference_steps=steps,
         guidance_scale=guidance,
         generator=torch.Generator().manual_seed(seed),
         callback_on_step_end=note,
         output_type="np",
+        **size,
         **more,
     )
     return Reference(trajectory, (output.images[0] * 255).round().astype(np.uint8))

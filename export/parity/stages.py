@@ -1,4 +1,4 @@
-"""The authority for super-resolution stages: diffusers' own pipeline of each on a drawn picture, and what it fed its networks."""
+"""The authority for super-resolution stages: diffusers' own pipeline of each on a drawn picture, and its networks' calls."""
 
 from __future__ import annotations
 

@@ -199,12 +199,15 @@ def compare(
 def _requests(references: References, settings: Settings) -> Iterator[tuple[Request, Reference, str]]:
     """Requests of the engine, each with diffusers' run of the same and the name of the check."""
     options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance, "seed": settings.seed}
-    options["prompt_syntax"] = "plain"
+    options |= {"prompt_syntax": "plain", "init": references.init}
     for prompt, reference in references.plain.items():
         yield Request(prompt=prompt, **options), reference, prompt
     for net, reference in references.controlled.items():
         control = Control(name=net, image=references.hint)
         yield (Request(prompt=settings.prompts[0], controls=(control,), **options), reference, f"with ControlNet {net}")
+    for init, reference in references.given:
+        name = "from an image" if init.mask is None else "inpainting"
+        yield Request(prompt=settings.prompts[0], **{**options, "init": init}), reference, name
 
 
 class _OpenOnce:

@@ -27,14 +27,15 @@ ENDS = (2**63 - 1, -(2**63), 2**31 - 1, -(2**31))
 # of a few numbers, but for Range and Resize, whose numbers are bounded below: after Expand to [0, 2^62] OpenVINO 2026.4.1
 # crashed in the calls of other networks.
 STANDARD = frozenset((
-    "Abs", "Add", "ArgMax", "Cast", "Clip", "Concat", "Conv", "Cos", "DepthToSpace", "Div", "Equal", "Erf", "Exp", "Flatten", "Gather",
-    "GatherND", "Gelu", "Gemm", "Greater", "HardSwish", "Identity", "InstanceNormalization", "LayerNormalization",
+    "Abs", "Add", "ArgMax", "AveragePool", "Cast", "Clip", "Concat", "Conv", "Cos", "DepthToSpace", "Div", "Equal",
+    "Erf", "Exp", "Flatten",
+    "Gather", "GatherND", "Gelu", "Gemm", "Greater", "HardSwish", "Identity", "InstanceNormalization", "LayerNormalization",
     "LeakyRelu", "Less", "Log", "MatMul", "Max", "Min", "Mul", "Neg", "PRelu", "Pow", "Range", "Reciprocal", "ReduceMean",
     "ReduceSum", "Relu", "Reshape", "Resize", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt", "Squeeze",
     "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
 ))  # fmt: skip
 ONNXRUNTIME = frozenset(
-    ("MultiHeadAttention", "SkipLayerNormalization", "BiasGelu", "FastGelu", "FusedMatMul", "QuickGelu")
+    ("Attention", "MultiHeadAttention", "SkipLayerNormalization", "BiasGelu", "FastGelu", "FusedMatMul", "QuickGelu")
 )
 OPERATORS = {"": STANDARD, "ai.onnx": STANDARD, "com.microsoft": ONNXRUNTIME}
 BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}  # size of an element, by TensorProto.DataType

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from stepforge.runtime.bundle.format import (
     TEXT_ENCODERS,
@@ -18,6 +19,7 @@ from stepforge.runtime.bundle.format import (
     Bundle,
     Component,
     ComponentId,
+    ExpertCard,
     ModelCard,
     Tensor,
 )
@@ -54,6 +56,8 @@ def check_fit(bundle: Bundle) -> None:
             )
         if stage.model is not None:
             _check_model(stage.model, f"stages.{name}.model")
+    for name, expert in bundle.experts.items():
+        _check_expert(bundle, name, expert)
     card = bundle.card
     if bundle.text_encoders != TEXT_ENCODERS[: len(card.text_encoders)]:
         raise ValueError(
@@ -79,6 +83,19 @@ def _check_model(card: ModelCard, where: str) -> None:
         raise ValueError(f"{where}.size_multiple is {card.size_multiple}, no multiple of vae_scale {card.vae_scale}")
 
 
+def _check_expert(bundle: Bundle, name: str, expert: ExpertCard) -> None:
+    first = next(iter(bundle.experts.values()))
+    if name in (UNET.name, "base") or expert.unit != first.unit:
+        raise ValueError(f"experts.{name} has the base model's name, or another unit than the first of the experts")
+    if expert.unit == "timesteps" and (expert.end is None or expert.end > 1):
+        raise ValueError(f"experts.{name}.end is {expert.end}; timesteps end at 1")
+    if expert.end is not None and expert.end <= expert.start:
+        raise ValueError(f"experts.{name} ends at {expert.end}, before it starts")
+    spans = sorted((e.start, math.inf if e.end is None else e.end) for e in bundle.experts.values())
+    if any(after[0] < before[1] for before, after in pairwise(spans)):
+        raise ValueError("experts overlap")
+
+
 def _needed(card: ModelCard | None, stage: str) -> list[ComponentId]:
     """Networks that a model cannot do without."""
     if card is None:
@@ -91,6 +108,8 @@ def _check_components(bundle: Bundle) -> None:
     needed = _needed(bundle.card, "")
     for name, stage in bundle.stages.items():
         needed += _needed(stage.model, name)
+    for name, expert in bundle.experts.items():
+        needed += [replace(UNET, name=name), *(encoder.component for encoder in expert.text_encoders)]
     for control in bundle.controls:
         needed += [ComponentId("control_hint", control), ComponentId("control_residuals", control)]
     needed += [key.whole for key in bundle.components]
@@ -102,6 +121,8 @@ def _check_components(bundle: Bundle) -> None:
             raise ValueError(f"component {str(key)!r} is a variant, which a {key.role} has not")
         if key.stage and key.stage not in bundle.stages:
             raise ValueError(f"component {str(key)!r} belongs to no entry of stages")
+        if key.role == "denoiser" and key.name not in (UNET.name, *(() if key.stage else bundle.experts)):
+            raise ValueError(f"component {str(key)!r} belongs to no entry of experts")
         if key.role.startswith("control") and key.name not in bundle.controls:
             raise ValueError(f"component {str(key)!r} belongs to no entry of controls")
 
@@ -110,7 +131,7 @@ def _check_files(bundle: Bundle) -> None:
     named = [
         *(component.graph for component in bundle.components.values()),
         *(graph for component in bundle.components.values() for graph in component.derived.values()),
-        *(encoder.tokenizer for card in bundle.models for encoder in card.text_encoders),
+        *(encoder.tokenizer for card in (*bundle.models, *bundle.experts.values()) for encoder in card.text_encoders),
     ]
     for name in named:
         if name not in bundle.files:
@@ -147,7 +168,8 @@ def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
     if card is None:
         return _Signature({"image": ("rows", 3, "height", "width")}, {"pixels": ("rows", 3, ANY, ANY)})
     image: Shape = ("rows", card.latent_channels, "height", "width")
-    encoders = [encoder.component for encoder in card.text_encoders]
+    reading = bundle.reading(key.stage, key.name)[0] if key.role == "denoiser" else card.text_encoders
+    encoders = [encoder.component for encoder in reading]
     text = [shapes[encoder].get("hidden_states", ()) for encoder in encoders]
     width = sum(size for shape in text for size in shape[-1:] if isinstance(size, int))
     read: dict[str, Shape] = {"sample": image, "timestep": ("rows",)}
@@ -156,12 +178,15 @@ def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
     if card.family in POOLED:
         read["text_embeds"] = ("rows", *shapes[encoders[-1]].get("pooled", ())[1:])
     if card.family == "sdxl":
-        read["time_ids"] = ("rows", 6)
+        expert = bundle.experts.get(key.name) if key.role == "denoiser" else None
+        read["time_ids"] = ("rows", 6 if expert is None or not expert.aesthetic else 5)
     match key.role:
         case "text_encoder":
-            length = next((one.max_length for one in card.text_encoders if one.component == key), 0)
+            further = [one for expert in bundle.experts.values() for one in expert.text_encoders if not key.stage]
+            length = next((one.max_length for one in (*card.text_encoders, *further) if one.component == key), 0)
             given: dict[str, Shape] = {"hidden_states": ("rows", length, ANY)}
-            if card.family in POOLED and key == encoders[-1]:
+            last = [encoders[-1:], *([one.component for one in e.text_encoders[-1:]] for e in bundle.experts.values())]
+            if card.family in POOLED and [key] in last:
                 given["pooled"] = ("rows", ANY)
             ids: Shape = ("rows", length)
             masked = {"attention_mask": ids} if card.family == "if" else {}
@@ -175,6 +200,8 @@ def _signature(bundle: Bundle, key: ComponentId) -> _Signature:
                 read["class_labels"] = ("rows",)
             return _Signature(read, {"prediction": image}, (*IDS, "class_labels"))
         case "denoiser":
+            if not key.stage and bundle.reads_mask:
+                read["sample"] = ("rows", 2 * card.latent_channels + 1, "height", "width")
             return _Signature(read, {"prediction": image})
         case "control_hint":
             by = card.vae_scale

@@ -274,13 +274,32 @@ class StageCard:
     noise_level: Annotated[int, Between(0, 100_000)] = 0  # used where a request names none; so are the following
     steps: Annotated[int, Between(1, 1000)] = 50
     guidance: Annotated[float, Between(0.0, 100.0)] = 1.0
-    size_multiple: Annotated[int, Between(1, 256)] = 1  # sides that a feed-forward network reads are padded to multiples of it
+    size_multiple: Annotated[int, Between(1, 256)] = (
+        1  # sides that a feed-forward network reads are padded to multiples of it
+    )
     least: Annotated[int, Between(1, 4096)] = 1  # ... and to at least this
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         cards = {name: getattr(self, name) for name in ("scheduler", "noising")}
         return asdict(self) | {name: None if card is None else card.to_dict() for name, card in cards.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCard:
+    """What the engine must know of a further denoiser of the base model's latents.
+
+    start, end: where it runs unless a request says otherwise, see `plan.switch.Switch`; an end of None is beyond all sigmas.
+    """
+
+    unit: Annotated[str, OneOf(("timesteps", "sigma"))]
+    start: Annotated[float, Between(0.0, 1e6)]
+    end: Annotated[float, Between(0.0, 1e6)] | None
+    text_encoders: Annotated[
+        tuple[TextEncoder, ...], Between(0, 2)
+    ] = ()  # what it reads of prompts; empty: the model's
+    zero_empty_negative: bool = False  # where it has text encoders of its own
+    aesthetic: bool = False  # its time_ids end with an aesthetic score in place of the target size
 
 
 @dataclass(frozen=True)  # no slots: the digest is kept
@@ -297,6 +316,7 @@ class Bundle:
     files: Mapping[str, tuple[int, str]]  # relative path -> (bytes, sha256)
     controls: Mapping[str, ControlCard] = field(default_factory=dict)
     stages: Mapping[str, StageCard] = field(default_factory=dict)  # super-resolution, by name
+    experts: Mapping[str, ExpertCard] = field(default_factory=dict)  # denoisers beside the base model's own, by name
     verdict: Mapping[str, Any] | None = None  # what `stepforge verify` found; not part of the digest
     presets: Mapping[str, Preset] = field(default_factory=dict)  # not part of the digest
 
@@ -326,6 +346,20 @@ class Bundle:
         """The base model's card and those of diffusion stages."""
         return self.card, *(stage.model for stage in self.stages.values() if stage.model is not None)
 
+    @property
+    def reads_mask(self) -> bool:
+        """Whether the base model reads a mask and the masked image beside its latents: an inpainting model."""
+        sample = next((tensor.shape for tensor in self.components[UNET].inputs if tensor.name == "sample"), (0, 0))
+        return sample[1] == 2 * self.card.latent_channels + 1
+
+    def reading(self, stage: str, denoiser: str) -> tuple[tuple[TextEncoder, ...], bool]:
+        """Text encoders that a denoiser reads, and whether an empty negative prompt is zeros for it."""
+        expert = None if stage else self.experts.get(denoiser)
+        if expert is not None and expert.text_encoders:
+            return expert.text_encoders, expert.zero_empty_negative
+        card = self.model(stage)
+        return ((), False) if card is None else (card.text_encoders, card.zero_empty_negative)
+
     def model(self, stage: str) -> ModelCard | None:
         """Card of the base model ("") or of a stage; None for a feed-forward network."""
         return self.stages[stage].model if stage else self.card
@@ -348,6 +382,7 @@ def to_dict(bundle: Bundle) -> dict[str, Any]:
         "files": {name: list(entry) for name, entry in sorted(bundle.files.items())},
         "controls": {name: asdict(card) for name, card in bundle.controls.items()},
         "stages": {name: card.to_dict() for name, card in bundle.stages.items()},
+        "experts": {name: asdict(card) for name, card in bundle.experts.items()},
         "verdict": bundle.verdict,
         "presets": {name: preset.to_dict() for name, preset in bundle.presets.items()},
     }

@@ -18,6 +18,7 @@ from stepforge.runtime.bundle.format import (
     Component,
     ComponentId,
     ControlCard,
+    ExpertCard,
     File,
     ModelCard,
     Named,
@@ -65,6 +66,7 @@ class _Manifest:
     files: Mapping[File, tuple[Annotated[int, Between(0, 1 << 50)], Digest]]
     controls: Annotated[Mapping[Word, ControlCard], Between(0, 64)]
     stages: Annotated[Mapping[Word, Mapping[str, Any]], Between(0, 64)]
+    experts: Annotated[Mapping[Word, ExpertCard], Between(0, 16)]
     verdict: Mapping[str, Any] | None
     presets: Annotated[Mapping[Named, Mapping[str, Any]], Between(0, 4096)]
 
@@ -143,6 +145,7 @@ def _parse(path: Path, data: Any) -> Bundle:
         files=manifest.files,
         controls=manifest.controls,
         stages={name: _stage(values, f"stages.{name}") for name, values in manifest.stages.items()},
+        experts=manifest.experts,
         verdict=manifest.verdict,
         presets={name: Preset.from_dict(values) for name, values in manifest.presets.items()},
     )

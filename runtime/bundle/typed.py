@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from stepforge.runtime.checks import shown
+from stepforge.runtime.errors import StepforgeError
 from stepforge.runtime.files import printable
 
 T = TypeVar("T")
@@ -91,6 +92,8 @@ def reader(kind: Any) -> Reader:
         return _row([reader(arg) for arg in args])
     if origin is Mapping:
         return _mapping(reader(args[0]), reader(args[1]))
+    if hasattr(kind, "from_dict"):
+        return _own(kind)
     if dataclasses.is_dataclass(kind):
         return _record(kind)
     return PLAIN[kind]
@@ -194,6 +197,19 @@ def _mapping(keys: Reader, values: Reader) -> Reader:
             keys(key, f"a name in {where}")
             found[key] = values(one, f"{where}.{printable(key, 60)}")
         return found
+
+    return read
+
+
+def _own(kind: Any) -> Reader:
+    """Of a class that reads itself, such as the scheduler's card."""
+
+    def read(value: Any, where: str) -> Any:
+        given = _object(value, where)
+        try:
+            return kind.from_dict(given)
+        except (StepforgeError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{where}: {printable(error)}") from error
 
     return read
 

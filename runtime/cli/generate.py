@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepforge.runtime.cli import options
-from stepforge.runtime.cli.inputs import parse_adapters, parse_controls, read_requests
+from stepforge.runtime.cli.inputs import parse_adapters, parse_controls, parse_init, parse_stages, read_requests
 from stepforge.runtime.cli.output import complain, progress_bar
 from stepforge.runtime.cli.signals import Stopped, on_signal
 from stepforge.runtime.cli.targets import claimed
@@ -82,6 +82,14 @@ def generate(
     guess_mode: Annotated[
         bool, typer.Option("--guess-mode", help="ControlNets in conditional rows only, weaker where shallow.")
     ] = False,
+    init: options.InitImage = None,
+    mask: options.InitMask = None,
+    strength: options.InitStrength = None,
+    overlay: options.InitOverlay = False,
+    sr: options.StageNames = None,
+    sr_steps: options.StageSteps = None,
+    noise_level: options.NoiseLevel = None,
+    sr_guidance: options.StageGuidance = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Image i of a prompt uses seed + i.")] = 0,
     images: Annotated[int, typer.Option(metavar="N", help="Images for each prompt.")] = 1,
     prompt_syntax: Annotated[
@@ -126,6 +134,8 @@ def generate(
             "prompt_syntax": prompt_syntax, **planned,
             "controls": parse_controls(control or (), preprocessor, control_window, guess_mode),
             "adapters": {name: strength for name, (_, strength) in adapters.items()},
+            "init": parse_init(init, mask, strength, overlay),
+            "upscale": parse_stages(sr or (), sr_steps, noise_level, sr_guidance),
         },
     )  # fmt: skip
     singles = [
@@ -148,7 +158,7 @@ def generate(
         if sheet is not None and drawing.done and not drawing.signal:
             drawing.write_sheet(sheet)
     if as_json:
-        print(json.dumps(_rows(requests, [index for index, _ in singles], drawing), indent=1))
+        print(json.dumps(rows_of(requests, [index for index, _ in singles], drawing), indent=1))
     drawing.report()
 
 
@@ -169,7 +179,7 @@ class Drawing:
     def run(self, engine: Engine, requests: Sequence[Request]) -> None:
         """Write each image when it is ready. Raises RequestError, before anything is computed, for a wrong request."""
         with (
-            progress_bar("denoising", lambda: sum(len(engine.plan(request).steps) for request in requests)) as bar,
+            progress_bar("denoising", lambda: sum(steps_of(engine, request) for request in requests)) as bar,
             _closer(engine) as close,
         ):
 
@@ -233,6 +243,11 @@ class Drawing:
             raise typer.Exit(1)
 
 
+def steps_of(engine: Engine, request: Request) -> int:
+    """Denoising steps of an image, in all its stages."""
+    return sum(len(plan.steps) for _, plan in engine.plans(request))
+
+
 class _Counter:
     """Denoising steps of all images so far, for the bar."""
 
@@ -272,7 +287,7 @@ def _reason(error: BaseException) -> str:
 def _sheet(engine: Engine, requests: Sequence[Request], columns: int | None) -> Sheet:
     from stepforge.runtime.imaging.sheet import LABEL_ROOM, Sheet
 
-    sizes = [engine.bundle.card.size(request.width, request.height) for request in requests]
+    sizes = [engine.size(request) for request in requests]
     cell = max(size.width for size in sizes), max(size.height for size in sizes)
     labels = [_label(request) for request in requests]
     return Sheet(len(requests), cell, columns=columns, labels=labels, upscale=max(1, LABEL_ROOM // cell[0]))
@@ -286,7 +301,7 @@ def _label(request: Request) -> str:
     return f"{names}: {request.prompt}" if names else request.prompt
 
 
-def _rows(requests: Sequence[Request], owners: Sequence[int], drawing: Drawing) -> list[dict[str, Any]]:
+def rows_of(requests: Sequence[Request], owners: Sequence[int], drawing: Drawing) -> list[dict[str, Any]]:
     """What was written and what failed, for JSON: a row for each prompt. Rows of networks and seconds are summed over its
     images; `calls` and `total` are those of the image that took most."""
     rows = []

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from stepforge.runtime.bundle import Bundle, ComponentId
+from stepforge.runtime.bundle import Bundle, ComponentId, StageCard
 from stepforge.runtime.cli import options
 from stepforge.runtime.files import printable
 
@@ -28,6 +28,8 @@ def info(bundle: options.BundlePath, as_json: options.Json = False) -> None:
     print(
         f"  scheduler: {_listed({key: value for key, value in opened.scheduler.to_dict().items() if value is not None})}"
     )
+    for name, stage in opened.stages.items():
+        print(f"  stage {printable(name)}: {_listed(stage_facts(stage))}")
     print(f"  exported with: {_listed(opened.versions)}")
     for name, preset in opened.presets.items():
         stated = {key: value for key, value in preset.to_dict().items() if key != "found"}
@@ -55,6 +57,7 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "precision": bundle.precision,
         "model": asdict(bundle.card),
         "scheduler": bundle.scheduler.to_dict(),
+        "stages": {name: stage.to_dict() for name, stage in bundle.stages.items()},
         "source": dict(bundle.source),
         "versions": dict(bundle.versions),
         "components": {str(key): component.graph for key, component in bundle.components.items()},
@@ -62,6 +65,21 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "verdict": bundle.verdict,
         "presets": {name: preset.to_dict() for name, preset in bundle.presets.items()},
     }
+
+
+def stage_facts(stage: StageCard) -> dict[str, Any]:
+    """Of a super-resolution stage: what it is, and what requests take unless they say otherwise."""
+    facts: dict[str, Any] = {"kind": stage.kind, "scale": stage.scale}
+    if stage.model is not None:
+        facts |= {
+            "model": stage.model.name,
+            "made for": f"{stage.model.width}x{stage.model.height}",
+            "steps": stage.steps,
+        }
+        facts["guidance"] = stage.guidance
+    if stage.noising is not None:
+        facts["noise level"] = f"{stage.noise_level} of {stage.most_noise}"
+    return facts
 
 
 def _described(bundle: Bundle, key: ComponentId) -> str:

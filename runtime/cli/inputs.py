@@ -1,4 +1,4 @@
-"""What the texts on the command line mean: requests, adapters, ControlNets, numbers."""
+"""What the texts on the command line mean: requests, adapters, ControlNets, stages, numbers."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def read_requests(
 ) -> list[Request]:
     """One request for each prompt or each line of a request file."""
     from stepforge.runtime.request import Request, canonical
+    from stepforge.runtime.serve.manifest import request_of, with_pictures
 
     if [bool(prompts), prompt_file is not None, request_file is not None].count(True) != 1:
         raise RequestError("give either PROMPT arguments, --prompts FILE or --requests FILE")
@@ -36,20 +37,11 @@ def read_requests(
             values = strict_json(line.encode())
             if not isinstance(values, dict):
                 raise ValueError("an object with the fields of a request is needed")
-            requests.append(Request.of({**options, **canonical(_found_beside(request_file, values))}))
+            fields = with_pictures(canonical(values), request_file.parent)
+            requests.append(request_of(fields, options))
         except ValueError as error:
             raise RequestError(f"{printable(request_file)}, line {number}: {error}") from error
     return requests
-
-
-def _found_beside(file: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """A line's values with the images of its ControlNets looked for beside the file."""
-    controls = values.get("controls", ())
-    controls = [controls] if isinstance(controls, dict) else controls
-    if not isinstance(controls, list) or not all(isinstance(control, dict) for control in controls):
-        return values
-    resolved = [{**c, "image": file.parent / c["image"]} if isinstance(c.get("image"), str) else c for c in controls]
-    return {**values, "controls": resolved} if resolved else values
 
 
 def read_lines(file: Path) -> list[tuple[int, str]]:
@@ -71,6 +63,19 @@ def read_lines(file: Path) -> list[tuple[int, str]]:
     if not (found := [(number, line) for number, line in enumerate(lines, 1) if line.strip()]):
         raise RequestError(f"{printable(file)} has no prompts")
     return found
+
+
+def parse_init(
+    image: Path | None, mask: Path | None, strength: float | None, overlay: bool = False
+) -> dict[str, Any] | None:
+    """The init image of the options, as fields of `Init`. Raises RequestError for what needs one."""
+    given = {"mask": mask, "strength": strength, "overlay": overlay or None}
+    stated = {name: value for name, value in given.items() if value is not None}
+    if image is None:
+        if stated:
+            raise RequestError(f"--{next(iter(stated))} needs --init")
+        return None
+    return {"image": image, **stated}
 
 
 def parse_adapters(texts: Sequence[str]) -> dict[str, tuple[Path, float]]:
@@ -135,6 +140,18 @@ def parse_controls(texts: Sequence[str], preprocessor: str, window: str, guess_m
         given = {"name": name, "image": image, "scale": scale, "preprocessor": preprocessor, "guess_mode": guess_mode}
         controls.append({**given, **times})
     return controls
+
+
+def parse_stages(
+    names: Sequence[str], steps: int | None, noise_level: int | None, guidance: str | None
+) -> list[dict[str, Any]]:
+    """Fields of Upscale, which checks them, of each stage; what is None stays the stage's own. Raises RequestError."""
+    options = {"steps": steps, "noise_level": noise_level, "guidance": guidance}
+    stated = {name: value for name, value in options.items() if value is not None}
+    if stated and not names:
+        flags = {"steps": "--sr-steps", "noise_level": "--noise-level", "guidance": "--sr-guidance"}
+        raise RequestError(f"{flags[next(iter(stated))]} needs --sr NAME")
+    return [{"name": name, **stated} for name in names]
 
 
 def file_and_strength(text: str) -> tuple[Path, float]:

@@ -1,4 +1,4 @@
-"""The command line: `stepforge generate | plan | info | doctor | tune | lora | export | verify`.
+"""The command line: `stepforge generate | upscale | batch | plan | info | doctor | tune | lora | export | verify`.
 
 Commands only read arguments, call the rooms and print. Commands of the offline room join through the entry point group
 `stepforge.commands`; `lora.convert` there is the command `convert` of the group `lora`. Exit codes: 0 done, 1 it ran and
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stepforge.runtime.cli.batch import batch
 from stepforge.runtime.cli.doctor import doctor
 from stepforge.runtime.cli.generate import generate
 from stepforge.runtime.cli.info import info
@@ -23,6 +24,7 @@ from stepforge.runtime.cli.output import complain, lost_output, quiet, streams
 from stepforge.runtime.cli.plan import plan
 from stepforge.runtime.cli.signals import Stopped, leave, on_signal
 from stepforge.runtime.cli.tune import tune
+from stepforge.runtime.cli.upscale import upscale
 from stepforge.runtime.errors import RequestError, StepforgeError
 
 INTERRUPTED = 130
@@ -34,6 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(upscale)
+app.command(short_help="Draw a manifest of jobs, resumable.")(batch)
 app.command()(plan)
 app.command()(info)
 app.command()(doctor)

@@ -13,6 +13,20 @@ from stepforge.runtime.errors import BackendError, RequestError
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory, or `fake` for a test model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
+# What a picture starts from
+InitImage = Annotated[
+    Path | None,
+    typer.Option("--init", metavar="IMAGE", help="Start from this image (img2img; inpainting with --mask)."),
+]
+InitMask = Annotated[Path | None, typer.Option("--mask", metavar="IMAGE", help="White is drawn anew, black is kept.")]
+InitStrength = Annotated[
+    float | None,
+    typer.Option("--strength", metavar="X", help="Share of the steps that run. [default: 0.8; with a mask 1]"),
+]
+InitOverlay = Annotated[
+    bool, typer.Option("--overlay", help="Put the image's own pixels back where the mask is black.")
+]
+
 # What decides a plan
 Steps = Annotated[int, typer.Option("--steps", "-n", metavar="N", help="Denoising steps.")]
 Sampler = Annotated[
@@ -66,6 +80,21 @@ Preprocessor = Annotated[
         metavar="TEXT",
         help="Draws hints from the images: canny, canny(100,200), silhouette; +crop or +fill keeps proportions.",
     ),
+]
+
+# Super-resolution
+StageNames = Annotated[
+    list[str] | None,
+    typer.Option("--sr", metavar="NAME", help="Enlarge by this stage of the bundle; repeatable, one after the other."),
+]
+StageSteps = Annotated[
+    int | None, typer.Option("--sr-steps", metavar="N", help="Steps of the stages. [default: theirs]")
+]
+NoiseLevel = Annotated[
+    int | None, typer.Option("--noise-level", metavar="N", help="Noise on what the stages read. [default: theirs]")
+]
+StageGuidance = Annotated[
+    str | None, typer.Option("--sr-guidance", metavar="TEXT", help="Guidance of the stages, as -g. [default: theirs]")
 ]
 
 # The engine

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Any
 
 from stepforge.runtime.cli import options
+from stepforge.runtime.cli.inputs import parse_init, parse_stages
 from stepforge.runtime.cli.output import print_table
+from stepforge.runtime.files import printable
+
+if TYPE_CHECKING:
+    from stepforge.runtime.plan import Plan
 
 
 def plan(
@@ -21,11 +27,19 @@ def plan(
     guider: options.GuiderText = None,
     reuse: options.ReuseText = None,
     preset: options.PresetName = None,
+    init: options.InitImage = None,
+    mask: options.InitMask = None,
+    strength: options.InitStrength = None,
+    sr: options.StageNames = None,
+    sr_steps: options.StageSteps = None,
+    noise_level: options.NoiseLevel = None,
+    sr_guidance: options.StageGuidance = None,
     as_json: options.Json = False,
 ) -> None:
     """Print the table of numbers that a request becomes."""
     from stepforge.runtime.load import open_bundle
     from stepforge.runtime.plan.compile import check_variants, compile_plan, describe
+    from stepforge.runtime.plan.stages import compile_stage
     from stepforge.runtime.request import Request
     from stepforge.runtime.request.presets import resolve
 
@@ -33,13 +47,34 @@ def plan(
         steps=steps, sampler=sampler, schedule=schedule, spacing=spacing, timesteps=timesteps, sigmas=sigmas, eta=eta,
         guidance=guidance, guider=guider, reuse=reuse, preset=preset,
     )  # fmt: skip
-    request = Request(prompt="", **fields)
+    request = Request(
+        prompt="",
+        init=parse_init(init, mask, strength),
+        upscale=parse_stages(sr or (), sr_steps, noise_level, sr_guidance),
+        **fields,
+    )
     opened = open_bundle(bundle, check=False)
-    compiled = compile_plan(resolve(request, opened), opened.scheduler)
+    compiled = compile_plan(resolve(request, opened), opened.scheduler, blends=not opened.reads_mask)
     check_variants(compiled, opened)
-    rows = describe(compiled)
+    stages = [(upscale.name, compile_stage(upscale, opened)) for upscale in request.upscale]
     if as_json:
-        print(json.dumps({"init_noise": compiled.init_noise, "rows": compiled.rows, "steps": rows}, indent=1))
+        told = {"stages": [{"stage": name, **_told(stage, name)} for name, stage in stages]} if stages else {}
+        print(json.dumps({**_told(compiled), **told}, indent=1))
         return
-    print_table(rows)
-    print(f"initial noise {compiled.init_noise:.6g}; {len(rows)} network evaluations, {compiled.rows} denoiser rows")
+    for name, each in (("", compiled), *stages):
+        if name:
+            print(f"\nstage {printable(name)}")
+        if not each.steps:
+            print("one pass of a feed-forward network")
+            continue
+        print_table(describe(each, name))
+        image = f"{each.start:.6g} of the image's latents, " if each.start else ""
+        print(
+            f"{image}initial noise {each.init_noise:.6g}; {len(each.steps)} network evaluations, {each.rows} denoiser rows"
+        )
+
+
+def _told(plan: Plan, stage: str = "") -> dict[str, Any]:
+    from stepforge.runtime.plan.compile import describe
+
+    return {"start": plan.start, "init_noise": plan.init_noise, "rows": plan.rows, "steps": describe(plan, stage)}

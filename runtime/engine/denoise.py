@@ -127,9 +127,19 @@ class Denoisers:
         further = {name: np.stack([row.trajectory.begin.inputs[name] for row in rows]) for name in first.begin.inputs}
         return {"sample": self._sample, "timestep": timestep, **further, **self._context(rows)}
 
+    def _time_ids(self, row: Row) -> tuple[float, ...]:
+        """SDXL's sizes, crop and, for an expert that reads it, aesthetic score."""
+        trajectory = row.trajectory
+        size = trajectory.leg.size.height, trajectory.leg.size.width
+        expert = None if trajectory.leg.stage else self._bundle.experts.get(trajectory.step.denoiser)
+        aesthetic = expert is not None and expert.aesthetic
+        return trajectory.job.request.micro.numbers(size, is_cond=row.is_cond, aesthetic=aesthetic)
+
     def _context(self, rows: Sequence[Row]) -> dict[str, Float32]:
         """Prompt inputs of the rows; kept while the same rows come back, as they do on most steps."""
-        key = tuple((id(row.condition), row.trajectory.leg.size) for row in rows)
+        key = tuple(
+            (id(row.condition), row.trajectory.leg.size, row.is_cond, row.trajectory.job.request.micro) for row in rows
+        )
         if self._packed is not None and self._packed[0] == key:
             return self._packed[1]
         conditions = [row.condition for row in rows]
@@ -138,8 +148,7 @@ class Denoisers:
             inputs["encoder_hidden_states"] = np.stack([condition.context for condition in conditions])
         if conditions[0].pooled is not None:
             inputs["text_embeds"] = np.stack([c.pooled for c in conditions if c.pooled is not None])
-            sizes = [(row.trajectory.leg.size.height, row.trajectory.leg.size.width) for row in rows]
-            inputs["time_ids"] = np.array([[h, w, 0, 0, h, w] for h, w in sizes], np.float32)
+            inputs["time_ids"] = np.array([self._time_ids(row) for row in rows], np.float32)
         self._packed = (key, inputs, conditions)  # holds the conditions, so that ids stay theirs
         return inputs
 

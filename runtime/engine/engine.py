@@ -19,17 +19,19 @@ from types import TracebackType
 from typing import Any, overload
 
 from stepforge.runtime.backends import Backend
-from stepforge.runtime.bundle import Bundle
+from stepforge.runtime.bundle import Bundle, Size
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.future import RequestFuture
 from stepforge.runtime.engine.legs import legs_of
+from stepforge.runtime.engine.pictures.networks import WHOLE, Tiling
 from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
-from stepforge.runtime.engine.state import Job, OnStep
+from stepforge.runtime.engine.state import Job, Leg, OnStep
 from stepforge.runtime.engine.worker import Worker
 from stepforge.runtime.errors import Cancelled, QueueFull, RequestError
 from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.compile import Rows, check_variants, compile_plan
 from stepforge.runtime.request import Request, Result
+from stepforge.runtime.request.control import ImageSource
 from stepforge.runtime.request.presets import resolve
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class Engine:
 
     max_rows: most denoiser rows in one network call. max_pixels: most pixels of all its rows, unless one image has more;
     a call that runs out of memory halves it for its network. queue_limit: most requests that wait.
+    tiling: how large pictures pass VAEs and feed-forward networks.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Engine:
         max_rows: int = MAX_ROWS,
         max_pixels: int = MAX_PIXELS,
         queue_limit: int = QUEUE_LIMIT,
+        tiling: Tiling = WHOLE,
     ) -> None:
         for name, value, least in (
             ("max_rows", max_rows, 2),
@@ -80,7 +84,7 @@ class Engine:
         self.scheduler_card = bundle.scheduler
         self.adapters = Adapters(bundle, backend)
         self._scheduler = Scheduler(max_rows=max_rows, max_pixels=max_pixels, queue_limit=queue_limit)
-        self._worker = Worker(bundle, backend, self._scheduler, self.adapters)
+        self._worker = Worker(bundle, backend, self._scheduler, self.adapters, tiling)
         self._warned_of_guidance = False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._worker.run, name="stepforge-engine", daemon=True)
@@ -92,11 +96,15 @@ class Engine:
         """The plan that `generate` would run, of the base model. Raises RequestError."""
         return self._plan(resolve(Request.of(request, **options), self.bundle), None)
 
+    def size(self, request: Asked, **options: Any) -> Size:
+        """Size of the pictures that `generate` would make, behind all stages. Raises RequestError."""
+        return self._legs(resolve(Request.of(request, **options), self.bundle), None)[-1].size
+
     def plans(self, request: Asked, **options: Any) -> list[tuple[str, Plan]]:
         """The plans that `generate` would run, each with the name of its stage, which is empty for the base model; those of
         feed-forward networks are empty. Raises RequestError."""
         request = resolve(Request.of(request, **options), self.bundle)
-        return [(leg.stage, leg.plan) for leg in legs_of(request, self.bundle, partial(self._plan, request, None))]
+        return [(leg.stage, leg.plan) for leg in self._legs(request, None)]
 
     def submit(
         self,
@@ -157,6 +165,23 @@ class Engine:
             found[outcome.index] = outcome.result if outcome.error is None else outcome.error
         return [found[index] for index in range(len(found))]
 
+    def upscale(
+        self,
+        image: ImageSource,
+        stage: str,
+        *,
+        prompt: str = "",
+        seed: int = 0,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Result:
+        """Enlarge a picture by one stage of the bundle; `generate` with an `Upscale` that has an image.
+
+        options: further fields of `Upscale`. Raises RequestError, Cancelled or GenerationError.
+        """
+        asked = {"name": stage, "image": image, **options}
+        return self.generate(Request(prompt=prompt, seed=seed, upscale=asked), on_step=on_step)
+
     def stream(
         self, requests: Iterable[Asked], *, on_step: OnStep | None = None, **options: Any
     ) -> Generator[Outcome, None, None]:
@@ -211,16 +236,21 @@ class Engine:
         self.close()
 
     def _plan(self, request: Request, rows: Rows | None) -> Plan:
-        plan = compile_plan(request, self.scheduler_card, rows)
+        plan = compile_plan(request, self.scheduler_card, rows, blends=not self.bundle.reads_mask)
         check_variants(plan, self.bundle)
         return plan
+
+    def _legs(self, request: Request, rows: Rows | None) -> list[Leg]:
+        return legs_of(request, self.bundle, partial(self._plan, request, rows))
 
     def _job(self, request: Request, on_step: OnStep | None, rows: Rows | None) -> Job:
         """A request that can be run. Raises RequestError for one that cannot."""
         self._check_process()
+        if rows is not None and request.experts is not None:
+            raise RequestError("steps of the caller's own name their denoisers; leave experts out")
         request = resolve(request, self.bundle)
         self._worker.check(request)  # unreadable prompts, unknown ControlNets
-        legs = legs_of(request, self.bundle, partial(self._plan, request, rows))
+        legs = self._legs(request, rows)
         self._warn(request)
         return Job(
             request, legs, RequestFuture(self._check_wait),

@@ -23,8 +23,15 @@ def legs_of(request: Request, bundle: Bundle, base: Callable[[], Plan]) -> list[
     """
     given = request.upscale[0].image if request.upscale else None
     legs: list[Leg] = []
+    if request.init is not None and given is not None:
+        raise RequestError(
+            "init is an image for the base model, which is not run on an image for a stage; give one of them"
+        )
     if given is None:
-        size, model = bundle.card.size(request.width, request.height), bundle.card
+        model = bundle.card
+        if bundle.reads_mask and (request.init is None or request.init.mask is None):
+            raise RequestError(f"{model.name} is an inpainting model; give an init image and a mask")
+        size = model.size(request.width, request.height) if request.init is None else _init_size(request, bundle)
         plan = base()
         check_text(plan, model)
         legs.append(Leg(plan, size))
@@ -56,6 +63,20 @@ def legs_of(request: Request, bundle: Bundle, base: Callable[[], Plan]) -> list[
         legs.append(Leg(plan, size, upscale.name, card=card, upscale=upscale, reads_latents=reads_latents))
         last = card.model
     return legs
+
+
+def _init_size(request: Request, bundle: Bundle) -> Size:
+    """Size of the picture that an image is turned into: as asked, or the image's own, down to the model's multiple."""
+    init, card = request.init, bundle.card
+    assert init is not None
+    if VAE_ENCODER not in bundle.components:
+        raise RequestError(
+            "the bundle has no VAE encoder, which an init image needs; export it again from a model that has one"
+        )
+    width, height = (side // card.size_multiple * card.size_multiple for side in image_size(init.image))
+    if not (width and height) and None in (request.width, request.height):
+        raise RequestError(f"the init image is smaller than {card.size_multiple} pixels; give width and height")
+    return card.size(request.width or width, request.height or height)
 
 
 def _same_latents(made: ModelCard, read: ModelCard | None) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,10 @@ from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.reuse import recordings
 from stepforge.runtime.request import Progress, Request, Upscale
 
+if TYPE_CHECKING:
+    from stepforge.runtime.engine.pictures.inits import Given
+
+Texts = tuple[Condition | None, Condition | None]
 OnStep = Callable[[Progress], None]
 
 
@@ -53,8 +58,13 @@ class Leg:
         # set when the job is admitted
         self.cond: Condition | None = None
         self.uncond: Condition | None = None
+        self.texts: dict[str, Texts] = {}  # of denoisers that read prompts in their own way
         self.hints: Sequence[Float32] = ()  # encoded, one a ControlNet; empty where no step uses it
         self.hint_digests: Sequence[str] = ()
+
+    def text(self, denoiser: str) -> Texts:
+        """Conditions of a denoiser's rows: of the prompt, and of the negative one."""
+        return self.texts.get(denoiser, (self.cond, self.uncond))
 
     @property
     def is_network(self) -> bool:
@@ -85,6 +95,7 @@ class Job:
         self.submitted = time.perf_counter()
         # set when it is admitted
         self.is_prepared = False
+        self.init: Given | None = None  # the request's init image, encoded
         self.bank_slot = NONE
         self.started = 0  # images that have become trajectories
         # filled as images end

@@ -29,6 +29,22 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """What inpainting puts back after each step."""
+
+    mask: Float32  # 1 where the image is drawn anew, [1, h, w]
+    latents: Float32  # [C, h, w]
+    noise: Float32  # [C, h, w], the same in all steps
+
+    def put_back(self, x: Float32, level: tuple[float, float]) -> Float32:
+        """Latents whose known part is alpha·latents + sigma·noise."""
+        alpha, sigma = map(np.float32, level)
+        known = alpha * self.latents + sigma * self.noise if sigma else self.latents
+        blended: Float32 = (1 - self.mask) * known + self.mask * x.reshape(known.shape)
+        return blended.reshape(-1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Start:
     """What the first step of an image is given."""
 
@@ -36,6 +52,12 @@ class Start:
     generator: Generator  # its stream goes on with the steps' noise
     concat: Float32 | None = None  # [C', h, w], beside the scaled latents in the network's `sample`
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # of each of its rows in a network call
+    known: Known | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but the first latents sets it apart; loops of backends know no more."""
+        return self.concat is None and not self.inputs and self.known is None
 
 
 class Trajectory:
@@ -91,7 +113,8 @@ class Trajectory:
 
     @property
     def kind(self) -> Kind:
-        tokens = 0 if self.leg.cond is None else len(self.leg.cond.context)
+        cond, _ = self.leg.text(self.step.denoiser)
+        tokens = 0 if cond is None else len(cond.context)
         return Kind(self.network, self.on_device, self.shape, tokens)
 
     @property
@@ -115,7 +138,8 @@ class Trajectory:
     def rows(self) -> list[Row]:
         """Rows that the next evaluation needs, the conditional one first."""
         leg, w = self.leg, self.weight
-        wanted = ((leg.cond, True, w != 0.0), (leg.uncond, False, w != 1.0))
+        cond, uncond = leg.text(self.step.denoiser)
+        wanted = ((cond, True, w != 0.0), (uncond, False, w != 1.0))
         return [Row(self, condition, is_cond) for condition, is_cond, use in wanted if use and condition is not None]
 
     @property
@@ -154,12 +178,16 @@ class Trajectory:
         latent = self.table[self.k] @ self.state
         if raw is not None and step.raw:
             latent += np.float32(step.raw) * raw
+        if step.known is not None and self.begin.known is not None:
+            latent = self.begin.known.put_back(latent, step.known)
         self.k += 1
         self.x[:] = latent
 
     def end(self) -> Waypoint:
         """The image behind its leg."""
         done = next(number for number, leg in enumerate(self.job.legs, 1) if leg is self.leg)
+        if self.leg.plan.steps[-1].draws_more:
+            self.begin.generator.normal(self.shape)
         return Waypoint(self.job, self.index, done, self.begin.generator, self.latents())
 
     def latents(self) -> Float32:

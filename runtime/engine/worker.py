@@ -24,13 +24,15 @@ from stepforge.runtime.engine.conditions.text import Conditioner
 from stepforge.runtime.engine.denoise import Denoisers
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.engine.pictures.decode import Decoder
+from stepforge.runtime.engine.pictures.networks import WHOLE, Pictures, Tiling
+from stepforge.runtime.engine.pictures.inits import Inits, from_init
 from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
 from stepforge.runtime.engine.stages import Stage
 from stepforge.runtime.engine.starts import from_noise, from_picture
 from stepforge.runtime.engine.state import Job, Leg, failure, stage
 from stepforge.runtime.engine.trajectory import Batch, Start, Trajectory, Waypoint
 from stepforge.runtime.errors import Cancelled, GenerationError, RequestError
-from stepforge.runtime.imaging.read import read_picture
+from stepforge.runtime.imaging.read import check_image, read_picture
 from stepforge.runtime.request import Progress, Request
 
 log = logging.getLogger(__name__)
@@ -39,12 +41,15 @@ log = logging.getLogger(__name__)
 class Worker:
     """Everything that runs on the engine's thread."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, scheduler: Scheduler, adapters: Adapters) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend, scheduler: Scheduler, adapters: Adapters, tiling: Tiling = WHOLE
+    ) -> None:
         self._bundle, self._backend, self._scheduler, self._adapters = bundle, backend, scheduler, adapters
-        self._encoders: dict[ComponentId, Graph] = {}
+        self._encoders = Pictures(bundle, backend, tiling)  # the decoder has its own, on another thread
+        self._inits = Inits(bundle, self._encode)
         self.conditioner = Conditioner(bundle, backend, adapters)
         self.denoisers = Denoisers(bundle, backend, adapters)
-        self._decoder = Decoder(bundle, backend, scheduler.resume)
+        self._decoder = Decoder(bundle, backend, scheduler.resume, tiling)
         self.decoding: Stage[Waypoint] = Stage("stepforge-decode", self._decoder)
 
     def check(self, request: Request) -> None:
@@ -56,6 +61,10 @@ class Worker:
                 for text in upscale.prompts(request):
                     self.conditioner.tokenize(text, request.prompt_syntax, upscale.name)
         self.denoisers.controls.check(request.controls)
+        if request.init is not None:
+            for image in (request.init.image, request.init.mask):
+                if image is not None:
+                    check_image(image)
 
     def run(self) -> None:
         """Until the scheduler is closed. However it ends, every job is settled and no new one is taken."""
@@ -101,7 +110,7 @@ class Worker:
             job, index = image, image.started
             if job.given is None:
                 leg = job.legs[0]
-                start = from_noise(leg, self._bundle.card.latent_shape(leg.size), job.request.seed + index)
+                start = self._first(job, leg, job.request.seed + index)
                 self._run(job, index, leg, start)
                 return
             image = Waypoint(job, index, 0, Generator(job.request.seed + index), picture=read_picture(job.given))
@@ -111,17 +120,20 @@ class Worker:
         else:
             self._run(image.job, image.index, image.next, from_picture(image.next, image, self._encode))
 
+    def _first(self, job: Job, leg: Leg, seed: int) -> Start:
+        """Start of an image in the base model."""
+        card, init = self._bundle.card, job.request.init
+        if init is None or job.init is None:
+            return from_noise(leg, card.latent_shape(leg.size), seed)
+        reads_mask = self._bundle.reads_mask
+        return from_init(leg, job.init, init, seed, scaling=card.scaling_factor, reads_mask=reads_mask)
+
     def _encode(self, picture: Float32, stage: str) -> Float32:
         """Moments of a picture, by the VAE encoder of a stage."""
-        key = replace(VAE_ENCODER, stage=stage)
-        if key not in self._encoders:
-            self._encoders[key] = self._backend.open(key)
-        moments: Float32 = self._encoders[key]({"pixels": picture[None]})["moments"][0]
-        return moments
+        return self._encoders.encode(picture, stage)
 
     def _run(self, job: Job, index: int, leg: Leg, start: Start) -> None:
-        on_device = start.concat is None and not start.inputs  # the loops of backends know neither
-        rings = self.denoisers.rings(leg) if on_device else None
+        rings = self.denoisers.rings(leg) if start.is_plain else None
         self._scheduler.start(Trajectory(job, index, leg, start, rings))
 
     def _prepare(self, job: Job) -> bool:
@@ -136,6 +148,10 @@ class Worker:
             self.conditioner.prepare(job)
         with stage("hint encoder"):
             self.denoisers.controls.prepare(job)
+        if job.request.init is not None:
+            with stage("VAE encoder"):
+                job.init, runs = self._inits(job.request.init, job.legs[0].size)
+            job.count(VAE_ENCODER.label, runs)
         job.future.start()
         job.is_prepared = True
         return True

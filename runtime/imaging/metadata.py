@@ -32,10 +32,12 @@ def describe_image(result: Result, index: int) -> dict[str, Any]:
     """The facts of image `index`, for `save_png`."""
     request = result.request
     image = result.images[index]
-    stated = {name: value for name, value in request.to_dict().items() if name != "controls"}
+    stated = {name: value for name, value in request.to_dict().items() if name not in ("controls", "upscale")}
     return {
         **{name: value for name, value in stated.items() if value is not None},
         **({"controls": list(_controls(result))} if request.controls else {}),
+        **({"upscale": list(_stages(result))} if request.upscale else {}),
+        **({"init": _init(result)} if request.init else {}),
         "seed": result.seeds[index],
         "width": image.width,
         "height": image.height,
@@ -53,6 +55,19 @@ def _controls(result: Result) -> Iterator[dict[str, Any]]:
     """ControlNets with the sha256 of the hint they were shown in place of the image."""
     for control, digest in zip(result.request.controls, result.hints, strict=True):
         yield {**control.to_dict(), "hint_sha256": digest}
+
+
+def _init(result: Result) -> dict[str, Any]:
+    """What was asked of the init image, with the sha256 of its file and its mask's."""
+    assert result.request.init is not None
+    names = ("image_sha256", "mask_sha256")
+    return {**result.request.init.to_dict(), **dict(zip(names, result.init, strict=False))}
+
+
+def _stages(result: Result) -> Iterator[dict[str, Any]]:
+    """What was asked of each stage, and the evaluations that it made of it."""
+    for upscale, (_, plan) in zip(result.request.upscale, result.stages, strict=True):
+        yield {**upscale.to_dict(), "evaluations": len(plan.steps), "given_image": upscale.image is not None}
 
 
 def a1111_parameters(metadata: Mapping[str, Any]) -> str:

@@ -15,6 +15,8 @@ from stepforge.runtime.plan.plan import Plan
 from stepforge.runtime.plan.reuse import Reuse, variants
 from stepforge.runtime.plan.sample import sample_steps
 from stepforge.runtime.plan.step import Step, rows_of
+from stepforge.runtime.plan.switch import Switch
+from stepforge.runtime.plan.truncate import Strength
 from stepforge.runtime.plan.windows import Window
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ class Sampling(NamedTuple):
     timesteps: tuple[float, ...] | None
     sigmas: tuple[float, ...] | None
     eta: float | None
+    init: Strength | None = None
+    experts: Switch | None = None
 
 
 class Weighing(NamedTuple):
@@ -47,13 +51,15 @@ class Weighing(NamedTuple):
     controls: tuple[Window, ...]
 
 
-def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None = None) -> Plan:
+def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None = None, *, blends: bool = True) -> Plan:
     """The request as steps. Raises RequestError for what the model's scheduler cannot do.
 
     Requests that differ only in what decides no step, such as prompts and seeds, get one and the same plan.
 
     rows: steps and initial noise of the caller's own, in place of the request's sampler (`export.oracle.from_diffusers`
-    makes them from any linear diffusers scheduler); the request's guidance applies to them too.
+    makes them from any linear diffusers scheduler); the request's guidance applies to them too,
+    and each names its denoiser.
+    blends: inpainting puts the known part back after each step; a model that reads mask and image does without.
     """
     weighing = Weighing(
         request.guidance,
@@ -62,6 +68,9 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
         request.adapter_schedule,
         tuple(control.window for control in request.controls),
     )
+    init = request.init
+    if rows is not None and init is not None:
+        raise RequestError("steps of the caller's own take no init image")
     if rows is not None:
         return _weighed(*rows, weighing)
     has_steps = request.timesteps is None and request.sigmas is None
@@ -73,6 +82,8 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
         request.timesteps,
         request.sigmas,
         request.eta,
+        None if init is None else Strength(init.strength, init.mask is not None, blends and init.mask is not None),
+        request.experts,
     )
     return compiled(scheduler, sampling, weighing)
 
@@ -80,7 +91,11 @@ def compile_plan(request: Request, scheduler: SchedulerCard, rows: Rows | None =
 @lru_cache(CACHED_PLANS)
 def compiled(scheduler: SchedulerCard, sampling: Sampling, weighing: Weighing) -> Plan:
     """The plan that these decide, made once. Raises RequestError."""
-    return _weighed(*sample_steps(scheduler, **sampling._asdict()), weighing)
+    plan = _weighed(*sample_steps(scheduler, **sampling._asdict()), weighing)
+    if sampling.init is None or sampling.init.is_whole:
+        return plan
+    first = plan.steps[0].sigma  # sigma / alpha, and init_noise is sigma
+    return replace(plan, start=plan.init_noise / first)
 
 
 def _weighed(steps: tuple[Step, ...], init_noise: float, weighing: Weighing) -> Plan:
@@ -107,7 +122,18 @@ def _weighed(steps: tuple[Step, ...], init_noise: float, weighing: Weighing) -> 
 
 
 def check_variants(plan: Plan, bundle: Bundle) -> None:
-    """Raises RequestError if the plan names a reuse variant that the bundle was exported without."""
+    """Raises RequestError if the plan names an expert or a reuse variant that the bundle was exported without, or a ControlNet
+    for an expert that takes none."""
+    for denoiser in dict.fromkeys(step.denoiser for step in plan.steps):
+        network = bundle.components.get(ComponentId("denoiser", denoiser))
+        if network is None:
+            have = ", ".join(["base", *bundle.experts]) if bundle.experts else "it was exported without any (--expert)"
+            raise RequestError(f"the bundle has no expert {denoiser!r}; it has {have}")
+        takes = any(tensor.name.startswith("residual_") for tensor in network.inputs)
+        if not takes and any(any(step.control) for step in plan.steps if step.denoiser == denoiser) and bundle.controls:
+            raise RequestError(
+                f"a ControlNet would run with {denoiser}, which takes none; end its window before {denoiser} begins"
+            )
     for denoiser, variant in sorted({(step.denoiser, step.reuse) for step in plan.steps if step.reuse}):
         if ComponentId("denoiser", denoiser, variant) not in bundle.components:
             raise RequestError(f"the bundle has no variant {variant!r}; export it with --reuse {variant}")
@@ -119,8 +145,8 @@ def check_text(plan: Plan, card: ModelCard) -> None:
         raise RequestError(f"{card.name} reads no text, so that nothing can guide it: guidance is {odd[0]:g}; give 1")
 
 
-def describe(plan: Plan) -> list[dict[str, object]]:
-    """The plan as printable rows, one dict a step."""
+def describe(plan: Plan, stage: str = "") -> list[dict[str, object]]:
+    """The plan as printable rows, one dict a step. stage: whose it is, empty for the base model."""
     return [
         {
             "step": k,
@@ -134,7 +160,8 @@ def describe(plan: Plan) -> list[dict[str, object]]:
             "noise": round(step.noise, 6),
             "adapters": step.adapters,
             **({"control": list(step.control)} if step.control else {}),
-            "denoiser": ComponentId("denoiser", step.denoiser, step.reuse).label,
+            **({"known": [round(value, 6) for value in step.known]} if step.known else {}),
+            "denoiser": ComponentId("denoiser", step.denoiser, step.reuse, stage).label,
         }
         for k, step in enumerate(plan.steps)
     ]

@@ -89,6 +89,8 @@ class NoisePath:
     """All that a sampler reads. Evaluation k sees x_k at at[k]; its move is from moves[k][0] to moves[k][-1].
 
     The two differ for samplers of two evaluations per step, and where diffusers counts back from t by a fixed stride.
+    before: evaluations that a strength below 1 has cut off. blended: x_{k+1} is changed between evaluations, so that no
+    earlier latent can be had from it.
     limited: p_k is the clean latent after thresholding or clipping (threshold.py), no longer what the network predicts.
     """
 
@@ -97,6 +99,8 @@ class NoisePath:
     moves: tuple[tuple[Level, ...], ...]
     eta: float = 0.0
     limited: bool = False
+    before: int = 0
+    blended: bool = False
 
     def x0(self, k: int) -> Linear:
         """Estimate of the clean latent that samplers read."""

@@ -18,7 +18,7 @@ def pndm(path: NoisePath, k: int) -> Linear:
     """
     if k == 1:
         row = transfer(path, x(0), (p(0) + p(1)) / 2, 1)
-        return row.put(("x", 0), rewind(pndm(path, 0), 1))
+        return row if path.blended else row.put(("x", 0), rewind(pndm(path, 0), 1))
     past = [p(j) for j in range(k, -1, -1) if j != 1]
     if len(past) == 1:
         mean = past[0]
@@ -91,7 +91,7 @@ def dpmpp_3m(path: NoisePath, k: int) -> Linear:
     """DPM-Solver++ (3M); Lu et al., arXiv:2206.00927, appendix, in the data-prediction form of arXiv:2211.01095."""
     _, end = path.moves[k]
     steps = len(path.at)
-    if k < 2 or end.sigma == 0 or (k == steps - 2 and steps < FEW):
+    if k < 2 or end.sigma == 0 or (k == steps - 2 and steps + path.before < FEW):
         return dpmpp_2m(path, k)
     h, h0, h1 = (path.moves[k - j][1].log_snr - path.at[k - j].log_snr for j in range(3))
     slope0 = (path.x0(k) - path.x0(k - 1)) * (h / h0)
@@ -119,7 +119,7 @@ def deis(path: NoisePath, k: int) -> Linear:
     """DEIS of order 2 in log rho; Zhang and Chen, arXiv:2204.13902. rho = sigma / alpha."""
     start, end = path.moves[k]
     steps = len(path.at)
-    if k == 0 or (k == steps - 1 and steps < FEW):
+    if k == 0 or (k == steps - 1 and steps + path.before < FEW):
         return (end.alpha / start.alpha) * x(k) + (end.sigma - end.alpha * start.ratio) * path.limited_eps(k)
     now, past = start.ratio, path.at[k - 1].ratio
 

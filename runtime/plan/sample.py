@@ -13,11 +13,14 @@ from stepforge.runtime.bundle.scheduler import SPACINGS, SchedulerCard
 from stepforge.runtime.bundle.steps import Row
 from stepforge.runtime.checks import choice, shown, whole
 from stepforge.runtime.errors import RequestError
+from stepforge.runtime.plan import multistep
 from stepforge.runtime.plan.levels import SamplerOptions
 from stepforge.runtime.plan.linear import Linear, NoisePath
 from stepforge.runtime.plan.samplers import SAMPLERS, Sampler
 from stepforge.runtime.plan.schedules import check_falling, check_timesteps
 from stepforge.runtime.plan.step import Step
+from stepforge.runtime.plan.switch import Switch
+from stepforge.runtime.plan.truncate import Strength, truncated, with_known
 
 CLIP = (1.0, 1.0)  # clipping to -1..1 is thresholding whose limit cannot rise
 
@@ -32,8 +35,12 @@ def sample_steps(
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     eta: float | None = None,
+    init: Strength | None = None,
+    experts: Switch | None = None,
 ) -> tuple[tuple[Step, ...], float]:
     """Steps of a sampler, and the factor of the noise that it starts from. Raises RequestError.
+
+    init: the steps that an image of the caller's goes through, see truncate.py. experts: which denoiser runs when.
 
     sampler, schedule, spacing: None for the model's own, and where it has none that fits, the sampler's. timesteps,
     sigmas: in place of steps. Sigmas for euler include the one that the last step ends at, usually 0; sigmas for
@@ -41,7 +48,17 @@ def sample_steps(
     """
     if sampler is None and card.is_compiled:
         given = {"schedule": schedule, "spacing": spacing, "timesteps": timesteps, "sigmas": sigmas, "eta": eta}
-        return compiled_steps(card, steps, [option for option, value in given.items() if value is not None])
+        if init is not None:
+            raise RequestError(
+                f"the model's sampler {card.sampler} takes no init image; {_those(card, lambda kind: kind.truncates)}"
+            )
+        if experts is not None and experts.hands_over:
+            raise RequestError(
+                f"the model's sampler {card.sampler} cannot start afresh at a later step, as {experts} asks; give windows in "
+                f"sigma, or a sampler; {_those(card, _hands_over)}"
+            )
+        found, noise = compiled_steps(card, steps, [option for option, value in given.items() if value is not None])
+        return found if experts is None else experts.chosen(found), noise
     name = choice("sampler", sampler or card.sampler, tuple(SAMPLERS))
     kind = SAMPLERS[name]
     _check_model(card, name)
@@ -70,18 +87,75 @@ def sample_steps(
             " choose euler, or a spacing that starts later"
         )
     path = replace(path, limited=limit is not None)
-    found = tuple(step_of(path, k, kind.move(path, k), k // kind.evaluations) for k in range(len(path.at)))
+    whole_path = path
+    if init is not None:
+        _check_init(card, name, init)
+        path = truncated(path, init, options.steps, kind.evaluations, repeats=name == "pndm")
+    if experts is not None and experts.hands_over:
+        if not _hands_over(kind):
+            raise RequestError(
+                f"sampler {name!r} cannot start afresh at a later step, as {experts} asks; give windows in sigma, or another "
+                f"sampler; {_those(card, _hands_over)}"
+            )
+        found = _handed_over(kind, experts, whole_path, path, card.num_train_timesteps)
+    else:
+        found = tuple(step_of(path, k, kind.move(path, k), k // kind.evaluations) for k in range(len(path.at)))
+        found = found if experts is None else experts.chosen(found)
     if limit is not None:
         found = tuple(replace(step, threshold=limit) for step in found)
     if card.learned_range and kind.variance is not None:
+        if experts is not None and experts.hands_over:
+            raise RequestError("a denoiser that predicts its variance does not hand over; give experts in sigma")
         found = tuple(
             replace(step, noise=1.0, variance=kind.variance(*path.moves[k])) if step.t > 0 else step
             for k, step in enumerate(found)
         )
+    if (kind.draws_last or (options.eta and name == "ddim")) and not found[-1].noise:
+        found = (*found[:-1], replace(found[-1], draws_more=True))
+    if init is not None:
+        found = with_known(found, path) if init.blends else found
+        if not init.is_whole:
+            return found, path.at[0].sigma
     if path.at[0].scale_in == 1.0:
         return found, 1.0
     first = max(level.sigma for level in path.at)
     return found, math.hypot(first, 1.0) if options.spacing == "leading" else first
+
+
+def _hands_over(kind: Sampler) -> bool:
+    """Whether a sampler can go on with another denoiser as diffusers' second pipeline does. Its PNDM takes any second
+    entry of the list for the repeated one, its LMS asks for more history than there is."""
+    return kind.truncates and kind.move is not multistep.pndm
+
+
+def _handed_over(
+    kind: Sampler, experts: Switch, whole_path: NoisePath, path: NoisePath, train: int
+) -> tuple[Step, ...]:
+    """The steps of each denoiser in turn. path: what of the whole one an image of the caller's goes through."""
+    if path.blended:
+        raise RequestError("inpainting does not go with experts in fractions of the timesteps; give windows in sigma")
+    found: list[Step] = []
+    for denoiser, own, count in experts.parts(whole_path, train, kind.evaluations):
+        if not found and path.before:
+            count -= path.before
+            own = path
+            if count < 1:
+                raise RequestError(
+                    f"experts: the init image's strength leaves {denoiser} no step; raise it, or the steps"
+                )
+        index = found[-1].index + 1 if found else 0
+        moved = [step_of(own, k, kind.move(own, k), index + k // kind.evaluations) for k in range(count)]
+        found += [replace(step, denoiser=denoiser) for step in moved]
+    return tuple(found)
+
+
+def _check_init(card: SchedulerCard, name: str, init: Strength) -> None:
+    if not SAMPLERS[name].truncates:
+        fit = _those(card, lambda kind: kind.truncates)
+        raise RequestError(f"sampler {name!r} cannot start from an image (its history is missing); {fit}")
+    if init.blends and not SAMPLERS[name].blends:
+        fit = _those(card, lambda kind: kind.truncates and kind.blends)
+        raise RequestError(f"sampler {name!r} cannot have its latents changed between steps, as inpainting does; {fit}")
 
 
 def compiled_steps(card: SchedulerCard, steps: int | None, given: Sequence[str]) -> tuple[tuple[Step, ...], float]:

@@ -66,7 +66,7 @@ def heun(path: NoisePath, k: int) -> Linear:
     if k % 2 == 0:
         return euler(path, k)
     row = x(k - 1) + (end.sigma - start.sigma) / 2 * (path.eps(k - 1) + path.eps(k))
-    return row.put(("x", k - 1), rewind(euler(path, k - 1), k))
+    return row if path.blended else row.put(("x", k - 1), rewind(euler(path, k - 1), k))
 
 
 def kdpm2(path: NoisePath, k: int) -> Linear:
@@ -78,7 +78,7 @@ def kdpm2(path: NoisePath, k: int) -> Linear:
     if k % 2 == 0:
         return euler(path, k)
     row = x(k - 1) + (end.sigma - start.sigma) * path.eps(k)
-    return row.put(("x", k - 1), rewind(euler(path, k - 1), k))
+    return row if path.blended else row.put(("x", k - 1), rewind(euler(path, k - 1), k))
 
 
 def lcm(path: NoisePath, k: int) -> Linear:
@@ -124,6 +124,9 @@ class Sampler:
     alpha_to_one: bool = True  # default of set_alpha_to_one
     thresholds: bool = False  # has thresholding
     clips: bool = False  # has clip_sample
+    truncates: bool = True  # can start at a later step, on an image with noise
+    blends: bool = True  # latents may be changed between its steps
+    draws_last: bool = False  # diffusers draws noise in the last step too, which is multiplied by 0
     variance: Callable[[Level, Level], tuple[float, float]] | None = (
         None  # bounds of a variance that the network learned
     )
@@ -133,10 +136,11 @@ NOISY = ("epsilon", "v_prediction")
 TIMESTEPS = ("timesteps",)
 
 
-def dpm_solver(move: Callable[[NoisePath, int], Linear]) -> Sampler:
+def dpm_solver(move: Callable[[NoisePath, int], Linear], *, draws_last: bool = False) -> Sampler:
     return Sampler(
-        move=move, levels=levels.ahead_levels, schedules=SCHEDULES, custom=TIMESTEPS, zero_snr=True, thresholds=True
-    )
+        move=move, levels=levels.ahead_levels, schedules=SCHEDULES, custom=TIMESTEPS, zero_snr=True, thresholds=True,
+        draws_last=draws_last,
+    )  # fmt: skip
 
 
 SAMPLERS = {
@@ -161,12 +165,17 @@ SAMPLERS = {
         fractions=True,
         zero_snr=True,
     ),
-    "euler_a": Sampler(move=euler_a, levels=levels.sigma_levels, predictions=NOISY, zero_snr=True),
+    "euler_a": Sampler(move=euler_a, levels=levels.sigma_levels, predictions=NOISY, zero_snr=True, draws_last=True),
     "dpmpp_2m": dpm_solver(multistep.dpmpp_2m),
-    "dpmpp_2m_sde": dpm_solver(multistep.dpmpp_2m_sde),
+    "dpmpp_2m_sde": dpm_solver(multistep.dpmpp_2m_sde, draws_last=True),
     "dpmpp_3m": dpm_solver(multistep.dpmpp_3m),
     "unipc": Sampler(
-        move=multistep.unipc, levels=levels.ahead_levels, schedules=SCHEDULES, zero_snr=True, thresholds=True
+        move=multistep.unipc,
+        levels=levels.ahead_levels,
+        schedules=SCHEDULES,
+        zero_snr=True,
+        thresholds=True,
+        blends=False,
     ),
     "heun": Sampler(
         move=heun, levels=levels.heun_levels, schedules=SCHEDULES, custom=TIMESTEPS, fractions=True, evaluations=2
@@ -175,7 +184,7 @@ SAMPLERS = {
     "pndm": Sampler(
         move=multistep.pndm, levels=levels.pndm_levels, predictions=NOISY, spacing="leading", alpha_to_one=False
     ),
-    "lms": Sampler(move=multistep.lms, levels=levels.sigma_levels, schedules=SCHEDULES),
+    "lms": Sampler(move=multistep.lms, levels=levels.sigma_levels, schedules=SCHEDULES, truncates=False),
     "deis": Sampler(move=multistep.deis, levels=levels.ahead_levels, schedules=SCHEDULES, thresholds=True),
     "lcm": Sampler(
         move=lcm,

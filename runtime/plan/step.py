@@ -33,6 +33,9 @@ class Step:
     threshold: tuple[float, float] | None = None  # ratio, cap: p_k is then the limited clean latent, see limits.py
     raw: float = 0.0  # coefficient of the raw output of the network, where p_k is the limited clean latent
     variance: tuple[float, float] | None = None  # log beta, log beta~: the network predicts how strong the noise is
+    draws_more: bool = (
+        False  # noise is drawn behind it that nothing uses, so that a next stage continues as in diffusers
+    )
     index: int = 0  # number of the sampler's step; the two evaluations of a Heun step share one
 
 

@@ -8,11 +8,17 @@ from typing import Any
 
 from stepforge.runtime.bundle import NAME, Bundle, Preset, update
 from stepforge.runtime.errors import RequestError
+from stepforge.runtime.plan.switch import default_switch
 from stepforge.runtime.request import Control, Request
 
 
 def resolve(request: Request, bundle: Bundle) -> Request:
-    """The request with its preset's values. Raises RequestError if the bundle has no such preset."""
+    """The request with its preset's values, and the bundle's experts where it names none.
+
+    Raises RequestError if the bundle has no such preset.
+    """
+    if request.experts is None and bundle.experts:
+        request = replace(request, experts=default_switch(bundle.experts))
     if not request.preset:
         return request
     if request.preset not in bundle.presets:

@@ -16,13 +16,17 @@ from stepforge.runtime.lora.layers import MAX_STRENGTH
 from stepforge.runtime.plan.guidance import MAX_WEIGHTS, Guidance, parse_guidance
 from stepforge.runtime.plan.guiders import Guider
 from stepforge.runtime.plan.reuse import Reuse
+from stepforge.runtime.plan.switch import Switch
 from stepforge.runtime.request.control import Control, controls_of
+from stepforge.runtime.request.init import Init
+from stepforge.runtime.request.micro import Micro
 from stepforge.runtime.request.upscale import MAX_PROMPT, MAX_SEED, MAX_STEPS, Upscale, stages_of
 
 MAX_IMAGES = 64
 MAX_CONTROLS = 8
 MAX_ADAPTERS = 64
 MAX_STAGES = 8
+PLAIN = Micro()
 ALIASES = {  # diffusers' names
     "negative_prompt": "negative",
     "num_inference_steps": "steps",
@@ -89,6 +93,9 @@ class Request:
     prompt_syntax: str  # "a1111": (word:1.3) weights; "plain": brackets are text, as in diffusers
     adapters: Strengths  # name in `engine.adapters` -> strength
     adapter_schedule: float | tuple[float, ...]  # multiplies the strengths in the denoiser: one number, or one a step
+    init: Init | None  # the image that it starts from, see init.py
+    experts: Switch | None  # which denoiser runs when, see plan/switch.py; None: as the bundle says
+    micro: Micro  # SDXL's sizes, crop and aesthetic score
     upscale: tuple[Upscale, ...]  # super-resolution stages, in the order in which an image passes them
 
     def __init__(
@@ -115,6 +122,9 @@ class Request:
         prompt_syntax: str = "a1111",
         adapters: Mapping[str, float] | None = None,
         adapter_schedule: float | Sequence[float] = 1.0,
+        init: Init | Mapping[str, Any] | None = None,
+        experts: Switch | str | None = None,
+        micro: Micro | Mapping[str, Any] | None = None,
         upscale: Sequence[Upscale | Mapping[str, Any] | str] | Upscale | Mapping[str, Any] | str = (),
     ) -> None:
         count = whole("images", images, 1, MAX_IMAGES)
@@ -140,6 +150,9 @@ class Request:
             "prompt_syntax": choice("prompt_syntax", prompt_syntax, ("a1111", "plain")),
             "adapters": _strengths(adapters),
             "adapter_schedule": _adapter_schedule(adapter_schedule),
+            "init": Init.of(init),
+            "experts": None if experts is None else Switch.parse(experts),
+            "micro": PLAIN if micro is None else Micro.of(micro),
             "upscale": stages_of(upscale, MAX_STAGES),
         }
         for name, value in checked.items():
@@ -175,6 +188,9 @@ class Request:
             "controls": [control.to_dict() for control in self.controls],
             "reuse": str(self.reuse),
             "adapters": dict(self.adapters),
+            "init": None if self.init is None else self.init.to_dict(),
+            "experts": None if self.experts is None else str(self.experts),
+            "micro": self.micro.to_dict(),
             "upscale": [stage.to_dict() for stage in self.upscale],
         }
 

@@ -53,6 +53,7 @@ class Result:
     digest: str  # bundle's digest
     adapters: Mapping[str, str] = field(default_factory=dict)  # name -> sha256 of its file
     hints: tuple[str, ...] = ()  # sha256 of each ControlNet's hint image, float32 [3, height, width]
+    init: tuple[str, ...] = ()  # sha256 of the init image's file, or pixels, and of its mask's
     stages: tuple[tuple[str, Plan], ...] = ()  # super-resolution stages and their plans, as the images passed them
 
     def save(self, path: str | Path, *, overwrite: bool = False, metadata: bool = True) -> list[Path]:

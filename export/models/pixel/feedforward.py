@@ -80,7 +80,9 @@ def read_feed_forward(path: Path) -> FeedForward:
                 f"{found.output_channels} channels; super-resolution from RGB to RGB is supported"
             )
         if not 1 < found.scale <= MOST_SCALE or sizes.square:
-            raise CheckpointError(f"{path} is a {architecture} of scale {found.scale}; from 2 to {MOST_SCALE} is possible")
+            raise CheckpointError(
+                f"{path} is a {architecture} of scale {found.scale}; from 2 to {MOST_SCALE} is possible"
+            )
         return FeedForward(
             name=path.stem,
             architecture=architecture,
@@ -114,7 +116,9 @@ def _architecture(state: State, path: Path) -> str:
             name = str(support.architecture.id)
             if name not in NETWORKS:
                 why = REASONS.get(name, "its graph was not shown to serve every picture size")
-                raise CheckpointError(f"{path} is a {name} network, which is not supported: {why}; supported: {supported}")
+                raise CheckpointError(
+                    f"{path} is a {name} network, which is not supported: {why}; supported: {supported}"
+                )
             return name
     raise CheckpointError(f"{path} is no super-resolution network that spandrel knows; supported: {supported}")
 

@@ -149,7 +149,8 @@ class Torch:
         return Network(runner, placed, signature, once=Runner(once) if once is not None else None, wide=buffers)
 
     def _dtype_of(self, component: ComponentId) -> Any:
-        return computed_in(component.role, self._bundle.card.family, self.precision, exact=not self.fast)
+        model = self._bundle.model(component.stage)
+        return computed_in(component.role, model.family if model else "", self.precision, exact=not self.fast)
 
     def _share(self, program: Program, folder: str, dtype: Any) -> None:
         """Variants of a network are graphs over one weights file: hold its weights once."""

@@ -47,10 +47,6 @@ def div(x: Value, y: Value) -> Value:
     return x // y if host(x, y) else x / y  # sizes are not negative
 
 
-def sub(x: Value, y: Value) -> Value:
-    return x - y
-
-
 def leaky_relu(x: Value, *, alpha: float = 0.01) -> Value:
     return F.leaky_relu(x, alpha)
 
@@ -189,6 +185,18 @@ def conv(x: Value, w: Value, bias: Value = None, *, group: int = 1, pads: Sequen
     return F.conv2d(x, w, bias, tuple(strides), (top, left), tuple(dilations), group)
 
 
+def average_pool(x: Value, *, kernel_shape: Sequence[int], strides: Sequence[int] = (1, 1),
+                 pads: Sequence[int] = (0, 0, 0, 0), dilations: Sequence[int] = (1, 1), ceil_mode: int = 0,
+                 count_include_pad: int = 0, auto_pad: str = "NOTSET") -> Value:  # fmt: skip
+    if any(pads) or ceil_mode or set(dilations) != {1} or auto_pad not in ("NOTSET", "VALID"):
+        raise BackendError("operator AveragePool with padding or dilations is not supported by the torch backend")
+    return F.avg_pool2d(x, tuple(kernel_shape), tuple(strides))
+
+
+def pow_(x: Value, y: Value) -> Value:
+    return x ** (float(y) if host(y) and y.ndim == 0 else y)
+
+
 def resize(x: Value, roi: Value = None, scales: Value = None, sizes: Value = None, *, mode: str = "nearest",
            nearest_mode: str = "", coordinate_transformation_mode: str = "", antialias: int = 0,
            cubic_coeff_a: float = 0.0, exclude_outside: int = 0, extrapolation_value: float = 0.0,
@@ -230,13 +238,16 @@ def group_norm_silu(x: Value, weight: Value, bias: Value, *, groups: int, epsilo
 
 
 OPS: Mapping[str, Callable[..., Value]] = {
-    "Add": add, "ArgMax": argmax, "Cast": cast, "Concat": concat, "Conv": conv, "Cos": cos,
-    "DepthToSpace": depth_to_space, "Div": div, "Equal": lambda x, y: x == y,
+    "Add": add, "ArgMax": argmax, "AveragePool": average_pool, "Cast": cast, "Concat": concat, "Conv": conv,
+    "Cos": cos, "DepthToSpace": depth_to_space, "Div": div,
+    "Equal": lambda x, y: x == y,
     "Gather": gather, "GatherND": gather_nd, "Gelu": gelu, "Gemm": gemm, "Identity": lambda x: x,
     "InstanceNormalization": instance_norm,
-    "LayerNormalization": layer_norm, "LeakyRelu": leaky_relu, "PRelu": prelu, "Sub": sub, "MatMul": lambda x, y: x @ y, "Mul": mul, "Range": range_,
-    "ReduceMean": reduce_mean, "Reshape": reshape, "Resize": resize, "Shape": shape, "Sigmoid": lambda x: x.sigmoid(),
-    "Sin": sin, "Slice": slice_, "Softmax": lambda x, *, axis=-1: x.softmax(axis), "Split": split, "Squeeze": squeeze,
+    "LayerNormalization": layer_norm, "LeakyRelu": leaky_relu, "MatMul": lambda x, y: x @ y, "Mul": mul, "Range": range_,
+    "Pow": pow_, "PRelu": prelu, "Reciprocal": lambda x: 1 / x, "ReduceMean": reduce_mean, "Reshape": reshape, "Resize": resize,
+    "Shape": shape, "Sigmoid": lambda x: x.sigmoid(),
+    "Sin": sin, "Slice": slice_, "Softmax": lambda x, *, axis=-1: x.softmax(axis), "Split": split,
+    "Sqrt": lambda x: x.sqrt(), "Squeeze": squeeze, "Sub": lambda x, y: x - y, "Tanh": lambda x: x.tanh(),
     "Transpose": transpose, "Unsqueeze": unsqueeze,
     # made by passes
     "Linear": lambda x, w, bias=None: F.linear(x, w, bias), "Silu": lambda x: F.silu(x), "Attention": attention,

@@ -11,7 +11,7 @@ from stepforge.runtime.backends import ALWAYS_FP32
 from stepforge.runtime.backends.torch.program import Node, Program
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WIDE_VAE = ("sdxl",)  # families whose decoder exceeds the range of fp16 (diffusers decodes them in fp32: force_upcast)
+WIDE_VAE = ("sdxl", "x4")  # families whose VAE exceeds the range of fp16 (diffusers upcasts it to fp32: force_upcast)
 WAVES = ("Sin", "Cos")
 # operand that the operators of layers with LoRA take in fp32
 STRENGTH = {"Strengths": 1, "LowrankLinear": 6, "LowrankGeglu": 6, "LowrankConv": 6, "PeftLinear": 6, "PeftConv": 6}
@@ -19,11 +19,11 @@ ONNX_FP16 = 10
 
 
 def computed_in(role: str, family: str, precision: str, *, exact: bool) -> Any:
-    """The type of a network in a backend of that precision. A decoder that fp16 cannot hold runs in bf16, which has the
-    range of fp32 at the speed of fp16; in the exact tier in fp32, as in diffusers."""
+    """The type of a network in a backend of that precision. A VAE that fp16 cannot hold runs in bf16, which has the
+    range of fp32 at the speed of fp16; in the exact tier in fp32, as in diffusers. Encoders overflow as decoders do."""
     if role in ALWAYS_FP32:
         return torch.float32
-    if precision == "fp16" and role == "vae_decoder" and family in WIDE_VAE:
+    if precision == "fp16" and role in ("vae_encoder", "vae_decoder") and family in WIDE_VAE:
         return torch.float32 if exact else torch.bfloat16
     return DTYPES[precision]
 

@@ -64,7 +64,11 @@ class Hints:
 
 
 def _drawing(control: Control, size: Size) -> Drawing:
-    image = control.image
+    return image_digest(control.image), control.preprocessor, size
+
+
+def image_digest(image: Path | bytes | Picture) -> str:
+    """sha256 of an image's file or pixels. Raises RequestError if it cannot be read."""
     if isinstance(image, Path):
         try:
             with image.open("rb") as file:
@@ -75,4 +79,4 @@ def _drawing(control: Control, size: Size) -> Drawing:
         digest = hashlib.sha256(f"{image.mode} {image.width} {image.height} ".encode() + image.pixels)
     else:
         digest = hashlib.sha256(image)
-    return digest.hexdigest(), control.preprocessor, size
+    return digest.hexdigest()

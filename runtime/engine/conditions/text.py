@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import Backend, Graph
-from stepforge.runtime.bundle import Bundle, ComponentId, ModelCard, TextEncoder
+from stepforge.runtime.bundle import UNET, Bundle, ComponentId, ModelCard, TextEncoder
 from stepforge.runtime.engine.adapters import NONE, Adapters, AdapterSet, row_inputs
 from stepforge.runtime.engine.conditions.prompts import (
     ClipTokenizer,
@@ -78,7 +79,12 @@ class Conditioner:
             if all(step.guidance == 1.0 for step in leg.plan.steps):
                 negative = None
             adapters = None if leg.stage else job.adapters
-            leg.cond, leg.uncond = self(prompt, negative, request.prompt_syntax, adapters, job.bank_slot, leg.stage)
+            texts = partial(self, prompt, negative, request.prompt_syntax, adapters, job.bank_slot, leg.stage)
+            leg.cond, leg.uncond = texts()
+            for denoiser in dict.fromkeys(step.denoiser for step in leg.plan.steps):
+                expert = None if leg.stage else self._bundle.experts.get(denoiser)
+                if expert is not None and expert.text_encoders:
+                    leg.texts[denoiser] = texts(denoiser)
         job.count("text_encoder", self.rows - before)
 
     def __call__(
@@ -89,23 +95,25 @@ class Conditioner:
         adapters: AdapterSet | None = None,
         slot: int = NONE,
         stage: str = "",
+        denoiser: str = UNET.name,
     ) -> tuple[Condition, Condition | None]:
         """Conditions of the prompt and of the negative prompt (None: not needed), padded to equal length.
 
         adapters, slot: the LoRA set that both prompts are encoded with, and where it stands in the banks. stage: whose model
-        reads them; one that reads no text has no condition for a negative prompt.
+        reads them; one that reads no text has no condition for a negative prompt. denoiser: an expert may read in its own way.
         """
-        card = self._bundle.model(stage)
-        if card is None or not card.text_encoders:
+        encoders, zero_empty_negative = self._bundle.reading(stage, denoiser)
+        if not encoders:
             return NO_TEXT, None
         texts = [prompt] if negative is None else [prompt, negative]
         # all together: SDXL's tokenizers may cut one prompt into unequal numbers of chunks
-        tokens = pad_chunks(*(chunks for text in texts for chunks in self.tokenize(text, syntax, stage)))
-        encoders = card.text_encoders
+        tokens = pad_chunks(
+            *(self._tokenizers[encoder].encode(text, syntax=syntax) for text in texts for encoder in encoders)
+        )
         positive = self._encode(encoders, prompt, syntax, tokens[: len(encoders)], adapters, slot)
         if negative is None:
             return positive, None
-        if negative == "" and card.zero_empty_negative:
+        if negative == "" and zero_empty_negative:
             pooled = None if positive.pooled is None else np.zeros_like(positive.pooled)
             return positive, Condition(np.zeros_like(positive.context), pooled)
         return positive, self._encode(encoders, negative, syntax, tokens[len(encoders) :], adapters, slot)
@@ -157,7 +165,10 @@ class Conditioner:
 
 
 def _encoders(bundle: Bundle) -> Iterator[tuple[ModelCard, TextEncoder]]:
-    return ((card, encoder) for card in bundle.models for encoder in card.text_encoders)
+    for card in bundle.models:
+        yield from ((card, encoder) for encoder in card.text_encoders)
+    for expert in bundle.experts.values():
+        yield from ((bundle.card, encoder) for encoder in expert.text_encoders)
 
 
 def _tokenizer(bundle: Bundle, card: ModelCard, encoder: TextEncoder) -> ClipTokenizer | T5Tokenizer:

@@ -97,9 +97,7 @@ def even(run: Run, picture: Float32, tile: Tile, ratio: Ratio, multiple: int = 1
     return whole
 
 
-def _axis(
-    length: int, tile: int, overlap: int, ratio: Ratio, multiple: int
-) -> Iterator[tuple[slice, slice, Float32]]:
+def _axis(length: int, tile: int, overlap: int, ratio: Ratio, multiple: int) -> Iterator[tuple[slice, slice, Float32]]:
     """What each tile reads and makes along an axis, and its weights."""
     tile = min(tile, length)
     begins = starts(length, tile, overlap, multiple)

@@ -240,6 +240,7 @@ def test_signature(tiny_sdxl_bundle: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_traces")
 def test_export_is_deterministic(tiny_sd1: Path, tiny_sd1_bundle: Path, tmp_path: Path) -> None:
     text = load(tiny_sd1).text_encoders[0](torch.float32)
     trace.save(trace.text_encoder(text, 77, penultimate=False), tmp_path)

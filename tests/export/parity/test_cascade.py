@@ -51,6 +51,7 @@ def reference(tiny_if: Path, tiny_if_sr: dict[str, Path]):
         return (torch.cat([out, torch.zeros_like(out)], 1),)
 
     third.unet.forward = with_variance
+    third.scheduler.register_to_config(variance_type="fixed_small")  # the pipeline asks every scheduler for it
     for pipe in (first, second, third):
         pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(ASK["seed"])

@@ -242,7 +242,7 @@ def other_heads(model: Path) -> trace.Traced:
     for name, module in unet.named_modules():
         if name.endswith((".attn1", ".attn2")):
             module.heads = 8
-    return trace.denoiser(unet)
+    return replace(trace.denoiser(unet), derive=False)
 
 
 GRAPHS = {

@@ -1,0 +1,217 @@
+"""`stepforge batch`: a manifest of jobs to images, gone on with after whatever ended it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stepforge.runtime.checks import choice, whole
+from stepforge.runtime.cli import options
+from stepforge.runtime.cli.inputs import parse_adapters
+from stepforge.runtime.cli.output import complain
+from stepforge.runtime.cli.signals import Stopped, on_signal
+
+if TYPE_CHECKING:
+    from stepforge.runtime.serve.batch import Report
+
+MOST_FAILURES = 20  # lines about failed jobs; all of them are in failures.jsonl
+PAUSE = 30.0  # seconds between lines of progress where no terminal shows a bar
+
+
+def batch(
+    bundle: options.BundlePath,
+    jobs: Annotated[
+        Path,
+        typer.Argument(
+            metavar="JOBS", help="A .jsonl, .csv or .parquet file; fields of Request, what is missing is the options'."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder of this batch.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE[:STRENGTH]",
+            help="Load a LoRA file and use it; jobs that have adapters use those alone. Repeatable.",
+        ),
+    ] = None,
+    negative: Annotated[str, typer.Option(metavar="TEXT", help="Negative prompt.")] = "",
+    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="[default: model's]")] = None,
+    height: Annotated[int | None, typer.Option(metavar="PIXELS", help="[default: model's]")] = None,
+    steps: options.Steps = 20,
+    sampler: options.Sampler = None,
+    schedule: options.Schedule = None,
+    spacing: options.Spacing = None,
+    eta: options.Eta = None,
+    guidance: options.GuidanceText = None,
+    guider: options.GuiderText = None,
+    reuse: options.ReuseText = None,
+    preset: options.PresetName = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the jobs' pictures are, and must be. [default: the folder of JOBS]"),
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(metavar="NAME", help="files: one an image; webdataset: tar shards; parquet: parts.")
+    ] = "files",
+    shard_size: Annotated[int, typer.Option(metavar="N", help="Jobs in a shard or part.")] = 1000,
+    image_format: Annotated[str, typer.Option("--format", metavar="NAME", help="png, webp or jpeg.")] = "png",
+    quality: Annotated[int, typer.Option(metavar="N", help="Of WebP and JPEG, 1 to 100.")] = 90,
+    metadata: Annotated[bool, typer.Option(help="Write the request into each PNG.")] = True,
+    max_rows: Annotated[
+        int | None, typer.Option(metavar="N", help="Most denoiser rows in a call; 2 draws one image at a time.")
+    ] = None,
+    max_failures: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop once more jobs than that have failed. [default: never]")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try jobs again that failed in an earlier run.")
+    ] = False,
+    backend: options.Backend = "auto",
+    precision: options.Precision = "auto",
+    threads: options.Threads = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew; the files of an earlier batch in FOLDER go.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Draw the jobs of a manifest.
+
+    The same command goes on where it was interrupted, killed or out of disk: what is finished is not drawn again, and the
+    files are in the end those of a run that nothing interrupted. A job that fails is reported with its line and stops no
+    other; the exit code is then 1. Ctrl-C and SIGTERM stop after the current step and keep what is finished.
+    """
+    from stepforge.runtime.engine import MAX_ROWS
+    from stepforge.runtime.imaging.encode import FORMATS
+    from stepforge.runtime.load import load
+    from stepforge.runtime.serve.batch import Batch, Settings
+    from stepforge.runtime.serve.manifest import Manifest
+    from stepforge.runtime.serve.store import LAYOUTS, Store
+
+    adapters = parse_adapters(adapter or ())
+    planned = options.plan_fields(
+        steps=steps, sampler=sampler, schedule=schedule, spacing=spacing, timesteps=None, sigmas=None, eta=eta,
+        guidance=guidance, guider=guider, reuse=reuse, preset=preset,
+    )  # fmt: skip
+    strengths = {name: strength for name, (_, strength) in adapters.items()}
+    settings = Settings(
+        options={"negative": negative, "width": width, "height": height, "adapters": strengths, **planned},
+        layout=choice("--layout", layout, tuple(LAYOUTS)),
+        format=choice("--format", image_format, tuple(FORMATS)),
+        quality=whole("--quality", quality, 1, 100),
+        metadata=metadata,
+        shard_size=whole("--shard-size", shard_size, 1, 1_000_000),
+    )
+    rows = whole("--max-rows", MAX_ROWS if max_rows is None else max_rows, 2, 1 << 16)
+    if max_failures is not None:
+        whole("--max-failures", max_failures, 0, 1 << 62)
+    manifest = Manifest(jobs)
+    stopped = 0
+    told: list[int] = []
+
+    def failed(line: int, reason: str) -> None:
+        if len(told) < MOST_FAILURES:
+            complain(f"{jobs.name}, line {line}: {reason}")
+        told.append(line)
+
+    with (
+        load(bundle, backend=backend, precision=precision, threads=threads, max_rows=rows) as engine,
+        _progress() as tick,
+    ):
+        for name, (file, _) in adapters.items():
+            engine.adapters.load(name, file)
+        store = Store(
+            out, layout=settings.layout, kind=settings.format, shard_size=settings.shard_size, overwrite=overwrite
+        )
+        work = Batch(
+            engine, manifest, store, settings, pictures=pictures or jobs.parent, window=4 * rows,
+            max_failures=max_failures, retry_failed=retry_failed, on_failure=failed, on_tick=tick,
+        )  # fmt: skip
+
+        def stop(number: int) -> None:
+            nonlocal stopped
+            stopped = number
+            work.stop()
+
+        with on_signal(stop):
+            report = work.run()
+    if len(told) > MOST_FAILURES:
+        complain(f"{len(told) - MOST_FAILURES} more jobs failed; see failures.jsonl")
+    _tell(report, as_json)
+    if stopped:
+        raise Stopped(stopped)
+    if work.gave_up:
+        complain(f"stopped: {report.failed} jobs failed, --max-failures is {max_failures}")
+    if report.failed or report.left:
+        raise typer.Exit(1)
+
+
+def _tell(report: Report, as_json: bool) -> None:
+    """What the run did, on standard output."""
+    values: dict[str, Any] = {
+        **{name: getattr(report, name) for name in ("jobs", "done", "resumed", "failed", "left", "images")},
+        "seconds": round(report.seconds, 3),
+        "images_per_second": round(report.rate, 3),
+        "part_seconds": {part: round(value, 3) for part, value in sorted(report.parts.items())},
+    }
+    if as_json:
+        print(json.dumps(values, indent=1))
+        return
+    print(
+        f"{report.done} of {report.jobs} jobs done, {report.resumed} by earlier runs, {report.failed} failed, "
+        f"{report.left} left"
+    )
+    print(f"{report.images} images in {report.seconds:.1f} s, {report.rate:.2f} images/s")
+    print("seconds of the parts, which overlap: " + ", ".join(f"{p} {v:g}" for p, v in values["part_seconds"].items()))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Report], None]]:
+    """A bar on standard error with rate, time left and failures; where that is no terminal, a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(file=getattr(sys.stderr, "raw", sys.stderr))
+    pace = _Pace()
+    if not console.is_terminal:
+        yield pace.line
+        return
+    columns = (TextColumn("jobs"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=None)
+
+        def tick(report: Report) -> None:
+            bar.update(task, completed=report.jobs - report.left, total=report.jobs, description=pace.words(report))
+
+        yield tick
+
+
+class _Pace:
+    """Rate since the start of the run, and what it promises."""
+
+    def __init__(self) -> None:
+        self._started = self._told = time.monotonic()
+        self._before: int | None = None  # jobs that had ended when this run began
+
+    def words(self, report: Report) -> str:
+        ended = report.jobs - report.left
+        if self._before is None:
+            self._before, self._started = ended, time.monotonic()
+        passed, own = time.monotonic() - self._started, ended - self._before
+        if not own or not passed:
+            return f"{report.failed} failed"
+        left = int(report.left * passed / own)
+        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        return f"{report.images / passed:.2f} images/s, {clock} left, {report.failed} failed"
+
+    def line(self, report: Report) -> None:
+        words = self.words(report)
+        if time.monotonic() - self._told >= PAUSE:
+            self._told = time.monotonic()
+            complain(f"{report.jobs - report.left} of {report.jobs} jobs, {words}")
