@@ -27,8 +27,8 @@ from stepforge.export.memory import check_fits
 from stepforge.export.models.controlnet import ControlSource, load_control
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
-from stepforge.export.models.pixel.t5 import t5_tokenizer_json
 from stepforge.export.models.pixel.feedforward import FeedForward
+from stepforge.export.models.pixel.t5 import t5_tokenizer_json
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source, Upscaler
 from stepforge.export.models.tokenizer import Pad, tokenizer_json

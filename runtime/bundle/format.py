@@ -166,7 +166,7 @@ class Bank:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What one call of a VAE or a feed-forward network keeps in memory at a time, read off its graph (export/graph/footprint.py).
+    """Memory of one call of a VAE or a feed-forward network, read off its graph by export/graph/footprint.py.
 
     bytes: for each position (height times width) of what it reads; squared: for each pair of them, where attention writes
     all its scores. tile: side of the tiles of diffusers' enable_tiling, in positions; 0 where diffusers has none.

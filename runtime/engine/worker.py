@@ -13,19 +13,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import replace
 from functools import partial
 
 from stepforge.runtime.arrays import Float32
-from stepforge.runtime.backends import Backend, Graph, is_out_of_memory
-from stepforge.runtime.bundle import VAE_ENCODER, Bundle, ComponentId
+from stepforge.runtime.backends import Backend, is_out_of_memory
+from stepforge.runtime.bundle import VAE_ENCODER, Bundle
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.conditions.text import Conditioner
 from stepforge.runtime.engine.denoise import Denoisers
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.engine.pictures.decode import Decoder
-from stepforge.runtime.engine.pictures.networks import WHOLE, Pictures, Tiling
 from stepforge.runtime.engine.pictures.inits import Inits, from_init
+from stepforge.runtime.engine.pictures.networks import WHOLE, Pictures, Tiling
 from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
 from stepforge.runtime.engine.stages import Stage
 from stepforge.runtime.engine.starts import from_noise, from_picture

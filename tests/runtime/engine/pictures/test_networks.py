@@ -92,7 +92,8 @@ def test_tiles_keep_the_budget_and_the_picture(bundle):
     image = np.random.default_rng(0).random((3, 150, 90), np.float32)
     tiling = Tiling(int(footprint(70 * 60)))
     tile = tiling.tile(footprint, 150, 90, 1, "it")
-    assert tile is not None and footprint(tile.height * tile.width) <= tiling.memory
+    assert tile is not None
+    assert footprint(tile.height * tile.width) <= tiling.memory
     whole, tiled = (Pictures(bundle, backend, which).upscale(image, "compact") for which in (Tiling(), tiling))
     assert psnr(tiled, whole) >= 60
     latents = np.random.default_rng(1).standard_normal((4, 48, 40)).astype(np.float32)

@@ -1,5 +1,7 @@
 """Tiling against the whole: the identity, weights that add up to 1, diffusers' own tiles."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,9 +37,10 @@ def test_tiling_the_identity_is_the_identity(data):
 def test_tiles_cover_an_axis_and_overlap_as_asked(units, tile, overlap, multiple):
     length, tile, overlap = units * multiple, tile * multiple, min(overlap, tile - 1) * multiple
     begins = starts(length, tile, overlap, multiple)
-    assert begins[0] == 0 and all(begin % multiple == 0 for begin in begins)
+    assert begins[0] == 0
+    assert all(begin % multiple == 0 for begin in begins)
     assert begins[-1] + tile == length or len(begins) == 1
-    assert all(b - a <= tile - overlap for a, b in zip(begins, begins[1:], strict=False))
+    assert all(b - a <= tile - overlap for a, b in itertools.pairwise(begins))
     total = np.zeros(length)
     for begin, weight in zip(begins, weights(length, tile, begins), strict=True):
         assert (weight >= 0).all()
