@@ -117,7 +117,8 @@ class Pictures:
         height, width = values.shape[1:]
 
         def run(part: Float32) -> Float32:
-            return graph({reads: np.ascontiguousarray(part[None], np.float32)})[makes][0]
+            made: Float32 = graph({reads: np.ascontiguousarray(part[None], np.float32)})[makes][0]
+            return made
 
         made = self._tiled(run, key, values, height, width, ratio, math.lcm(multiple, ratio.down))
         if not math.isfinite(float(made.sum())):
