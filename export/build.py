@@ -20,19 +20,21 @@ from stepforge.export.graph import modules, trace
 from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, used_modules
 from stepforge.export.graph.check import open_graphs
 from stepforge.export.graph.control import split
+from stepforge.export.graph.footprint import TILED, footprint
 from stepforge.export.graph.rewire import RESIDUAL, Variants, cut_variants, resolve_probes, variant
 from stepforge.export.lora.merge import read_all, with_adapters
 from stepforge.export.memory import check_fits
 from stepforge.export.models.controlnet import ControlSource, load_control
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
+from stepforge.export.models.pixel.feedforward import FeedForward
 from stepforge.export.models.pixel.t5 import t5_tokenizer_json
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source, Upscaler
 from stepforge.export.models.tokenizer import Pad, tokenizer_json
 from stepforge.export.models.weights import Loader
 from stepforge.export.publish import check_out, staged
-from stepforge.export.stages import export_stage, networks_of, read_upscalers, told
+from stepforge.export.stages import export_network, export_stage, networks_of, read_upscalers, told
 from stepforge.runtime.bundle import (
     MANIFEST,
     NAME,
@@ -104,7 +106,7 @@ def export_bundle(
     tokenizer, prediction_type: see `models.load.load`. name: how requests call the model; its file name by default.
     loras: files and strengths to merge into the weights. bank: take LoRA files as run-time inputs as well.
     controls: ControlNets by the name that requests use, see `models.controlnet.load_control`. upscalers:
-    super-resolution models by the name of their stage, see `models.upscaler.read_upscaler`. reuse: variants of the
+    super-resolution models by the name of their stage, see `stages.read_upscalers`. reuse: variants of the
     denoiser for approximate plans. overwrite: replace a bundle at `out`; without it nothing is replaced, also not what appears
     there during the export. `out` appears complete or not at all.
     Raises CheckpointError for the model and its ControlNets, for a graph that an installed engine does not load and for an
@@ -144,7 +146,7 @@ class _Export:
         self,
         source: Source,
         controls: Sequence[ControlSource],
-        upscalers: Mapping[str, Upscaler],
+        upscalers: Mapping[str, Upscaler | FeedForward],
         folder: Path,
         precision: str,
         bank: BankOptions | None,
@@ -190,9 +192,11 @@ class _Export:
         """Load one network, export it, and let go of it; returns its config."""
         self.tell(str(key))
         network = loader(self.dtype)
-        config = network.config
+        config = getattr(network, "config", None)
         traced = make(network)
         entry = prefixed(key, trace.save(traced, self.folder / key.folder))
+        if key.role in TILED:
+            entry = replace(entry, footprint=footprint(self.folder / entry.graph, config))
         if key in self.source.empty:
             entry = replace(entry, modules=used_modules(self.folder / entry.graph, modules_of(network)))
             if traced.probes:
@@ -252,7 +256,9 @@ class _Export:
             self.add(VAE_ENCODER, load, modules.vae_encoder)
         return config
 
-    def stage(self, name: str, upscaler: Upscaler, base: ModelCard) -> StageCard:
+    def stage(self, name: str, upscaler: Upscaler | FeedForward, base: ModelCard) -> StageCard:
+        if isinstance(upscaler, FeedForward):
+            return export_network(name, upscaler, self.add)
         t5 = upscaler.source.family == "if"
 
         def tokenize(tokens: Path, pad: Pad | None, key: ComponentId) -> TextEncoder:
@@ -287,7 +293,7 @@ class _Export:
         if self.controls:
             provenance["controls"] = {control.name: dict(control.provenance) for control in self.controls}
         if self.upscalers:
-            provenance["upscalers"] = {name: told(upscaler.source) for name, upscaler in self.upscalers.items()}
+            provenance["upscalers"] = {name: told(upscaler) for name, upscaler in self.upscalers.items()}
         return Bundle(
             path=self.folder,
             card=card,
