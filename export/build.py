@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from stepforge.export.experts import Windowed, export_expert, read_experts, share_weights
 from stepforge.export.graph import modules, trace
 from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, used_modules
 from stepforge.export.graph.check import open_graphs
@@ -25,14 +26,15 @@ from stepforge.export.graph.rewire import RESIDUAL, Variants, cut_variants, reso
 from stepforge.export.lora.merge import read_all, with_adapters
 from stepforge.export.memory import check_fits
 from stepforge.export.models.controlnet import ControlSource, load_control
+from stepforge.export.models.expert import Expert
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
 from stepforge.export.models.pixel.feedforward import FeedForward
-from stepforge.export.models.pixel.t5 import t5_tokenizer_json
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source, Upscaler
-from stepforge.export.models.tokenizer import Pad, tokenizer_json
+from stepforge.export.models.tokenizer import Pad
 from stepforge.export.models.weights import Loader
+from stepforge.export.parts import load_vae, text_trace, write_tokenizer
 from stepforge.export.publish import check_out, staged
 from stepforge.export.stages import export_network, export_stage, networks_of, read_upscalers, told
 from stepforge.runtime.bundle import (
@@ -47,6 +49,7 @@ from stepforge.runtime.bundle import (
     Component,
     ComponentId,
     ControlCard,
+    ExpertCard,
     ModelCard,
     StageCard,
     TextEncoder,
@@ -96,6 +99,7 @@ def export_bundle(
     bank: BankOptions | None = None,
     controls: Mapping[str, str | Path] | None = None,
     upscalers: Mapping[str, str | Path] | None = None,
+    experts: Mapping[str, Windowed] | None = None,
     reuse: Variants = NO_VARIANTS,
     progress: Progress | None = None,
     overwrite: bool = False,
@@ -106,7 +110,8 @@ def export_bundle(
     tokenizer, prediction_type: see `models.load.load`. name: how requests call the model; its file name by default.
     loras: files and strengths to merge into the weights. bank: take LoRA files as run-time inputs as well.
     controls: ControlNets by the name that requests use, see `models.controlnet.load_control`. upscalers:
-    super-resolution models by the name of their stage, see `stages.read_upscalers`. reuse: variants of the
+    super-resolution models by the name of their stage, see `stages.read_upscalers`. experts: further
+    denoisers by name, each a model and where it runs, see `models.expert.read_expert`. reuse: variants of the
     denoiser for approximate plans. overwrite: replace a bundle at `out`; without it nothing is replaced, also not what appears
     there during the export. `out` appears complete or not at all.
     Raises CheckpointError for the model and its ControlNets, for a graph that an installed engine does not load and for an
@@ -123,9 +128,11 @@ def export_bundle(
     source = with_adapters(source, read_all(source, loras))
     check_fits({key: make() for key, make in source.empty.items()}, DTYPES[precision], out)
     nets = read_controls(source, controls or {})
-    stages = read_upscalers(upscalers or {})
+    stages, others = read_upscalers(upscalers or {}), read_experts(experts or {}, source)
     with staged(out, overwrite=overwrite) as folder:
-        bundle = _Export(source, nets, stages, folder, precision, bank, reuse, progress).run(name or source.name)
+        bundle = _Export(source, nets, stages, others, folder, precision, bank, reuse, progress).run(
+            name or source.name
+        )
     return replace(bundle, path=out)
 
 
@@ -147,13 +154,14 @@ class _Export:
         source: Source,
         controls: Sequence[ControlSource],
         upscalers: Mapping[str, Upscaler | FeedForward],
+        experts: Mapping[str, Expert],
         folder: Path,
         precision: str,
         bank: BankOptions | None,
         reuse: Variants,
         progress: Progress | None,
     ) -> None:
-        self.source, self.controls, self.upscalers = source, controls, upscalers
+        self.source, self.controls, self.upscalers, self.experts = source, controls, upscalers, experts
         self.folder, self.precision = folder, precision
         self.dtype, self.bank, self.reuse = DTYPES[precision], bank, reuse
         self.components: dict[ComponentId, Component] = {}
@@ -164,7 +172,8 @@ class _Export:
             + len(controls)
             + 4
             - (source.vae is None)
-            + sum(map(networks_of, upscalers.values())),
+            + sum(map(networks_of, upscalers.values()))
+            + len(experts),
         )
 
     def run(self, name: str) -> Bundle:
@@ -175,8 +184,9 @@ class _Export:
         vae = self.decoder()
         card = self.card(name, encoders, unet, vae)
         stages = {stage: self.stage(stage, upscaler, card) for stage, upscaler in self.upscalers.items()}
+        experts = {key: self.expert(key, expert, card) for key, expert in self.experts.items()}
         self.tell("manifest")
-        bundle = self.bundle(card, stages)
+        bundle = self.bundle(card, stages, experts)
         self.tell("check")
         open_graphs(bundle)
         write_manifest(bundle)
@@ -197,7 +207,7 @@ class _Export:
         entry = prefixed(key, trace.save(traced, self.folder / key.folder))
         if key.role in TILED:
             entry = replace(entry, footprint=footprint(self.folder / entry.graph, config))
-        if key in self.source.empty:
+        if key in self.source.empty or (key.role == "denoiser" and not key.stage):
             entry = replace(entry, modules=used_modules(self.folder / entry.graph, modules_of(network)))
             if traced.probes:
                 graphs = graphs_of(self.folder, entry)
@@ -213,8 +223,8 @@ class _Export:
         cards = []
         networks = list(zip(self.source.text_encoders, self.source.tokenizers, self.source.pads, strict=True))
         for key, (loader, tokens, pad) in zip(TEXT_ENCODERS, networks, strict=False):
-            card = _tokenizer(tokens, pad, self.folder, key, t5=self.source.family == "if")
-            self.add(key, loader, _text_trace(self.source.family, card.max_length))
+            card = write_tokenizer(tokens, pad, self.folder, key, t5=self.source.family == "if")
+            self.add(key, loader, text_trace(self.source.family, card.max_length))
             cards.append(card)
         return tuple(cards)
 
@@ -222,8 +232,22 @@ class _Export:
         """The denoiser and its reuse variants; the denoiser's config."""
         probe = bool(self.controls or self.reuse.names)
         config = self.add(UNET, self.source.unet, lambda network: modules.denoiser(network, probe=probe))
-        self.components |= _variants(self.folder, self.components, self.reuse.names)
+        self.components |= _variants(self.folder, UNET, self.components[UNET], self.reuse.names)
         return config
+
+    def expert(self, name: str, expert: Expert, base: ModelCard) -> ExpertCard:
+        """A further denoiser; the weights that it has in common with the first stand on disk once."""
+        key, probe = replace(UNET, name=name), bool(self.controls or self.reuse.names)
+
+        def tokenize(tokens: Path, pad: Pad | None, encoder: ComponentId) -> TextEncoder:
+            return write_tokenizer(tokens, pad, self.folder, encoder)
+
+        card = export_expert(name, expert, self.source, base, self.add, tokenize, probe=probe)
+        if expert.text is None:
+            own = {key: self.components[key]}
+            own |= _variants(self.folder, key, own[key], self.reuse.names)
+            self.components |= share_weights(self.folder, self.components[UNET], own, name)
+        return card
 
     def control(self, control: ControlSource) -> None:
         """A ControlNet's two components. Where the denoiser skips, residuals beyond DeepCache's branch have no reader."""
@@ -245,7 +269,7 @@ class _Export:
         """The VAE decoder, and the encoder if the VAE has one; the VAE's config. None for a model of pixels."""
         if self.source.vae is None:
             return None
-        load, halves = partial(_vae, self.source), []
+        load, halves = partial(load_vae, self.source), []
 
         def decoder(vae: Any) -> trace.Traced:
             halves.append(vae.encoder is not None)
@@ -262,9 +286,9 @@ class _Export:
         t5 = upscaler.source.family == "if"
 
         def tokenize(tokens: Path, pad: Pad | None, key: ComponentId) -> TextEncoder:
-            return _tokenizer(tokens, pad, self.folder, key, t5=t5)
+            return write_tokenizer(tokens, pad, self.folder, key, t5=t5)
 
-        return export_stage(name, upscaler, self.source, base, self.add, tokenize, _vae)
+        return export_stage(name, upscaler, self.source, base, self.add, tokenize, load_vae)
 
     def card(self, name: str, encoders: tuple[TextEncoder, ...], unet: Any, vae: Any) -> ModelCard:
         scale = self.source.vae_scale
@@ -282,7 +306,7 @@ class _Export:
             zero_empty_negative=self.source.force_zeros_for_empty_prompt,
         )
 
-    def bundle(self, card: ModelCard, stages: Mapping[str, StageCard]) -> Bundle:
+    def bundle(self, card: ModelCard, stages: Mapping[str, StageCard], experts: Mapping[str, ExpertCard]) -> Bundle:
         """The manifest of what the folder holds."""
         scheduler = scheduler_card(self.source.scheduler)
         if scheduler.table is not None:
@@ -294,6 +318,8 @@ class _Export:
             provenance["controls"] = {control.name: dict(control.provenance) for control in self.controls}
         if self.upscalers:
             provenance["upscalers"] = {name: told(upscaler) for name, upscaler in self.upscalers.items()}
+        if self.experts:
+            provenance["experts"] = {name: dict(expert.provenance) for name, expert in self.experts.items()}
         return Bundle(
             path=self.folder,
             card=card,
@@ -308,6 +334,7 @@ class _Export:
                 for control in self.controls
             },
             stages=stages,
+            experts=experts,
         )
 
 
@@ -317,12 +344,9 @@ def _hashed(folder: Path) -> dict[str, tuple[int, str]]:
     return {path.relative_to(folder).as_posix(): (path.stat().st_size, sha256(path)) for path in files}
 
 
-def _variants(
-    folder: Path, components: Mapping[ComponentId, Component], names: Sequence[str]
-) -> dict[ComponentId, Component]:
-    """The reuse variants of the denoiser."""
-    cut = cut_variants(folder, components[UNET], names)
-    return {replace(UNET, variant=name): entry for name, entry in cut.items()}
+def _variants(folder: Path, key: ComponentId, entry: Component, names: Sequence[str]) -> dict[ComponentId, Component]:
+    """The reuse variants of a denoiser."""
+    return {replace(key, variant=name): cut for name, cut in cut_variants(folder, entry, names).items()}
 
 
 def graphs_of(folder: Path, entry: Component) -> list[Path]:
@@ -350,7 +374,8 @@ def with_banks(plain: str | Path, out: str | Path, bank: BankOptions) -> Bundle:
             key: adaptable(entry, folder, key, bank) if entry.modules else entry
             for key, entry in source.components.items()
         }
-        components |= _variants(folder, components, source.variants(UNET))
+        for key in source.denoisers:
+            components |= _variants(folder, key, components[key], source.variants(key))
         (folder / MANIFEST).unlink()
         bundle = replace(source, path=folder, components=components, files=_hashed(folder), verdict=None)
         open_graphs(bundle)
@@ -362,32 +387,6 @@ def prefixed(key: ComponentId, entry: Component) -> Component:
     """A component whose graphs are named from the bundle's root."""
     derived = {backend: f"{key.folder}/{graph}" for backend, graph in entry.derived.items()}
     return replace(entry, graph=f"{key.folder}/{entry.graph}", derived=derived)
-
-
-def _text_trace(family: str, length: int) -> Callable[[Any], trace.Traced]:
-    """How a text encoder of a family becomes a graph; length: tokens of one chunk."""
-    if family == "if":
-        return partial(modules.t5_encoder, length=length)
-    return partial(modules.text_encoder, length=length, penultimate=family == "sdxl")
-
-
-def _tokenizer(tokens: Path, pad: Pad | None, folder: Path, encoder: ComponentId, *, t5: bool = False) -> TextEncoder:
-    text, card = tokenizer_json(tokens, pad) if not t5 else t5_tokenizer_json(tokens)
-    name = encoder.name.replace("text_encoder", "tokenizer")
-    path = (PurePosixPath(encoder.folder).with_name(name) / "tokenizer.json").as_posix()
-    (folder / path).parent.mkdir(parents=True)
-    (folder / path).write_text(text, encoding="utf-8")
-    return TextEncoder(encoder.name, path, **card, stage=encoder.stage)
-
-
-def _vae(source: Source, dtype: torch.dtype) -> Any:
-    """The VAEs of SDXL and the x4 upscaler overflow in fp16 unless their configs say otherwise; diffusers decodes with them in
-    fp32 too."""
-    assert source.vae is not None
-    if dtype == torch.float16 and source.family in ("sdxl", "x4"):
-        vae = source.vae(torch.float32)
-        return vae if vae.config.force_upcast else vae.half()
-    return source.vae(dtype)
 
 
 def release() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -49,6 +50,34 @@ Upscalers = Annotated[
 ]
 
 
+Experts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--expert",
+        metavar="NAME=PATH[@WINDOW]",
+        help="A further denoiser: SDXL's refiner (a folder; WINDOW is 0.8..1 of the timesteps by default), a pipeline's or "
+        "UNet's folder or a LoRA file of the model's architecture, with @sigma=5..inf or @0..0.4; repeatable.",
+    ),
+]
+
+
+def parse_experts(texts: list[str] | None) -> dict[str, tuple[Path, tuple[str, float, float | None] | None]]:
+    """NAME=PATH@WINDOW -> name, path and window. Raises RequestError."""
+    from stepforge.runtime.plan.switch import Switch
+
+    found: dict[str, tuple[Path, tuple[str, float, float | None] | None]] = {}
+    for name, given in parse_named("--expert", texts, "refiner=models/refiner").items():
+        path, at, window = str(given).rpartition("@")
+        if not at:
+            found[name] = (given, None)
+            continue
+        switch = Switch.parse(f"{name}@{window}")
+        share = next(share for share in switch.shares if share.denoiser == name)
+        end = None if share.high == math.inf else share.high
+        found[name] = (Path(path), ("sigma" if switch.in_sigma else "timesteps", share.low, end))
+    return found
+
+
 def parse_named(option: str, texts: list[str] | None, example: str) -> dict[str, Path]:
     """NAME=PATH -> name and path. Raises RequestError."""
     found: dict[str, Path] = {}
@@ -89,6 +118,7 @@ def export_command(
     ] = "all",
     control: Controls = None,
     sr: Upscalers = None,
+    expert: Experts = None,
     reuse: Annotated[
         list[str] | None,
         typer.Option(
@@ -116,6 +146,7 @@ def export_command(
         bank=BankOptions(lora_slots, lora_rank, lora_targets) if lora_slots else None,
         controls=parse_controls(control),
         upscalers=parse_upscalers(sr),
+        experts=parse_experts(expert),
         reuse=Variants.parse(reuse or ()),
         overwrite=overwrite,
         progress=progress,
@@ -151,6 +182,7 @@ def verify_command(
     lora: Loras = None,
     control: Controls = None,
     sr: Upscalers = None,
+    expert: Experts = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Compare a bundle with diffusers and store the verdict in it. Exit code 1 if it fails."""
@@ -167,6 +199,7 @@ def verify_command(
         loras=[file_and_strength(text) for text in lora or ()],
         controls=parse_controls(control),
         upscalers=parse_upscalers(sr),
+        experts={name: path for name, (path, _) in parse_experts(expert).items()},
         backends=backend or (),
         precisions=precision or (),
         prompts=prompt or PROMPTS,

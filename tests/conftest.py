@@ -257,6 +257,29 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_refiner(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SDXL's refiner: the base's second text encoder alone, an aesthetic score in place of the target size."""
+    import torch
+
+    torch.manual_seed(21)
+    folder = tmp_path_factory.mktemp("models") / "tiny-refiner"
+    unet = build_unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[1, 1], cross_attention_dim=48, attention_head_dim=[1, 1],
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=40 + 5 * 8,
+    )  # fmt: skip
+    none = {name: [None, None] for name in ("text_encoder", "tokenizer")}
+    index = {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True,
+        "force_zeros_for_empty_prompt": False, **none,
+    }  # fmt: skip
+    for name in ("text_encoder_2", "tokenizer_2"):
+        shutil.copytree(tiny_sdxl / name, folder / name)
+    return save_pipeline(folder, index, {"unet": unet})
+
+
+@pytest.fixture(scope="session")
 def tiny_x4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SD x4 upscaler: 7 channels, noise levels as class labels, v-prediction, a VAE of factor 4, noise of its own."""
     import torch

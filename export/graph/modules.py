@@ -224,9 +224,10 @@ class VaeDecoder(nn.Module):
         return self.decoder(x if self.post_quant_conv is None else self.post_quant_conv(x)).float()
 
 
-def denoiser(unet: Any, *, probe: bool = False) -> Traced:
-    """probe: with the inner values that ControlNets and reuse variants need as further outputs, see `Denoiser`."""
-    example, inputs, least = network_inputs(unet.config)
+def denoiser(unet: Any, *, probe: bool = False, ids: int = 6) -> Traced:
+    """probe: with the inner values that ControlNets and reuse variants need as further outputs, see `Denoiser`. ids: numbers of
+    SDXL's time_ids."""
+    example, inputs, least = network_inputs(unet.config, ids)
     module = Denoiser(unet, probe=probe)
     outputs = {"prediction": ("rows", unet.config.out_channels, "height", "width")}
     multiple = size_multiple(unet.config)
@@ -235,7 +236,7 @@ def denoiser(unet: Any, *, probe: bool = False) -> Traced:
     )
 
 
-def network_inputs(config: Any) -> tuple[dict[str, Tensor], dict[str, tuple[int | str, ...]], int]:
+def network_inputs(config: Any, ids: int = 6) -> tuple[dict[str, Tensor], dict[str, tuple[int | str, ...]], int]:
     """Inputs of a UNet and its ControlNets: examples, shapes, and height and width of which 2 are left at the middle."""
     channels = config.in_channels
     projected = getattr(config, "encoder_hid_dim_type", None) == "text_proj"
@@ -254,9 +255,9 @@ def network_inputs(config: Any) -> tuple[dict[str, Tensor], dict[str, tuple[int 
         example["encoder_hidden_states"] = torch.zeros(2, 77, dim)
         inputs["encoder_hidden_states"] = ("rows", "tokens", dim)
     if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        example |= {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
-        inputs |= {"text_embeds": ("rows", pooled), "time_ids": ("rows", 6)}
+        pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
+        example |= {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, ids)}
+        inputs |= {"text_embeds": ("rows", pooled), "time_ids": ("rows", ids)}
     sines, table = config.class_embed_type == "timestep", config.num_class_embeds is not None
     if sines or table:
         example["class_labels"] = torch.zeros(2, dtype=torch.float32 if sines else torch.int64)

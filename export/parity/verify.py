@@ -33,6 +33,7 @@ from stepforge.export.models.source import Source
 from stepforge.export.parity.adapters import merge_adapters
 from stepforge.export.parity.components import component_errors
 from stepforge.export.parity.control import exported_controls
+from stepforge.export.parity.experts import ExpertReference, run_experts
 from stepforge.export.parity.loaders import Loaded, load_pipeline
 from stepforge.export.parity.measures import psnr, relative_error
 from stepforge.export.parity.reference import Reference, References, Settings, run_references
@@ -95,6 +96,7 @@ def verify(
     loras: Sequence[tuple[Path, float]] = (),
     controls: Mapping[str, str | Path] | None = None,
     upscalers: Mapping[str, str | Path] | None = None,
+    experts: Mapping[str, str | Path] | None = None,
     backends: Sequence[str] = (),
     precisions: Sequence[str] = (),
     prompts: Sequence[str] = PROMPTS,
@@ -109,8 +111,9 @@ def verify(
     tokenizer, prediction_type: as for the export. config: a diffusers folder whose configs hold for a single file of another
     geometry than the published models'. loras: what the bundle has merged; the reference gets them merged too. controls: the
     bundle's ControlNets, each of which draws the first prompt with a drawn hint. upscalers: the
-    models of its super-resolution stages, each of which enlarges a drawn picture. backends, precisions: all that this machine
-    can run unless given. Raises BundleError, CheckpointError, AdapterError, BackendError.
+    models of its super-resolution stages, each of which enlarges a drawn picture. experts: the
+    models of its experts, which draw the first prompt as the bundle switches between them. backends, precisions: all
+    that this machine can run unless given. Raises BundleError, CheckpointError, AdapterError, BackendError.
     """
     bundle, model = read(bundle_path), Path(model_path)
     source = load(model, tokenizer=tokenizer, prediction_type=prediction_type)
@@ -125,6 +128,8 @@ def verify(
     runs = list(_configurations(bundle, backends, precisions))
     settings = Settings(tuple(prompts), steps, guidance, seed)
 
+    loaded_once: list[Loaded] = []
+
     def load_reference() -> Loaded:
         progress("reference: loading")
         loaded = load_pipeline(
@@ -134,15 +139,20 @@ def verify(
             prediction_type=prediction_type,
             config=None if config is None else Path(config),
         )
-        return loaded.assuming(*merge_adapters(loaded.pipeline, loras, merged))
+        loaded_once.append(loaded.assuming(*merge_adapters(loaded.pipeline, loras, merged)))
+        return loaded_once[0]
 
     known = run_references(load_reference(), [(net, places[net.name]) for net in nets], bundle, settings, progress)
+    others = {name: Path(path) for name, path in (experts or {}).items()}
+    switched = run_experts(
+        bundle, loaded_once.pop().pipeline, with_adapters(source, merged), others, settings, progress
+    )
     staged = run_stages(bundle, {name: Path(path) for name, path in (upscalers or {}).items()}, settings, progress)
     release()  # SDXL's pipeline and an engine of it do not fit 24 GB together
     checks: list[Check] = []
     for backend, precision in runs:
         progress(f"{backend} {precision}")
-        checks += compare(bundle, open_backend(backend, bundle, precision=precision), known, settings, staged)
+        checks += compare(bundle, open_backend(backend, bundle, precision=precision), known, settings, staged, switched)
     verdict = _verdict(checks, known, settings)
     if store:
         update(bundle, lambda now: replace(now, verdict=verdict))
@@ -181,6 +191,7 @@ def compare(
     references: References,
     settings: Settings,
     stages: Mapping[str, StageReference] | None = None,
+    experts: ExpertReference | None = None,
 ) -> Iterator[Check]:
     """One backend and precision against the references."""
     stages = stages or {}
@@ -196,6 +207,10 @@ def compare(
             yield _limited(backend, "component", name, error, limits.component)
         for request, reference, name in _requests(references, settings):
             yield from _trajectory(engine, request, reference, name, limits)
+        if experts is not None:
+            yield from _trajectory(
+                engine, experts.request, experts.reference, f"experts {experts.request.experts}", limits
+            )
         for name, stage in stages.items():
             yield from _trajectory(engine, stage.request, stage.reference, f"stage {name}", limits)
 
@@ -203,6 +218,7 @@ def compare(
 def _requests(references: References, settings: Settings) -> Iterator[tuple[Request, Reference, str]]:
     """Requests of the engine, each with diffusers' run of the same and the name of the check."""
     options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance, "seed": settings.seed}
+    options |= {"experts": "base"}  # alone
     options |= {"prompt_syntax": "plain", "init": references.init}
     for prompt, reference in references.plain.items():
         yield Request(prompt=prompt, **options), reference, prompt

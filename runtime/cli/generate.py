@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepforge.runtime.cli import options
-from stepforge.runtime.cli.inputs import parse_adapters, parse_controls, parse_init, parse_stages, read_requests
+from stepforge.runtime.cli.inputs import (
+    parse_adapters,
+    parse_controls,
+    parse_init,
+    parse_micro,
+    parse_stages,
+    read_requests,
+)
 from stepforge.runtime.cli.output import complain, progress_bar
 from stepforge.runtime.cli.signals import Stopped, on_signal
 from stepforge.runtime.cli.targets import claimed
@@ -74,6 +81,8 @@ def generate(
     guider: options.GuiderText = None,
     reuse: options.ReuseText = None,
     preset: options.PresetName = None,
+    experts: options.ExpertsText = None,
+    micro: options.MicroTexts = None,
     control: options.ControlTexts = None,
     preprocessor: options.Preprocessor = "none",
     control_window: Annotated[
@@ -125,13 +134,14 @@ def generate(
     adapters = parse_adapters(adapter or ())
     planned = options.plan_fields(
         steps=steps, sampler=sampler, schedule=schedule, spacing=spacing, timesteps=timesteps, sigmas=sigmas, eta=eta,
-        guidance=guidance, guider=guider, reuse=reuse, preset=preset,
+        guidance=guidance, guider=guider, reuse=reuse, preset=preset, experts=experts,
     )  # fmt: skip
     requests = read_requests(
         prompts,
         prompt_file,
         request_file,
         {
+            "micro": parse_micro(micro or ()),
             "negative": negative, "width": width, "height": height, "seed": seed, "images": images,
             "prompt_syntax": prompt_syntax, **planned,
             "controls": parse_controls(control or (), preprocessor, control_window, guess_mode),

@@ -165,3 +165,21 @@ def file_and_strength(text: str) -> tuple[Path, float]:
             f"it lies between -{MAX_STRENGTH:g} and {MAX_STRENGTH:g}"
         )
     return Path(path), strength
+
+
+def parse_micro(texts: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE -> fields of `Micro`; its values are checked there. Raises RequestError."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or key in found:
+            raise RequestError(f"--micro {printable(text)} is not understood; give KEY=VALUE once, such as crop=0,64")
+        try:
+            numbers = [float(part) for part in value.split(",")]
+        except ValueError:
+            raise RequestError(
+                f"--micro {printable(text)} is not understood; the value is one or two numbers"
+            ) from None
+        whole = [int(number) if number.is_integer() else number for number in numbers]
+        found[key] = whole if len(whole) > 1 else whole[0]
+    return found

@@ -63,6 +63,23 @@ ReuseText = Annotated[
     str | None,
     typer.Option("--reuse", metavar="TEXT", help="Approximate: deepcache(3), tgate(0.5); joined by +. [default: none]"),
 ]
+ExpertsText = Annotated[
+    str | None,
+    typer.Option(
+        "--experts",
+        metavar="TEXT",
+        help='Denoisers, "base@0..0.8,refiner@0.8..1" of the timesteps or "high@sigma=5..inf". [default: bundle\'s]',
+    ),
+]
+MicroTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--micro",
+        metavar="KEY=VALUE",
+        help="What SDXL is told of the picture: original_size=HEIGHT,WIDTH, crop=TOP,LEFT, target_size, the same with "
+        "negative_ before, aesthetic_score, negative_aesthetic_score; repeatable.",
+    ),
+]
 PresetName = Annotated[
     str | None,
     typer.Option("--plan", metavar="PRESET", help="A preset of the bundle in place of -g, --guider, --reuse."),
@@ -153,6 +170,7 @@ def plan_fields(
     guider: str | None,
     reuse: str | None,
     preset: str | None,
+    experts: str | None = None,
 ) -> dict[str, Any]:
     """Fields of Request that decide its plan. Raises RequestError."""
     own = {"guidance": guidance, "guider": guider, "reuse": reuse}
@@ -167,5 +185,6 @@ def plan_fields(
         "timesteps": parse_numbers("timesteps", timesteps, int),
         "sigmas": parse_numbers("sigmas", sigmas, float),
         "eta": eta,
+        "experts": experts,
         **(given if preset is None else {"preset": preset}),
     }

@@ -27,6 +27,7 @@ def plan(
     guider: options.GuiderText = None,
     reuse: options.ReuseText = None,
     preset: options.PresetName = None,
+    experts: options.ExpertsText = None,
     init: options.InitImage = None,
     mask: options.InitMask = None,
     strength: options.InitStrength = None,
@@ -45,7 +46,7 @@ def plan(
 
     fields = options.plan_fields(
         steps=steps, sampler=sampler, schedule=schedule, spacing=spacing, timesteps=timesteps, sigmas=sigmas, eta=eta,
-        guidance=guidance, guider=guider, reuse=reuse, preset=preset,
+        guidance=guidance, guider=guider, reuse=reuse, preset=preset, experts=experts,
     )  # fmt: skip
     request = Request(
         prompt="",

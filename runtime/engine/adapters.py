@@ -12,7 +12,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +86,16 @@ class Adapters:
         # the key that each slot holds, least recently used first
         self._slots: OrderedDict[int, tuple[tuple[int, float], ...] | None] = OrderedDict.fromkeys(range(1, slots))
 
-    def load(self, name: str, file: str | Path) -> Adapter:
+    def load(self, name: str, file: str | Path, *, denoisers: Sequence[str] | None = None) -> Adapter:
         """Read a LoRA file, to be used as `Request(adapters={name: strength})`; returns what it changes.
 
+        denoisers: names of those that it changes, of a model with experts; by default every one that it fits.
         Raises AdapterError if the file is refused, if it changes what the banks cannot hold exactly, or if its rank is
         higher than theirs. Keys of the file that fit no module of the model are in the result's `refused`.
         """
         if not self._banks:
             raise AdapterError("this bundle takes no adapters at run time; export it with --lora-slots")
-        modules = {component: entry.modules for component, entry in self._bundle.components.items() if entry.modules}
-        adapter = read_adapter(file, modules)
+        adapter = self._read(file, denoisers)
         loaded = Loaded(name, adapter, next(self._serials), *self._blocks(adapter))
         with self._lock:
             if name in self._loaded:
@@ -103,6 +103,32 @@ class Adapters:
             self._loaded[name] = loaded
         adapter.warn_of_refused()
         return adapter
+
+    def _read(self, file: str | Path, denoisers: Sequence[str] | None) -> Adapter:
+        """A file as layers; those of a denoiser are layers of all its twins, experts with the same modules."""
+        known = [key.name for key in self._bundle.denoisers]
+        if odd := [name for name in denoisers or () if name not in known]:
+            raise AdapterError(f"the bundle has no denoiser {odd[0]!r}; it has {', '.join(known)}")
+        modules: dict[ComponentId, tuple[Module, ...]] = {}
+        twins: dict[ComponentId, list[ComponentId]] = {}
+        for component, entry in self._bundle.components.items():
+            if not entry.modules or component.stage:
+                continue
+            if component.role == "denoiser":
+                if denoisers is not None and component.name not in denoisers:
+                    continue
+                first = next((one for one in twins if self._bundle.components[one].modules == entry.modules), component)
+                twins.setdefault(first, []).append(component)
+                if first != component:
+                    continue
+            modules[component] = entry.modules
+        adapter = read_adapter(file, modules)
+        spread = [(twin, place) for place in adapter.layers for twin in twins.get(place[0], [place[0]])]
+        return replace(
+            adapter,
+            layers={(twin, place[1]): adapter.layers[place] for twin, place in spread},
+            names={(twin, place[1]): adapter.names[place] for twin, place in spread},
+        )
 
     def unload(self, name: str) -> None:
         """Forget an adapter. Requests that were submitted with it still run. Raises AdapterError if there is none."""

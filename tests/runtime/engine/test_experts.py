@@ -1,0 +1,183 @@
+"""Several denoisers in one bundle against diffusers: base and refiner, experts of one architecture."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import stepforge
+from stepforge import Request, RequestError
+from stepforge.export.build import BankOptions, export_bundle
+from stepforge.export.cli import parse_experts
+from stepforge.export.parity.verify import verify
+from stepforge.runtime.bundle import read
+
+PROMPT, NEGATIVE = "a cat", "a dog"
+SIGMA = 3.0
+# fp32 of two engines over ten steps; a wrong cut, text or time_ids is below 45 dB
+PSNR = 60.0
+
+
+def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
+    error = float(((ours.astype(np.float64) - theirs) ** 2).mean())
+    return 10 * np.log10(float(np.ptp(theirs)) ** 2 / error) if error else 200.0
+
+
+@pytest.fixture(scope="module")
+def refined(tiny_sdxl: Path, tiny_refiner: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("refined") / "bundle"
+    export_bundle(tiny_sdxl, out, experts=parse_experts([f"refiner={tiny_refiner}"]))
+    return out
+
+
+@pytest.fixture(scope="module")
+def pipelines(tiny_sdxl: Path, tiny_refiner: Path):
+    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    base = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, add_watermarker=False)
+    refiner = StableDiffusionXLImg2ImgPipeline(
+        vae=base.vae, text_encoder=None, text_encoder_2=base.text_encoder_2, tokenizer=None,
+        tokenizer_2=base.tokenizer_2, scheduler=base.scheduler, requires_aesthetics_score=True,
+        unet=UNet2DConditionModel.from_pretrained(tiny_refiner / "unet"), force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )  # fmt: skip
+    for pipeline in (base, refiner):
+        pipeline.set_progress_bar_config(disable=True)
+    return base, refiner
+
+
+def ensemble(pipelines, scheduler, *, steps=10, at=0.8, micro=None, weights=(5.0, 3.0), negative=NEGATIVE, seed=0):
+    """Latents of diffusers' base and refiner."""
+    base, refiner = pipelines
+    generator, latents = torch.Generator().manual_seed(seed), None
+    with torch.no_grad():
+        for pipeline, w in zip((base, refiner), weights, strict=True):
+            pipeline.scheduler = scheduler.from_config(scheduler.config)
+            cut = {"denoising_end": at} if pipeline is base else {"denoising_start": at, "image": latents}
+            size = {"width": 64, "height": 64} if pipeline is base else {}
+            scores = {} if pipeline is base else {k: v for k, v in (micro or {}).items() if "score" in k}
+            own = {k: v for k, v in (micro or {}).items() if "score" not in k}
+            latents = pipeline(
+                PROMPT, negative_prompt=negative, num_inference_steps=steps, guidance_scale=w, generator=generator,
+                output_type="latent", return_dict=False, **cut, **size, **own, **scores,
+            )[0]  # fmt: skip
+    return latents[0].numpy()
+
+
+def last(engine: stepforge.Engine, request: Request) -> np.ndarray:
+    """The last latents of a request."""
+    return engine.generate(request).latents[0]
+
+
+@pytest.fixture(scope="module")
+def opened(refined: Path):
+    @cache
+    def make(backend: str) -> stepforge.Engine:
+        return stepforge.load(refined, backend=backend, precision="fp32")
+
+    yield make
+    for backend in ("openvino", "onnxruntime", "torch"):
+        make(backend).close()
+
+
+def changed_unet(model: Path, out: Path) -> Path:
+    """The model's UNet with other weights in one layer."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    with torch.no_grad():
+        unet.mid_block.resnets[0].conv1.weight *= 1.5
+    unet.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def noisy(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with an expert of high noise, LoRA banks and a ControlNet; the expert lies beside it."""
+    folder = tmp_path_factory.mktemp("noisy")
+    high = changed_unet(tiny_sd1, folder / "high")
+    export_bundle(
+        tiny_sd1, folder / "bundle", experts=parse_experts([f"high={high}@sigma={SIGMA}..inf"]),
+        controls={"a": tiny_sd1_controls["a"]}, bank=BankOptions(2, 4),
+    )  # fmt: skip
+    return folder / "bundle"
+
+
+def test_expert_of_one_architecture(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], noisy: Path):
+    """One trajectory whose network changes, as diffusers with its UNet replaced; on disk the changed layer alone is added."""
+    bundle = read(noisy)
+    own = bundle.files["denoiser/unet/high.data"][0]
+    assert 0 < own < 0.2 * bundle.files["denoiser/unet/model.onnx.data"][0]
+    verdict = verify(
+        noisy, tiny_sd1, experts={"high": noisy.with_name("high")}, backends=["onnxruntime", "openvino", "torch"],
+        precisions=["fp32"], prompts=[PROMPT], steps=8, store=False, controls={"a": tiny_sd1_controls["a"]},
+    )  # fmt: skip
+    checks = [check for check in verdict["checks"] if check["name"].startswith("experts")]
+    assert {check["level"] for check in checks} == {"step", "trajectory", "image"}
+    assert all(check["passed"] for check in verdict["checks"]), verdict["checks"]
+
+
+MICRO = {
+    "original_size": (48, 96), "crops_coords_top_left": (3, 5), "target_size": (80, 40),
+    "negative_original_size": (20, 30), "negative_crops_coords_top_left": (1, 2), "negative_target_size": (50, 70),
+}  # fmt: skip
+SCORES = {"aesthetic_score": 7.0, "negative_aesthetic_score": 1.5}
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "torch"])
+def test_base_and_refiner_are_diffusers_two_pipelines(backend: str, opened, pipelines):
+    """Hand-over, the refiner's own text, scores, guidance of each, and micro-conditioning."""
+    from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+
+    engine, config = opened(backend), pipelines[0].scheduler.config
+    cases = [("euler", EulerDiscreteScheduler, None), ("dpmpp_2m", DPMSolverMultistepScheduler, MICRO | SCORES)]
+    cases += [("heun", HeunDiscreteScheduler, SCORES)] if backend == "onnxruntime" else []
+    for sampler, kind, micro in cases:
+        theirs = ensemble(pipelines, kind.from_config(config), micro=micro)
+        ours = {k.replace("crops_coords_top_left", "crop"): v for k, v in (micro or {}).items()}
+        request = Request(
+            prompt=PROMPT, negative=NEGATIVE, steps=10, sampler=sampler, spacing="leading", prompt_syntax="plain",
+            guidance="unet=5; refiner=3", micro=ours, experts=None if sampler == "euler" else "base@0..0.8,refiner@0.8..1",
+        )  # fmt: skip
+        assert psnr(last(engine, request), theirs) >= PSNR, sampler
+        assert {step.denoiser for step in engine.plan(request).steps} == {"unet", "refiner"}
+
+
+def test_text_encoder_is_stored_once_and_missing_experts_are_refused(
+    refined: Path, opened, tiny_sdxl: Path, tiny_refiner: Path
+):
+    bundle, engine = read(refined), opened("onnxruntime")
+    assert bundle.experts["refiner"].text_encoders == bundle.card.text_encoders[1:]
+    verdict = verify(
+        refined, tiny_sdxl, experts={"refiner": tiny_refiner}, backends=["onnxruntime"], precisions=["fp32"],
+        prompts=[PROMPT], steps=8, store=False,
+    )  # fmt: skip
+    assert [check["level"] for check in verdict["checks"] if check["name"].startswith("experts")] == [
+        "step",
+        "trajectory",
+        "image",
+    ]
+    assert verdict["passed"], verdict["checks"]
+    assert not [key for key in bundle.components if key.role == "text_encoder" and "refiner" in key.name]
+    with pytest.raises(RequestError, match=r"no expert 'high'; it has base, refiner"):
+        engine.plan(Request(prompt="", experts="high@sigma=1..inf"))
+    with pytest.raises(RequestError, match="no weight for refiner"):
+        engine.plan(Request(prompt="", guidance="unet=5"))
+
+
+def test_neighbours_with_other_experts_change_nothing(opened):
+    """Rows of two denoisers never share a call; each request is what it is alone."""
+    engine = opened("onnxruntime")
+    requests = [
+        Request(prompt=PROMPT, steps=5, seed=i, experts=experts, guidance=2.0)
+        for i, experts in enumerate((None, "base", "refiner@0.4..1", "refiner@sigma=0..2"))
+    ]
+    together = engine.generate(requests)
+    for request, result in zip(requests, together, strict=True):
+        alone = engine.generate(request)
+        assert np.abs(alone.latents[0] - result.latents[0]).max() < 1e-4
+        assert {"unet", "refiner"} & set(alone.stats.rows) == {step.denoiser for step in engine.plan(request).steps}
