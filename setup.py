@@ -41,9 +41,13 @@ setup(
     extras_require={
         "export": EXPORT,
         "control": ["opencv-python-headless>=4.10"],  # the Canny preprocessor; Apache-2.0, needs numpy only
+<<<<<<< HEAD
         # networks of `--sr NAME=FILE.safetensors`; asks for torchvision, whose wheels fit one build of torch each, so it is no
         # part of `export`. stepforge needs spandrel alone: pip install --no-deps spandrel
         "upscale": ["spandrel>=0.4.1", "einops>=0.8"],
+=======
+        "parquet": ["pyarrow>=16"],  # `stepforge batch` from and to Parquet; Apache-2.0
+>>>>>>> main
         "plot": ["matplotlib>=3.8"],  # `stepforge tune --plot`
         "cuda": ["onnxruntime-gpu>=1.23"],
         "torch": [
@@ -64,6 +68,7 @@ setup(
             "triton==3.7.1",  # kernels in its interpreter and ahead of time (golden.json); what torch 2.13 wants on CUDA
             "matplotlib>=3.8",  # as in the extra plot; plots of benchmarks
             "opencv-python-headless>=4.10",  # as in the extra control
+            "pyarrow>=16",  # as in the extra parquet
             "fonttools>=4.50",  # the emoji list of the demo's training recipe
             "ruff>=0.8",  # format and lint
             "mypy>=1.13",  # types

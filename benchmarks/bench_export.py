@@ -130,7 +130,7 @@ def make_opsets(folder: str) -> dict[str, Any]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from stepforge.export.graph import trace
+    from stepforge.export.graph import modules, trace
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -139,7 +139,7 @@ def make_opsets(folder: str) -> dict[str, Any]:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     for opset in (20, 23):
-        trace.save(trace.denoiser(unet.eval().requires_grad_(False)), Path(folder) / f"opset {opset}", opset)
+        trace.save(modules.denoiser(unet.eval().requires_grad_(False)), Path(folder) / f"opset {opset}", opset)
     return {}
 
 

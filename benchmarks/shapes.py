@@ -15,7 +15,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from stepforge.export.graph import trace
+from stepforge.export.graph import modules, trace
 
 SHAPES: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    traced = trace.denoiser(weightless(SHAPES[args.shape]))
+    traced = modules.denoiser(weightless(SHAPES[args.shape]))
     model = trace.trace(traced)
     trace.name_weights(model)
     trace.clean(model)

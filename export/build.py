@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from stepforge.export.graph import trace
+from stepforge.export.graph import modules, trace
 from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, used_modules
 from stepforge.export.graph.check import open_graphs
 from stepforge.export.graph.control import split
@@ -221,7 +221,7 @@ class _Export:
     def denoiser(self) -> Any:
         """The denoiser and its reuse variants; the denoiser's config."""
         probe = bool(self.controls or self.reuse.names)
-        config = self.add(UNET, self.source.unet, lambda network: trace.denoiser(network, probe=probe))
+        config = self.add(UNET, self.source.unet, lambda network: modules.denoiser(network, probe=probe))
         self.components |= _variants(self.folder, self.components, self.reuse.names)
         return config
 
@@ -249,11 +249,11 @@ class _Export:
 
         def decoder(vae: Any) -> trace.Traced:
             halves.append(vae.encoder is not None)
-            return trace.vae_decoder(vae)
+            return modules.vae_decoder(vae)
 
         config = self.add(VAE_DECODER, load, decoder)
         if halves[0]:
-            self.add(VAE_ENCODER, load, trace.vae_encoder)
+            self.add(VAE_ENCODER, load, modules.vae_encoder)
         return config
 
     def stage(self, name: str, upscaler: Upscaler | FeedForward, base: ModelCard) -> StageCard:
@@ -367,8 +367,8 @@ def prefixed(key: ComponentId, entry: Component) -> Component:
 def _text_trace(family: str, length: int) -> Callable[[Any], trace.Traced]:
     """How a text encoder of a family becomes a graph; length: tokens of one chunk."""
     if family == "if":
-        return partial(trace.t5_encoder, length=length)
-    return partial(trace.text_encoder, length=length, penultimate=family == "sdxl")
+        return partial(modules.t5_encoder, length=length)
+    return partial(modules.text_encoder, length=length, penultimate=family == "sdxl")
 
 
 def _tokenizer(tokens: Path, pad: Pad | None, folder: Path, encoder: ComponentId, *, t5: bool = False) -> TextEncoder:

@@ -1,7 +1,7 @@
 """Any linear diffusers scheduler as rows of numbers, by pushing basis vectors through it.
 
 A scheduler whose steps are linear in latent, predictions and noise is known exactly from what it does to unit vectors.
-So `expansion` is the reference for every sampler of `runtime/plan/samplers.py`, and `from_diffusers` and `step_table` compile
+So `expansion` is the reference for every sampler of `runtime/plan/sampling/`, and `from_diffusers` and `step_table` compile
 schedulers for which stepforge has no formula.
 """
 
@@ -25,7 +25,7 @@ from stepforge.runtime.bundle.steps import LONGEST_WINDOW, Row, StepTable
 from stepforge.runtime.checks import clipped
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.plan import Step
-from stepforge.runtime.plan.sample import as_step
+from stepforge.runtime.plan.sampling.sample import as_step
 
 Window = tuple[tuple[float, ...], tuple[float, ...], float]  # keep, gain, noise
 RESIDUAL = 1e-9  # relative error of a window; expansions are good to about 1e-12

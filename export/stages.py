@@ -11,9 +11,13 @@ from typing import Any, Protocol
 
 import torch
 
+<<<<<<< HEAD
 from stepforge.export.graph import trace, upscaler
 from stepforge.export.graph.feedforward import feed_forward
 from stepforge.export.models.pixel.feedforward import FeedForward, read_feed_forward
+=======
+from stepforge.export.graph import modules, trace, upscaler
+>>>>>>> main
 from stepforge.export.models.pixel.read import shares_text
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source, Upscaler
@@ -105,14 +109,14 @@ def export_stage(
         base.text_encoders if shares_text(stage, base_source) else _text_encoders(name, stage, add, tokenize)
     )
     unet = add(
-        replace(UNET, stage=name), source.unet, upscaler.latent_upscaler if stage.kind == "x2" else trace.denoiser
+        replace(UNET, stage=name), source.unet, upscaler.latent_upscaler if stage.kind == "x2" else modules.denoiser
     )
     decoder = None
     if source.vae is not None:
         load = partial(vae, source)
         if stage.kind == "x2":
-            add(replace(VAE_ENCODER, stage=name), load, trace.vae_encoder)
-        decoder = add(replace(VAE_DECODER, stage=name), load, trace.vae_decoder)
+            add(replace(VAE_ENCODER, stage=name), load, modules.vae_encoder)
+        decoder = add(replace(VAE_DECODER, stage=name), load, modules.vae_decoder)
     size = int(unet.sample_size) * source.vae_scale
     model = ModelCard(
         name=source.name,
@@ -141,9 +145,9 @@ def export_stage(
 def _text_encoders(name: str, stage: Upscaler, add: Add, tokenize: Tokenize) -> Sequence[TextEncoder]:
     """Cards of the stage's own text encoders."""
     source = stage.source
-    make: Callable[..., trace.Traced] = partial(trace.text_encoder, penultimate=False)
+    make: Callable[..., trace.Traced] = partial(modules.text_encoder, penultimate=False)
     if stage.kind != "x4":
-        make = upscaler.text_encoder if stage.kind == "x2" else trace.t5_encoder
+        make = upscaler.text_encoder if stage.kind == "x2" else modules.t5_encoder
     cards = []
     for key, loader, tokens, pad in zip(
         TEXT_ENCODERS, source.text_encoders, source.tokenizers, source.pads, strict=False

@@ -584,8 +584,9 @@ def tiny_sdxl_bundle(tiny_sdxl: Path, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_if_bundle(tiny_if: Path, request: pytest.FixtureRequest) -> Path:
-    return _export(tiny_if, request)
+def tiny_if_bundle(tiny_if: Path, tiny_if_sr: dict[str, Path], request: pytest.FixtureRequest) -> Path:
+    """Stage I with the stages "ii" and "plain"."""
+    return _export(tiny_if, request, upscalers=tiny_if_sr)
 
 
 @pytest.fixture(scope="session")

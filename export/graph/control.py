@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepforge.export.graph.modules import network_inputs
 from stepforge.export.graph.rewire import RESIDUAL
-from stepforge.export.graph.trace import Traced, network_inputs
+from stepforge.export.graph.trace import Traced
 
 
 class Hint(nn.Module):

@@ -1,4 +1,4 @@
-"""Rewrites of a denoiser's finished graphs at its probes (`trace.Denoiser`): ControlNets, and variants that reuse.
+"""Rewrites of a denoiser's finished graphs at its probes (`modules.Denoiser`): ControlNets, and variants that reuse.
 
     residual_i  inputs, [rows, C, h, w] or [1, C, 1, 1], that are added to the skip connections and, the last one, to what the
                 middle block makes, as diffusers adds a ControlNet's. A row without a ControlNet brings zeros.

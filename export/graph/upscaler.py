@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepforge.export.graph.trace import ClipEncoder, Traced, at_end
+from stepforge.export.graph.modules import ClipEncoder, at_end
+from stepforge.export.graph.trace import Traced
 
 NOISE_FEATURES = 64  # cosines and as many sines of the low-resolution latents' noise level, which is 0 always
 
@@ -80,7 +81,7 @@ class LatentUpscaler(nn.Module):
         out = self.unet(
             sample.to(dtype), timestep, encoder_hidden_states.to(dtype), timestep_cond=condition, return_dict=False
         )[0]
-        return -out[:, :-1].float()
+        return -1.0 * out[:, :-1].float()  # bundles allow no Neg on every engine
 
 
 class PooledClipEncoder(ClipEncoder):

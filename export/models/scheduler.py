@@ -1,6 +1,6 @@
 """A model's scheduler as diffusers' pipelines run it, and what a bundle keeps of it.
 
-Where `plan/samplers.py` has the formula of the class with these options, the bundle keeps the card alone. Otherwise the
+Where `plan/sampling` has the formula of the class with these options, the bundle keeps the card alone. Otherwise the
 steps are compiled by the oracle, for each count of COUNTS, as long as diffusers runs them linearly.
 """
 
@@ -18,7 +18,7 @@ from stepforge.export.oracle import exact_copy, one_line, silent, step_table
 from stepforge.runtime.bundle.scheduler import BETA_SCHEDULES, SCHEDULES, SchedulerCard, choose
 from stepforge.runtime.errors import BundleError, CheckpointError
 from stepforge.runtime.files import printable
-from stepforge.runtime.plan.samplers import SAMPLERS
+from stepforge.runtime.plan.sampling.samplers import SAMPLERS
 
 COUNTS = range(1, 101)  # step counts that are compiled
 EXAMINED = (20, 4, 1)  # counts that are compiled before any weight is read, to refuse early

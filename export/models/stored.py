@@ -74,8 +74,8 @@ def check_model(
     Returns what was corrected of the tokenizers, a line each. Raises CheckpointError.
     """
     own, decoder, *encoders = (stored.check().config for stored in (unet, vae, *texts))
-    if own.in_channels != decoder.latent_channels:
-        raise CheckpointError(f"the UNet takes {own.in_channels} channels, the VAE makes {decoder.latent_channels}")
+    if own.out_channels != decoder.latent_channels:
+        raise CheckpointError(f"the UNet makes {own.out_channels} channels, the VAE takes {decoder.latent_channels}")
     widths = [encoder.hidden_size for encoder in encoders]
     if own.cross_attention_dim != sum(widths):
         raise CheckpointError(

@@ -223,6 +223,7 @@ def source_pipeline(source: Source) -> Any:
     tokenizers = [_tokenizer(folder, pad) for folder, pad in zip(source.tokenizers, source.pads, strict=True)]
     encoders = [loader(FP32) for loader in source.text_encoders]
     config = dict(source.scheduler)
+    assert source.vae is not None
     parts = {
         "unet": source.unet(FP32),
         "vae": source.vae(FP32),

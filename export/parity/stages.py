@@ -17,6 +17,7 @@ from stepforge.export.graph.upscaler import NOISE_FEATURES
 from stepforge.export.models.source import Source
 from stepforge.export.models.upscaler import read_upscaler
 from stepforge.export.parity.loaders import FP32, check_complete, quiet, variant_among
+from stepforge.export.parity.pixel import pixel_calls, pixel_recorder, run_pixel
 from stepforge.export.parity.recorder import Call, Heard, Recorder, as_array, places
 from stepforge.export.parity.reference import Reference, Settings, drawn_picture
 from stepforge.export.parity.staging import reason, stage_model, staging
@@ -54,7 +55,11 @@ def run_stages(
         if told.get("sha256") != stage.source.provenance.get("sha256"):
             raise CheckpointError(f"stage {name!r} was exported from other weights than those of {path}")
         progress(f"reference: stage {name}")
-        if stage.kind in RUNS:
+        if stage.text_width and not stage.source.text_encoders:
+            raise CheckpointError(
+                f"stage {name!r} reads the base model's text; give a folder that has its text encoder too"
+            )
+        if stage.kind in CALLS:
             found[name] = run_stage(name, bundle.stages[name], load_stage(path, stage.source), settings)
     return found
 
@@ -88,6 +93,8 @@ def run_stage(name: str, card: StageCard, pipeline: Any, settings: Settings) -> 
     side = -(-min(LARGEST, card.model.width // card.scale) // multiple) * multiple
     picture = drawn_picture(side, max(multiple, side * 3 // 4 // multiple * multiple))
     prompt = settings.prompts[0]
+    if not card.model.text_encoders:
+        settings = replace(settings, guidance=1.0)
     options: dict[str, Any] = {"noise_level": card.noise_level} if card.noising else {}
     request = Request(
         prompt=prompt,
@@ -95,10 +102,13 @@ def run_stage(name: str, card: StageCard, pipeline: Any, settings: Settings) -> 
         seed=settings.seed,
         upscale=Upscale(name=name, image=picture, steps=settings.steps, guidance=settings.guidance, **options),
     )
-    with _recorder(pipeline) as recorder:
+    with pixel_recorder(pipeline) if card.kind == "pixel" else _recorder(pipeline) as recorder:
         try:
             with quiet():
-                reference = RUNS[card.kind](pipeline, picture, prompt, settings, options)
+                if card.kind == "pixel":
+                    reference = run_pixel(pipeline, picture, prompt, settings, options, card.scale)
+                else:
+                    reference = _run_latent(pipeline, picture, prompt, settings, options)
         except Exception as error:  # a pipeline raises whatever its settings run into
             raise CheckpointError(f"diffusers' pipeline of stage {name!r} does not draw: {reason(error)}") from error
     calls = [
@@ -168,6 +178,5 @@ def _denoiser_inputs(call: Heard) -> dict[str, NDArray[Any]]:
     return inputs
 
 
-Run = Callable[[Any, Image.Image, str, Settings, dict[str, Any]], Reference]
-RUNS: dict[str, Run] = {"x4": _run_latent, "x2": _run_latent}
-CALLS: dict[str, Callable[[Any, Recorder, Float32], Iterator[Call]]] = {"x4": _latent_calls, "x2": _latent_calls}
+Calls = Callable[[Any, Recorder, Float32], Iterator[Call]]
+CALLS: dict[str, Calls] = {"x4": _latent_calls, "x2": _latent_calls, "pixel": pixel_calls}

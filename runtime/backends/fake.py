@@ -26,7 +26,7 @@ from stepforge.runtime.bundle import (
     TextEncoder,
 )
 from stepforge.runtime.bundle.scheduler import SchedulerCard
-from stepforge.runtime.plan.schedules import alphas_cumprod
+from stepforge.runtime.plan.sampling.schedules import alphas_cumprod
 
 SPREAD = 0.5
 DIM = 16  # width of the pretended text embedding

@@ -128,10 +128,11 @@ def _check_components(bundle: Bundle) -> None:
 
 
 def _check_files(bundle: Bundle) -> None:
+    cards: list[ModelCard | ExpertCard] = [*bundle.models, *bundle.experts.values()]
     named = [
         *(component.graph for component in bundle.components.values()),
         *(graph for component in bundle.components.values() for graph in component.derived.values()),
-        *(encoder.tokenizer for card in (*bundle.models, *bundle.experts.values()) for encoder in card.text_encoders),
+        *(encoder.tokenizer for card in cards for encoder in card.text_encoders),
     ]
     for name in named:
         if name not in bundle.files:

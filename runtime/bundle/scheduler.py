@@ -16,7 +16,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow", "edm")  # edm: a raw output that its own scheduler weighs
 SPACINGS = ("linspace", "leading", "trailing")
 SCHEDULES = ("normal", "karras", "exponential", "beta")
-SAMPLER_NAMES = (  # keys of plan.samplers.SAMPLERS
+SAMPLER_NAMES = (  # keys of plan.sampling.samplers.SAMPLERS
     "ddim",
     "ddpm",
     "deis",
@@ -64,7 +64,7 @@ class SchedulerCard:
     steps_offset: int = 0
     set_alpha_to_one: bool | None = None
     shift: float = 1.0  # flow models' shift
-    threshold: tuple[float, float] | None = None  # dynamic thresholding of the clean latent: ratio, cap; plan/limits.py
+    threshold: tuple[float, float] | None = None  # ratio and cap of dynamic thresholding, see plan/sampling/limits.py
     clip_sample: bool = False  # the clean latent is clipped to -1..1, unless it is thresholded
     learned_range: bool = False  # the network predicts a variance beside the mean
     table: StepTable | None = field(default=None, repr=False)  # a file of its own, see steps.py

@@ -1,4 +1,4 @@
-"""Compiled steps of a model's own sampler, for samplers without a formula in `plan/samplers.py`; written at export.
+"""Compiled steps of a model's own sampler, for samplers without a formula in `plan/sampling/samplers.py`; written at export.
 
     scheduler/steps.json    [{"steps": 20, "init_noise": 1.0, "rows": [[step, t, sigma, scale_in, noise,
                             [denoised, denoised], [keep, ...], [gain, ...]], ...]}, ...]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend, Graph, LoopingGraph
-from stepforge.runtime.bundle import Bundle, Component, ComponentId, Size
+from stepforge.runtime.bundle import Bundle, Component, ComponentId
 from stepforge.runtime.engine.adapters import Adapters, row_inputs
 from stepforge.runtime.engine.conditions.controls import Controls, ControlUse, no_residuals
 from stepforge.runtime.engine.conditions.text import Condition
@@ -37,7 +37,7 @@ class Denoisers:
         self._graphs: dict[ComponentId, Graph] = {}
         for network in bundle.denoisers:
             self._open(network)
-        self._packed: tuple[tuple[tuple[int, Size], ...], dict[str, Float32], list[Condition]] | None = None
+        self._packed: tuple[tuple[Any, ...], dict[str, Float32], list[Condition]] | None = None
         self._sample: Float32 = np.empty(0, np.float32)
         self._pools: OrderedDict[tuple[ComponentId, tuple[int, int, int]], DevicePool] = OrderedDict()
         self._zeros = {key: no_residuals(entry) for key, entry in bundle.components.items()}

@@ -1,6 +1,7 @@
 """Who runs next: which requests wait, which images are on their way, and which of them share a network call.
 
-Touches no arrays and no networks. `submit`, `resume` and `close` are for any thread, everything else for the engine's own.
+Touches no arrays and no networks. `submit`, `resume`, `returned` and `close` are for any thread, everything else for the
+engine's own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Scheduler:
         self.max_rows, self.max_pixels, self.queue_limit = max_rows, max_pixels, queue_limit
         self._waiting: deque[Job] = deque()
         self._between: deque[Waypoint] = deque()  # images whose next leg can start
+        self._lent = 0  # given images that feed-forward networks work on
         self._running: list[Trajectory] = []
         self._most_pixels: dict[ComponentId, int] = {}  # network -> what fitted in memory
         self._changed = threading.Condition()
@@ -65,7 +67,7 @@ class Scheduler:
     def has_work(self) -> bool:
         """Wait until there is some; False once the scheduler is closed."""
         with self._changed:
-            while not (self._waiting or self._between or self._running or self.is_closed):
+            while not (self.is_closed or self._running or self._between or (self._waiting and not self._is_held)):
                 self._changed.wait()
             return not self.is_closed
 
@@ -83,6 +85,8 @@ class Scheduler:
             asked: Waypoint | Job = self._between[0] if self._between else self._waiting[0]
             leg = asked.next if isinstance(asked, Waypoint) else asked.legs[0]
             assert leg is not None
+            if leg.is_network and self._is_held:
+                return None
             used = sum(trajectory.pixels for trajectory in self._running)
             return asked if not self._running or used + leg.pixels <= self.max_pixels else None
 
@@ -91,6 +95,21 @@ class Scheduler:
         submitted = trajectory.job.submitted
         younger = (place for place, other in enumerate(self._running) if other.job.submitted > submitted)
         self._running.insert(next(younger, len(self._running)), trajectory)
+
+    @property
+    def _is_held(self) -> bool:
+        """Whether the oldest waiting job is for a feed-forward network, whose given images stand in memory, and has to wait."""
+        return self._lent >= self.max_rows and bool(self._waiting) and self._waiting[0].legs[0].is_network
+
+    def lend(self) -> None:
+        """A given image goes to a feed-forward network, which `returned` tells the end of."""
+        with self._changed:
+            self._lent += 1
+
+    def returned(self) -> None:
+        with self._changed:
+            self._lent -= 1
+            self._changed.notify_all()
 
     def took(self, asked: Waypoint | Job) -> None:
         """What `admissible` gave has started, or failed to: an image leaves the queue, a job with the last of its images."""

@@ -12,7 +12,7 @@ from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.engine.state import Leg
 from stepforge.runtime.engine.trajectory import Start, Waypoint
-from stepforge.runtime.plan.schedules import alphas_cumprod
+from stepforge.runtime.plan.sampling.schedules import alphas_cumprod
 
 Encode = Callable[[Float32, str], Float32]  # picture in [-1, 1], [3, H, W], and stage -> moments of its VAE, [2C, h, w]
 

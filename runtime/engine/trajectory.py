@@ -16,7 +16,7 @@ from stepforge.runtime.engine.conditions.text import Condition
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.engine.state import Job, Leg
 from stepforge.runtime.plan import Step
-from stepforge.runtime.plan.limits import deviation, limited
+from stepforge.runtime.plan.sampling.limits import deviation, limited
 
 
 class Kind(NamedTuple):
@@ -164,7 +164,7 @@ class Trajectory:
         return noise
 
     def advance(self, variance: Float32 | None = None) -> None:
-        """x_{k+1} = Σ keep·x + Σ gain·p + noise·z, p and z as plan/limits.py makes them.
+        """x_{k+1} = Σ keep·x + Σ gain·p + noise·z, p and z as plan/sampling/limits.py makes them.
 
         variance: the network's variance channels, flat.
         """

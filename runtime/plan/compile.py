@@ -13,10 +13,10 @@ from stepforge.runtime.plan.guidance import Guidance, weights
 from stepforge.runtime.plan.guiders import Guider
 from stepforge.runtime.plan.plan import Plan
 from stepforge.runtime.plan.reuse import Reuse, variants
-from stepforge.runtime.plan.sample import sample_steps
+from stepforge.runtime.plan.sampling.sample import sample_steps
+from stepforge.runtime.plan.sampling.truncate import Strength
 from stepforge.runtime.plan.step import Step, rows_of
 from stepforge.runtime.plan.switch import Switch
-from stepforge.runtime.plan.truncate import Strength
 from stepforge.runtime.plan.windows import Window
 
 if TYPE_CHECKING:

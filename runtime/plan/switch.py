@@ -12,7 +12,7 @@ from stepforge.runtime.bundle import UNET, ExpertCard
 from stepforge.runtime.checks import clipped, shown
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.grammar import FLOAT, plain, text_of
-from stepforge.runtime.plan.linear import NoisePath
+from stepforge.runtime.plan.sampling.linear import NoisePath
 from stepforge.runtime.plan.step import Step
 
 GRAMMAR = (
@@ -39,8 +39,8 @@ class Share:
 class Switch:
     """The denoisers of a plan; a value whose `str` is canonical text.
 
-    Shares in fractions of the training timesteps hand over as diffusers' pipelines do by denoising_end and denoising_start: each
-    denoiser starts afresh, without the predictions of the one before. Shares in sigma are experts of one trajectory: a
+    Shares in fractions of the training timesteps hand over as diffusers' pipelines do by denoising_end and denoising_start:
+    each denoiser starts afresh, without the predictions of the one before. Shares in sigma are experts of one trajectory: a
     multistep sampler reads what other experts predicted, and both evaluations of a step run the expert of its first sigma.
     """
 

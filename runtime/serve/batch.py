@@ -1,6 +1,6 @@
 """A batch: jobs of a manifest through an engine into files, each drawn once however often the process is killed.
 
-read → submit (a bounded window) → the engine → encode (threads) → write, journal (one thread)
+read → submit (a bounded window) → the engine → encode, write (threads) → names, journal, shards (one thread)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,9 +25,9 @@ from stepforge.runtime.imaging.metadata import describe_image
 from stepforge.runtime.request import Request, Result
 from stepforge.runtime.serve.journal import Journal
 from stepforge.runtime.serve.manifest import Manifest, Row, own_seed, request_of, split, with_pictures
-from stepforge.runtime.serve.store import Encoded, Store
+from stepforge.runtime.serve.store import Store
 
-ENCODERS = 2  # threads
+ENCODERS = 4  # threads; they wait for the disk most of the time
 TOGETHER = 32  # most jobs that share a wait for the disk
 WAIT = 0.2  # seconds between looks at signals
 
@@ -47,7 +47,7 @@ class Settings:
         values = {
             **{name: getattr(self, name) for name in ("layout", "format", "quality", "metadata", "shard_size")},
             "options": self.options,
-            "adapters": {name: adapter.digest for name, adapter in engine.adapters.list().items()},
+            "adapters": {name: adapter.sha256 for name, adapter in engine.adapters.list().items()},
             "backend": engine.backend.name,
             "precision": engine.backend.precision,
         }
@@ -65,7 +65,7 @@ class Report:
     resumed: int = 0  # jobs that an earlier run has done
     failed: int = 0  # jobs, earlier runs' too
     seconds: float = 0.0
-    parts: Counter[str] = field(default_factory=Counter)  # part of the work -> seconds; parts overlap
+    parts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # part of the work -> seconds
 
     @property
     def rate(self) -> float:
@@ -83,7 +83,6 @@ class _Ended:
     """A job on its way to the disk."""
 
     record: dict[str, Any]
-    images: tuple[Encoded, ...]
     room: int
     seconds: Mapping[str, float]
 
@@ -206,7 +205,7 @@ class Batch:
         if self._stopping.is_set():
             self._leave(room)
         else:
-            self._ended.put(_Ended(_failed(row, name, reason), (), room, {}))
+            self._ended.put(_Ended(_failed(row, name, reason), room, {}))
 
     def _hand_on(
         self, encoders: ThreadPoolExecutor, row: Row, name: str, request: Request, done: Future[Result]
@@ -219,29 +218,38 @@ class Batch:
 
     def _encode(self, row: Row, name: str, request: Request, done: Future[Result]) -> None:
         """On an encoder's thread: an outcome as the bytes of files."""
-        images: tuple[Encoded, ...] = ()
+        images: list[tuple[str, bytes, dict[str, Any]]] = []
         seconds: dict[str, float] = {}
+        started = time.perf_counter()
         try:
             result = done.result()
-            started = time.perf_counter()
-            images = tuple(self._encoded(row, name, result, index) for index in range(len(result.images)))
+            images = [self._encoded(row, name, result, index) for index in range(len(result.images))]
             seconds = {part: value for part, value in result.stats.seconds.items() if part != "total"}
-            seconds["encode"] = time.perf_counter() - started
-            record = {**_named(row, name), "files": [image.record() for image in images]}
         except Cancelled:  # the batch stops
             self._leave(request.images)
             return
         except BaseException as error:
             record = _failed(row, name, _reason(error))
-        self._ended.put(_Ended(record, images, request.images, seconds))
+        else:
+            encoded = time.perf_counter()
+            seconds["encode"] = encoded - started
+            try:
+                record = {**_named(row, name), "files": [self._store.write(*image) for image in images]}
+            except BaseException as error:
+                self._give_up(error)
+                self._leave(request.images)
+                return
+            seconds["write"] = time.perf_counter() - encoded
+        self._ended.put(_Ended(record, request.images, seconds))
 
-    def _encoded(self, row: Row, name: str, result: Result, index: int) -> Encoded:
+    def _encoded(self, row: Row, name: str, result: Result, index: int) -> tuple[str, bytes, dict[str, Any]]:
+        """An image's name, bytes, and what there is to say of it."""
         settings, about = self._settings, describe_image(result, index)
         data = encode(
             result.images[index], settings.format, quality=settings.quality,
             metadata=about if settings.metadata else None,
         )  # fmt: skip
-        return Encoded(self._store.name(row.index, name, index, len(result.images)), data, about)
+        return self._store.name(row.index, name, index, len(result.images)), data, about
 
     def _write_all(self) -> None:
         """The writer's thread. After an error nothing more is written; a later run goes on from there."""
@@ -262,11 +270,12 @@ class Batch:
     def _write(self, jobs: list[_Ended]) -> None:
         started = time.perf_counter()
         report = self.report
-        self._store.publish(self._store.images, [(image.name, image.data) for job in jobs for image in job.images])
+        self._store.publish(job.record for job in jobs)
         self._journal.append([job.record for job in jobs])
         for job in jobs:
-            report.images += len(job.images)
-            report.parts.update(job.seconds)
+            report.images += len(job.record.get("files", ()))
+            for part, seconds in job.seconds.items():
+                report.parts[part] += seconds
             if "error" in job.record:
                 report.failed += 1
                 self._on_failure(job.record["line"], job.record["error"])
@@ -279,7 +288,7 @@ class Batch:
             shards = [self._store.shard(job.record["job"]) for job in jobs]
             self._missing.subtract(shards)
             self._pack([shard for shard in dict.fromkeys(shards) if not self._missing[shard]])
-        report.parts["write"] += time.perf_counter() - started
+        report.parts["publish"] += time.perf_counter() - started
 
     def _pack(self, shards: list[int]) -> None:
         """Write shards whose jobs have all ended."""

@@ -34,7 +34,7 @@ class Journal:
         self._offsets = array("q", [NONE]) * jobs
         self.packed: dict[int, dict[str, Any]] = {}  # number of a shard -> its line
         try:
-            _lock(self._file.fileno(), path)
+            lock(self._file.fileno(), path)
             self._end = self._read({"stepforge": "batch", "version": VERSION, **facts})
         except BaseException:
             self._file.close()
@@ -145,6 +145,7 @@ def is_record(record: object, jobs: int) -> bool:
     files = record.get("files", [])
     return (
         isinstance(number, int)
+        and not isinstance(number, bool)
         and 0 <= number < jobs
         and isinstance(files, list)
         and all(isinstance(f, dict) and _is_name(f.get("name")) and isinstance(f.get("size"), int) for f in files)
@@ -166,7 +167,8 @@ def _dumped(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def lock(descriptor: int, path: Path) -> None:
+    """Have a journal for this process until its descriptor is closed. Raises RequestError if another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

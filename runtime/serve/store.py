@@ -10,32 +10,18 @@ import shutil
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.files import printable, sync_folder
 from stepforge.runtime.imaging.encode import FORMATS
-from stepforge.runtime.serve.journal import is_record
+from stepforge.runtime.serve.journal import is_record, lock
 from stepforge.runtime.serve.manifest import pyarrow
 
 OWN = ".stepforge"  # folder of the journal, of half-written files and of images that wait for their shard
 SIDECAR, FAILURES = "images.jsonl", "failures.jsonl"
 LAYOUTS = {"files": "", "webdataset": "shard-{:06d}.tar", "parquet": "part-{:06d}.parquet"}
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """An image as it will be on disk."""
-
-    name: str
-    data: bytes
-    about: Mapping[str, Any]  # what `describe_image` says
-
-    def record(self) -> dict[str, Any]:
-        return {"name": self.name, "size": len(self.data), "sha256": hashlib.sha256(self.data).hexdigest(),
-                "about": self.about}  # fmt: skip
 
 
 class Store:
@@ -78,19 +64,21 @@ class Store:
         parts = [f"{job:08d}", *([name] if name else ()), *([str(image)] if images > 1 else ())]
         return f"{'-'.join(parts)}.{self.ending}"
 
-    def publish(self, folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
-        """Write files; each has its name when all of them are on disk."""
-        written = []
-        for name, data in files:
-            with (self._partial / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            written.append(name)
-        for name in written:
-            (self._partial / name).replace(folder / name)
-        if written:
-            sync_folder(folder)
+    def write(self, name: str, data: bytes, about: Mapping[str, Any]) -> dict[str, Any]:
+        """Put an image on disk, for `publish`; what the journal says of it. For any number of threads."""
+        with (self._partial / name).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return {"name": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "about": about}
+
+    def publish(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Give images their names."""
+        names = [file["name"] for record in records for file in record.get("files", [])]
+        for name in names:
+            (self._partial / name).replace(self.images / name)
+        if names:
+            sync_folder(self.images)
 
     def has(self, record: Mapping[str, Any], folder: Path | None = None) -> bool:
         """Whether the files of a journal's line are there, as long as they were."""
@@ -175,6 +163,7 @@ class Store:
     def _clear(self) -> None:
         """Remove what the journal of an earlier batch tells of, and what belongs to it."""
         with suppress(FileNotFoundError), self.journal.open("rb") as file:
+            lock(file.fileno(), self.journal)
             for line in file:
                 with suppress(ValueError, RecursionError):
                     record = json.loads(line)

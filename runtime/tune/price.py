@@ -77,9 +77,9 @@ def _stage_seconds(engine: Engine, request: Request) -> dict[str, float]:
     if not request.upscale:
         return {}
     card = engine.bundle.stages
-    short = [
+    short = tuple(
         replace(upscale, steps=PROBE_STEPS) if card[upscale.name].scheduler else upscale for upscale in request.upscale
-    ]
+    )
     probe = replace(request, steps=1, images=1, preset="", upscale=short)
     results = [engine.generate(probe) for _ in range(PROBE_RUNS)]
     found = {}

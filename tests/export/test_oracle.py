@@ -15,7 +15,7 @@ from stepforge.export.oracle import expansion, from_diffusers
 from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.plan import expand
-from stepforge.runtime.plan.sample import sample_steps
+from stepforge.runtime.plan.sampling.sample import sample_steps
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # class: options, longest windows over latents and predictions at 12 steps

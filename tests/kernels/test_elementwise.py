@@ -160,7 +160,7 @@ def test_exact_guidance_is_of_two_rows():
 def test_follows_the_engine(sampler):
     """A whole plan through the kernel gives the latents of the rows in fp64, noise and guidance included."""
     from stepforge.runtime.bundle.scheduler import SchedulerCard
-    from stepforge.runtime.plan.sample import sample_steps
+    from stepforge.runtime.plan.sampling.sample import sample_steps
 
     rows, start = sample_steps(SchedulerCard(sampler=sampler), sampler=sampler, steps=6)
     num_x, num_p = max(len(row.keep) for row in rows), max(len(row.gain) for row in rows)

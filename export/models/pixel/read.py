@@ -8,7 +8,7 @@ used with prompt_embeds of stage I.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,13 +119,9 @@ def _read(
     builds = {"unet": partial(_empty_unet, configs["unet"], channels, labels)}
     if "text_encoder" in parts:
         builds["text_encoder"] = partial(t5.empty_t5, configs["text_encoder"])
-    stored = {
-        name: Stored(
-            f"{path.name}/{name}", configs[name], builds[name], files[name],
-            **({"rename": t5.with_embeddings} if name == "text_encoder" else {}),
-        )
-        for name in networks
-    }  # fmt: skip
+    stored = {name: Stored(f"{path.name}/{name}", configs[name], builds[name], files[name]) for name in networks}
+    if "text_encoder" in parts:
+        stored["text_encoder"] = replace(stored["text_encoder"], rename=t5.with_embeddings)
     empty = {name: each.check() for name, each in stored.items()}
     unet = empty["unet"].config
     scheduler, corrected = _scheduler(path, index, unet, prediction_type, assumed)
@@ -142,13 +138,17 @@ def _read(
     if any(index.get(name) not in (None, [None, None]) for name in NOT_NEEDED):
         assumed.append("safety_checker and watermarker: none; images are neither filtered nor marked")
     texts = ("text_encoder",) if "text_encoder" in parts else ()
+
+    def text_encoder(_: torch.dtype) -> Any:
+        """In fp32: T5 overflows in fp16 (transformers keeps parts of it in fp32, and clamps)."""
+        return stored["text_encoder"].load(torch.float32)
+
     source = Source(
         name=path.resolve().name,
         family="if",
         unet=stored["unet"].load,
         vae=None,
-        # T5 overflows in fp16 (transformers keeps parts of it in fp32, and clamps); its result is in the bundle's fp32 anyway
-        text_encoders=tuple(lambda _, text=stored[name]: text.load(torch.float32) for name in texts),
+        text_encoders=(text_encoder,) * len(texts),
         tokenizers=tuple(path / "tokenizer" for _ in texts),
         pads=(None,) * len(texts),
         scheduler=scheduler,

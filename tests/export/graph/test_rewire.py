@@ -15,7 +15,7 @@ import torch
 
 from stepforge.export.build import graphs_of
 from stepforge.export.cli import parse_controls
-from stepforge.export.graph import trace
+from stepforge.export.graph import modules, trace
 from stepforge.export.graph.bank import add_bank, used_modules
 from stepforge.export.graph.rewire import Variants, cut_variants, resolve_probes
 from stepforge.export.models.networks import modules_of
@@ -42,7 +42,7 @@ def traced(unet: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, C
     folder = tmp_path_factory.mktemp("traced")
     copy = UNet2DConditionModel.from_config(unet.config)
     copy.load_state_dict(unet.state_dict())
-    entry = trace.save(trace.denoiser(copy, probe=True), folder)
+    entry = trace.save(modules.denoiser(copy, probe=True), folder)
     return folder, replace(entry, modules=used_modules(folder / entry.graph, modules_of(copy)))
 
 
@@ -209,7 +209,7 @@ def test_a_network_in_fp16_casts_at_its_borders(tiny_sd1, unet, tmp_path):
     from diffusers import UNet2DConditionModel
 
     half = UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet", torch_dtype=torch.float16).eval()
-    entry = trace.save(trace.denoiser(half, probe=True), tmp_path)
+    entry = trace.save(modules.denoiser(half, probe=True), tmp_path)
     entry = replace(entry, modules=modules_of(half))
     entry = resolve_probes(graphs_of(tmp_path, entry), entry, control=True, reuse=Variants(0, True))
     variants = cut_variants(tmp_path, entry, ["deepcache", "tgate"])

@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 
-from stepforge.export.graph import trace
+from stepforge.export.graph import modules, trace
 from stepforge.export.models.load import load
 from stepforge.export.parity.measures import relative_error
 from stepforge.runtime.backends.openvino import core
@@ -147,7 +147,7 @@ def test_a_text_encoder_that_names_its_end_token(tmp_path: Path) -> None:
         projection_dim=40, bos_token_id=518, eos_token_id=517, pad_token_id=519,
     )  # fmt: skip
     network = CLIPTextModelWithProjection(config).eval().requires_grad_(False)
-    graph = tmp_path / trace.save(trace.text_encoder(network, 77, penultimate=True), tmp_path).graph
+    graph = tmp_path / trace.save(modules.text_encoder(network, 77, penultimate=True), tmp_path).graph
     ids = np.random.default_rng(0).integers(0, 500, (3, 77))
     for row in range(3):
         ids[row, 10 + row], ids[row, 11 + row :] = 517, 519
@@ -243,7 +243,7 @@ def test_signature(tiny_sdxl_bundle: Path) -> None:
 @pytest.mark.usefixtures("fresh_traces")
 def test_export_is_deterministic(tiny_sd1: Path, tiny_sd1_bundle: Path, tmp_path: Path) -> None:
     text = load(tiny_sd1).text_encoders[0](torch.float32)
-    trace.save(trace.text_encoder(text, 77, penultimate=False), tmp_path)
+    trace.save(modules.text_encoder(text, 77, penultimate=False), tmp_path)
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (tiny_sd1_bundle / "text_encoder" / file.name).read_bytes(), file.name
 

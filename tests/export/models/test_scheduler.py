@@ -12,7 +12,7 @@ import pytest
 from stepforge.export.models.scheduler import CLASSES, EXAMINED, FORMULAS, read_scheduler, scheduler_card
 from stepforge.export.oracle import follow
 from stepforge.runtime.errors import BundleError, CheckpointError, RequestError
-from stepforge.runtime.plan.sample import sample_steps
+from stepforge.runtime.plan.sampling.sample import sample_steps
 
 # scheduler/scheduler_config.json of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0
 SD15: dict[str, Any] = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,15 @@ import pytest
 import torch
 
 import stepforge
+from stepforge.export.models.load import load
+from stepforge.export.models.pixel.t5 import read_t5_tokenizer
+from stepforge.export.models.upscaler import read_upscaler
 from stepforge.export.parity.measures import psnr
+from stepforge.export.parity.reference import Settings
+from stepforge.export.parity.stages import load_stage, run_stage, run_stages
+from stepforge.runtime.bundle import read
+from stepforge.runtime.engine.conditions.t5 import T5Tokenizer
+from stepforge.runtime.errors import CheckpointError, RequestError
 
 PROMPT, NEGATIVE = "  A Cat (do.g!) ", "fog"
 ASK = {"prompt": PROMPT, "negative": NEGATIVE, "steps": 4, "guidance": 3.0, "seed": 5}
@@ -19,14 +30,15 @@ ASK = {"prompt": PROMPT, "negative": NEGATIVE, "steps": 4, "guidance": 3.0, "see
 def parts(folder: Path) -> dict[str, Any]:
     """Networks and schedulers of a tiny folder, by diffusers' and transformers' own loaders."""
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-    from transformers import T5EncoderModel, T5Tokenizer
+    from transformers import T5EncoderModel
+    from transformers import T5Tokenizer as Tokenizer
 
     found: dict[str, Any] = {"unet": UNet2DConditionModel.from_pretrained(folder / "unet").eval()}
     kind = DDIMScheduler if "DDIM" in (folder / "scheduler/scheduler_config.json").read_text() else DDPMScheduler
     found["scheduler"] = kind.from_pretrained(folder / "scheduler")
     if (folder / "text_encoder").is_dir():
         found["text_encoder"] = T5EncoderModel.from_pretrained(folder / "text_encoder").eval()
-        found["tokenizer"] = T5Tokenizer.from_pretrained(folder / "tokenizer")
+        found["tokenizer"] = Tokenizer.from_pretrained(folder / "tokenizer")
     if (folder / "image_noising_scheduler").is_dir():
         found["image_noising_scheduler"] = DDPMScheduler.from_pretrained(folder / "image_noising_scheduler")
     return found
@@ -71,11 +83,130 @@ def close_to(ours: np.ndarray, wanted: np.ndarray) -> float:
     return psnr(*(np.clip(image * 127.5 + 127.5, 0, 255) for image in (ours, wanted)))
 
 
+UP = (
+    stepforge.Upscale(name="ii", steps=3, guidance=2.0, noise_level=100),
+    stepforge.Upscale(name="plain", steps=4, noise_level=20),
+)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "torch"])
-def test_stage_one(tiny_if_bundle: Path, reference: list[np.ndarray], backend: str):
+def test_cascade(tiny_if_bundle: Path, reference: list[np.ndarray], backend: str):
+    """Stage I, II with text, and a stage without text, each behind the other and in one request: one stream of noise."""
     with stepforge.load(tiny_if_bundle, backend=backend, precision="fp32") as engine:
-        result = engine.generate(stepforge.Request(**ASK))
-        assert close_to(result.latents[0], reference[0]) >= 60
-        assert result.images[0].size == (16, 16)
-        assert result.stats.rows == {"text_encoder": 2, "unet": 8}
-        assert engine.generate(stepforge.Request(**ASK, images=2)).stats.rows == {"unet": 16}  # prompts are kept
+        for stages, wanted in enumerate(reference):
+            result = engine.generate(stepforge.Request(**ASK, upscale=UP[:stages]))
+            assert close_to(result.latents[0], wanted) >= 60, stages
+            assert result.images[0].size == wanted.shape[:0:-1]
+        # guided steps have two rows, those without text one; both prompts were encoded by the first request, for both stages
+        assert result.stats.rows == {"text_encoder": 0, "unet": 8, "ii/unet": 6, "plain/unet": 4}
+        with pytest.raises(RequestError, match="reads no text, so that nothing can guide it: guidance is 4; give 1"):
+            engine.generate(stepforge.Request(**ASK, upscale=(UP[0], stepforge.Upscale(name="plain", guidance=4.0))))
+        picture = result.images[0].resize((16, 24))
+        alone = engine.generate(
+            stepforge.Request(prompt="", upscale=stepforge.Upscale(name="plain", steps=2, image=picture))
+        )
+        assert alone.images[0].size == (32, 48)
+
+
+@pytest.mark.slow
+def test_bundle(tiny_if_bundle: Path):
+    bundle = read(tiny_if_bundle)
+    assert sum(key.role == "text_encoder" for key in bundle.components) == 1  # T5 is stored once
+    assert not any(key.role.startswith("vae") for key in bundle.components)
+    ii, plain = bundle.stages["ii"], bundle.stages["plain"]
+    assert ii.model
+    assert plain.model
+    assert ii.model.text_encoders == bundle.card.text_encoders
+    assert (ii.kind, ii.scale, ii.guidance, ii.noise_level, ii.most_noise) == ("pixel", 2, 4.0, 250, 999)
+    assert (plain.model.text_encoders, plain.guidance, plain.model.size_multiple) == ((), 1.0, 1)
+    assert (bundle.card.size_multiple, bundle.card.scaling_factor, bundle.scheduler.threshold) == (2, 1.0, (0.95, 1.5))
+
+
+@pytest.mark.slow
+def test_what_verify_compares(tiny_if_bundle: Path, tiny_if_sr: dict[str, Path]):
+    """A stage without text against its pipeline, which is given the variance that the network has not."""
+    path = tiny_if_sr["plain"]
+    with stepforge.load(tiny_if_bundle, backend="onnxruntime", precision="fp32") as engine:
+        pipeline = load_stage(path, read_upscaler(path).source)
+        found = run_stage("plain", engine.bundle.stages["plain"], pipeline, Settings(("a cat",), 3, 5.0, 1))
+        result = engine.generate(found.request)
+        assert len(found.reference.latents) == 3
+        assert close_to(result.latents[0], found.reference.latents[-1]) >= 60
+        assert [call.name for call in found.calls] == [f"plain denoiser t={t}" for t in (999, 666, 332)]
+        for call in found.calls:
+            made = engine.backend.open(call.component)(dict(call.inputs))["prediction"]
+            assert np.abs(made - call.outputs["prediction"]).max() < 1e-4
+    with pytest.raises(CheckpointError, match="stage 'ii' reads the base model's text"):
+        run_stages(engine.bundle, tiny_if_sr, Settings(("a cat",), 3, 5.0, 1), lambda what: None)
+
+
+@pytest.mark.parametrize("source", ["tokenizer.json", "spiece.model"])
+def test_t5_tokens(tiny_if: Path, tmp_path: Path, source: str, caplog: pytest.LogCaptureFixture):
+    """Ids and masks of transformers' T5Tokenizer, from either file."""
+    from transformers import T5Tokenizer as Reference
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    reference = Reference.from_pretrained(tiny_if / "tokenizer")
+    folder = tiny_if / "tokenizer"
+    if source == "spiece.model":
+        folder, proto = tmp_path, import_protobuf().ModelProto()
+        for piece, score in json.loads(reference.backend_tokenizer.to_str())["model"]["vocab"][:-100]:
+            proto.pieces.add(piece=piece, score=score)
+        (folder / source).write_bytes(proto.SerializeToString())
+    found = read_t5_tokenizer(folder)
+    (tmp_path / "ours.json").write_text(found.text, encoding="utf-8")
+    ours = T5Tokenizer.from_file(tmp_path / "ours.json", **found.card)
+    for prompt in ("", PROMPT, "a  cat,dog\n(at:1.2) ünknown", "og " * 90):
+        chunks = ours.encode(prompt, syntax="a1111")
+        text = prompt.lower().strip()
+        wanted = reference(text, padding="max_length", max_length=77, truncation=True, add_special_tokens=True)
+        assert chunks.ids[0].tolist() == wanted.input_ids, prompt
+        assert chunks.mask is not None
+        assert chunks.mask[0].tolist() == wanted.attention_mask, prompt
+    assert "cut after 76 tokens" in caplog.text
+
+
+def test_refused(tiny_if: Path, tiny_if_sr: dict[str, Path], tmp_path: Path):
+    def changed(folder: Path, file: str, **values: Any) -> Path:
+        copy = Path(shutil.copytree(folder, tmp_path / str(len(list(tmp_path.iterdir())))))
+        data = json.loads((copy / file).read_text())
+        (copy / file).write_text(json.dumps(data | values))
+        return copy
+
+    unet, scheduler = "unet/config.json", "scheduler/scheduler_config.json"
+    for read_model, folder, file, values, message in (
+        (load, tiny_if, unet, {"in_channels": 4}, "in_channels=4, which is not IF's layout"),
+        (load, tiny_if, unet, {"sample_size": 17}, "sample_size is 17; a multiple of 2"),
+        (
+            load,
+            tiny_if,
+            "model_index.json",
+            {"text_encoder": ["transformers", "CLIPTextModel"]},
+            "supported: T5Encoder",
+        ),
+        (load, tiny_if, "model_index.json", {"text_encoder": None, "tokenizer": None}, "there is no text encoder"),
+        (read_upscaler, tiny_if_sr["plain"], unet, {"class_embed_type": None}, "class_embed_type=None"),
+        (
+            read_upscaler,
+            tiny_if_sr["plain"],
+            scheduler,
+            {"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
+            "",
+        ),
+        (
+            read_upscaler,
+            tiny_if_sr["ii"],
+            "model_index.json",
+            {"image_noising_scheduler": None},
+            "image_noising_scheduler",
+        ),
+    ):
+        path = changed(folder, file, **values)
+        if file == scheduler:  # the class counts that model_index.json names
+            path = changed(path, "model_index.json", scheduler=["diffusers", "DDPMScheduler"])
+            message = "needs 6 channels of the UNet; it has 3"
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            read_model(path)
+    with pytest.raises(CheckpointError, match="makes 32 pixels a side, no multiple of the 24"):
+        read_upscaler(tiny_if_sr["plain"]).scale_over(24)

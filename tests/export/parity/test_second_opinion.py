@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
 from stepforge.export.build import prefixed, read_controls
-from stepforge.export.graph import trace
+from stepforge.export.graph import modules, trace
 from stepforge.export.lora.merge import Merged, merge, read_all
 from stepforge.export.models import single_file
 from stepforge.export.models.load import load
@@ -213,12 +213,12 @@ def other_activation(model: Path) -> trace.Traced:
     network = load(model).text_encoders[0](torch.float32)
     for layer in getattr(network, "text_model", network).encoder.layers:
         layer.mlp.activation_fn = ACT2FN["gelu"]
-    return trace.text_encoder(network, 77, penultimate=False)
+    return modules.text_encoder(network, 77, penultimate=False)
 
 
 def other_layer(model: Path) -> trace.Traced:
     """SDXL's first text encoder read as SD 1's: the last layer, through the norm."""
-    return trace.text_encoder(load(model).text_encoders[0](torch.float32), 77, penultimate=False)
+    return modules.text_encoder(load(model).text_encoders[0](torch.float32), 77, penultimate=False)
 
 
 def fewer_layers(model: Path) -> trace.Traced:
@@ -226,14 +226,14 @@ def fewer_layers(model: Path) -> trace.Traced:
     network = load(model).text_encoders[0](torch.float32)
     encoder = getattr(network, "text_model", network).encoder
     encoder.layers = encoder.layers[:-1]
-    return trace.text_encoder(network, 77, penultimate=False)
+    return modules.text_encoder(network, 77, penultimate=False)
 
 
 def other_scale(model: Path) -> trace.Traced:
     """SDXL's decoder with the factor of SD 1."""
     vae = load(model).vae(torch.float32)
     vae.register_to_config(scaling_factor=0.18215)
-    return trace.vae_decoder(vae)
+    return modules.vae_decoder(vae)
 
 
 def other_heads(model: Path) -> trace.Traced:
@@ -242,7 +242,7 @@ def other_heads(model: Path) -> trace.Traced:
     for name, module in unet.named_modules():
         if name.endswith((".attn1", ".attn2")):
             module.heads = 8
-    return replace(trace.denoiser(unet), derive=False)
+    return replace(modules.denoiser(unet), derive=False)
 
 
 GRAPHS = {

@@ -23,12 +23,14 @@ class Job:
     side: int = 64
     started: int = 0
     submitted: float = 0.0
+    is_network: bool = False
     is_over: bool = False
     request: SimpleNamespace = field(init=False)
     legs: list = field(init=False)
 
     def __post_init__(self):
-        self.request, self.legs = SimpleNamespace(images=self.images), [SimpleNamespace(pixels=self.side**2)]
+        self.request = SimpleNamespace(images=self.images)
+        self.legs = [SimpleNamespace(pixels=self.side**2, is_network=self.is_network)]
 
 
 @dataclass(eq=False)
@@ -129,6 +131,19 @@ def test_images_between_two_legs_come_before_waiting_requests_and_keep_to_rows_a
     assert large.job in told
     with pytest.raises(Cancelled, match="closed"):
         scheduler.resume(other)
+
+
+def test_given_images_of_networks_are_read_as_others_end():
+    scheduler = make(max_rows=2)
+    for _ in range(4):
+        scheduler.submit(Job(is_network=True), wait=False)
+    for _ in range(2):
+        scheduler.took(scheduler.admissible())
+        scheduler.lend()
+    assert scheduler.admissible() is None
+    threading.Timer(0.05, scheduler.returned).start()
+    assert scheduler.has_work()  # waits until one is back
+    assert scheduler.admissible() is not None
 
 
 @pytest.mark.parametrize(("limit", "rows"), [(None, 4), (1, 2), (2, 1)])

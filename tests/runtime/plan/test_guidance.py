@@ -20,7 +20,7 @@ from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Step
 from stepforge.runtime.plan import guidance as values
 from stepforge.runtime.plan.guidance import GRAMMAR, parse_guidance
-from stepforge.runtime.plan.sample import sample_steps
+from stepforge.runtime.plan.sampling.sample import sample_steps
 
 CARD = SchedulerCard(sampler="ddim", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # SD 1.5
 EXACT = {"rtol": 1e-14, "atol": 1e-14}  # both sides are the same few float64 operations in another order

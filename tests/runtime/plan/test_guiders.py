@@ -23,7 +23,7 @@ from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Step
 from stepforge.runtime.plan.guiders import GRAMMAR, PARTS, Guider
-from stepforge.runtime.plan.sample import sample_steps
+from stepforge.runtime.plan.sampling.sample import sample_steps
 
 parse = Guider.parse
 CARD = SchedulerCard(sampler="ddim", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

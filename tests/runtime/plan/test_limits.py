@@ -14,8 +14,8 @@ from stepforge.export.oracle import exact_copy, in_float64, noise_of
 from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import BundleError, CheckpointError
 from stepforge.runtime.plan import Step
-from stepforge.runtime.plan.limits import deviation, limited
-from stepforge.runtime.plan.sample import sample_steps
+from stepforge.runtime.plan.sampling.limits import deviation, limited
+from stepforge.runtime.plan.sampling.sample import sample_steps
 
 IF = {  # DeepFloyd-IF's scheduler as diffusers' conversion script writes it, stage I
     "beta_schedule": "squaredcos_cap_v2",

@@ -22,9 +22,9 @@ from stepforge.export.oracle import Trace, follow
 from stepforge.runtime.bundle.scheduler import SCHEDULES, SPACINGS, SchedulerCard
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Step, expand
-from stepforge.runtime.plan.levels import SamplerOptions, ahead_levels
-from stepforge.runtime.plan.sample import sample_steps
-from stepforge.runtime.plan.samplers import SAMPLERS
+from stepforge.runtime.plan.sampling.levels import SamplerOptions, ahead_levels
+from stepforge.runtime.plan.sampling.sample import sample_steps
+from stepforge.runtime.plan.sampling.samplers import SAMPLERS
 
 STEPS = (1, 2, 3, 7, 20, 50)
 # 50 steps of float64 from sigma 4096 (zero SNR) lose 4 digits to cancellation; the largest seen is 2e-12, and 6e-10 for

@@ -14,7 +14,7 @@ import scipy.stats
 from stepforge.export.oracle import in_float64
 from stepforge.runtime.bundle.scheduler import BETA_SCHEDULES, SchedulerCard
 from stepforge.runtime.errors import BundleError
-from stepforge.runtime.plan.schedules import alphas_cumprod, beta_quantile, spaced, times_of
+from stepforge.runtime.plan.sampling.schedules import alphas_cumprod, beta_quantile, spaced, times_of
 
 
 @pytest.mark.parametrize("zero_snr", [False, True], ids=["", "zero_snr"])
@@ -69,5 +69,8 @@ def test_json_round_trip():
 
 
 def test_imports_neither_torch_nor_scipy():
-    code = "import sys, stepforge.runtime.plan.samplers; sys.exit(bool({'torch', 'scipy', 'diffusers'} & sys.modules.keys()))"
+    code = (
+        "import sys, stepforge.runtime.plan.sampling.samplers\n"
+        "sys.exit(bool({'torch', 'scipy', 'diffusers'} & sys.modules.keys()))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stepforge.runtime.bundle.scheduler import SCHEDULES, SchedulerCard
-from stepforge.runtime.plan import levels, multistep
-from stepforge.runtime.plan.levels import SamplerOptions
-from stepforge.runtime.plan.linear import Level, Linear, NoisePath, p, rewind, x, z
+from stepforge.runtime.plan.sampling import levels, multistep
+from stepforge.runtime.plan.sampling.levels import SamplerOptions
+from stepforge.runtime.plan.sampling.linear import Level, Linear, NoisePath, p, rewind, x, z
 
 
 def ddim(path: NoisePath, k: int) -> Linear:

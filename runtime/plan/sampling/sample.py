@@ -13,14 +13,14 @@ from stepforge.runtime.bundle.scheduler import SPACINGS, SchedulerCard
 from stepforge.runtime.bundle.steps import Row
 from stepforge.runtime.checks import choice, shown, whole
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.plan import multistep
-from stepforge.runtime.plan.levels import SamplerOptions
-from stepforge.runtime.plan.linear import Linear, NoisePath
-from stepforge.runtime.plan.samplers import SAMPLERS, Sampler
-from stepforge.runtime.plan.schedules import check_falling, check_timesteps
+from stepforge.runtime.plan.sampling import multistep
+from stepforge.runtime.plan.sampling.levels import SamplerOptions
+from stepforge.runtime.plan.sampling.linear import Linear, NoisePath
+from stepforge.runtime.plan.sampling.samplers import SAMPLERS, Sampler
+from stepforge.runtime.plan.sampling.schedules import check_falling, check_timesteps
+from stepforge.runtime.plan.sampling.truncate import Strength, truncated, with_known
 from stepforge.runtime.plan.step import Step
 from stepforge.runtime.plan.switch import Switch
-from stepforge.runtime.plan.truncate import Strength, truncated, with_known
 
 CLIP = (1.0, 1.0)  # clipping to -1..1 is thresholding whose limit cannot rise
 
@@ -113,7 +113,7 @@ def sample_steps(
     if (kind.draws_last or (options.eta and name == "ddim")) and not found[-1].noise:
         found = (*found[:-1], replace(found[-1], draws_more=True))
     if init is not None:
-        found = with_known(found, path) if init.blends else found
+        found = with_known(found, path, skips_midpoints=name == "kdpm2") if init.blends else found
         if not init.is_whole:
             return found, path.at[0].sigma
     if path.at[0].scale_in == 1.0:

@@ -13,8 +13,8 @@ import numpy as np
 from stepforge.runtime.arrays import Float64
 from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.plan.linear import Level, NoisePath
-from stepforge.runtime.plan.schedules import (
+from stepforge.runtime.plan.sampling.linear import Level, NoisePath
+from stepforge.runtime.plan.sampling.schedules import (
     RESPACE,
     alphas_cumprod,
     check_timesteps,

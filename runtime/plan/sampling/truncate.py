@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.plan.linear import NoisePath
+from stepforge.runtime.plan.sampling.linear import NoisePath
 from stepforge.runtime.plan.step import Step
 
 
@@ -49,7 +49,12 @@ def truncated(path: NoisePath, init: Strength, steps: int, evaluations: int, *, 
     return replace(path, at=at, moves=tuple(moves), before=first, blended=init.blends)
 
 
-def with_known(steps: Sequence[Step], path: NoisePath) -> tuple[Step, ...]:
-    """Steps with the noise level that the known part of an image has after each: the next one's; it is clean at the end."""
+def with_known(steps: Sequence[Step], path: NoisePath, *, skips_midpoints: bool) -> tuple[Step, ...]:
+    """Steps with the noise level that the known part of an image has after each: the next one's; it is clean at the end.
+
+    skips_midpoints: KDPM2, whose `add_noise` in diffusers knows no midpoints: at one the known part has the level behind it.
+    """
     levels = [(level.alpha, level.sigma) for level in path.at[1:]]
+    if skips_midpoints:
+        levels[::2] = levels[1::2]
     return tuple(replace(step, known=level) for step, level in zip(steps, (*levels, (1.0, 0.0)), strict=True))

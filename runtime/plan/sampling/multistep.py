@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from stepforge.runtime.plan.linear import Level, Linear, NoisePath, p, rewind, x, z
+from stepforge.runtime.plan.sampling.linear import Level, Linear, NoisePath, p, rewind, x, z
 
 FEW = 15  # below this many steps DPM-Solver and DEIS end with lower orders, as in diffusers
 

@@ -1,0 +1,75 @@
+"""A lean export writes the operators of a whole one, and leaves alone what it does not know."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepforge.export.graph import exporter, trace
+
+
+class Casts(nn.Module):
+    """To another type, to the same one in the middle and at the end, and back at the border."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(8, dtype=dtype), nn.Linear(8, 8, dtype=dtype)
+        self.dropout, self.dtype = nn.Dropout(0.5), dtype
+
+    def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
+        inner = self.norm(sample.to(self.dtype)).to(self.dtype)
+        scores = nn.functional.scaled_dot_product_attention(*(inner.unsqueeze(1),) * 3)
+        scores = scores.reshape(sample.shape)
+        return self.dropout(self.linear(nn.functional.silu(scores))).float(), inner.float()
+
+
+class Unknown(Casts):
+    """Besides casts an operator that only a whole decomposition has a translation for."""
+
+    def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
+        one, other = super().forward(sample)
+        return torch.nn.functional.mse_loss(one, other, reduction="none"), other
+
+
+def exported(module: nn.Module, monkeypatch: pytest.MonkeyPatch, *, lean: bool) -> tuple[ir.Model, list[bool]]:
+    """The graph, and what casts_replaced said."""
+    said: list[bool] = []
+    ours = exporter.casts_replaced
+
+    def spy(program: torch.export.ExportedProgram) -> bool:
+        said.append(ours(program))
+        return said[-1]
+
+    traced = trace.Traced(
+        module, {"sample": torch.zeros(2, 5, 8)}, {"sample": ("rows", 5, 8)},
+        {"one": ("rows", 5, 8), "other": ("rows", 5, 8)},
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter, "casts_replaced", spy)
+        if not lean:
+            patch.setattr(trace, "lean", contextlib.nullcontext)
+        return trace.trace(traced), said
+
+
+@pytest.mark.parametrize(("kind", "dtype", "plain"), [
+    (Casts, torch.float32, True), (Casts, torch.float16, True), (Unknown, torch.float32, False),
+])  # fmt: skip
+def test_same_operators(kind: type[Casts], dtype: torch.dtype, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module = kind(dtype).eval()
+    model, said = exported(module, monkeypatch, lean=True)
+    whole, _ = exported(module, monkeypatch, lean=False)
+    assert said == [plain]
+    assert [node.op_type for node in model.graph] == [node.op_type for node in whole.graph]
+    x = torch.randn(3, 5, 8)
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    for found, expected in zip(session.run(None, {"sample": x.numpy()}), module(x), strict=True):
+        # ONNX Runtime adds up in another order: some units in the last of 24 or 11 bits
+        limit = 1e-5 if dtype == torch.float32 else 4e-3
+        np.testing.assert_allclose(found, expected.detach().numpy(), rtol=limit, atol=limit)
