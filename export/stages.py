@@ -11,13 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
-<<<<<<< HEAD
-from stepforge.export.graph import trace, upscaler
+from stepforge.export.graph import modules, trace, upscaler
 from stepforge.export.graph.feedforward import feed_forward
 from stepforge.export.models.pixel.feedforward import FeedForward, read_feed_forward
-=======
-from stepforge.export.graph import modules, trace, upscaler
->>>>>>> main
 from stepforge.export.models.pixel.read import shares_text
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source, Upscaler

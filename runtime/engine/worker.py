@@ -48,11 +48,7 @@ class Worker:
         self._inits = Inits(bundle, self._encode)
         self.conditioner = Conditioner(bundle, backend, adapters)
         self.denoisers = Denoisers(bundle, backend, adapters)
-<<<<<<< HEAD
         self._decoder = Decoder(bundle, backend, scheduler.resume, tiling)
-        self.decoding: Stage[Waypoint] = Stage("stepforge-decode", self._decoder)
-=======
-        self._decoder = Decoder(bundle, backend, scheduler.resume)
         self.decoding: Stage[Waypoint] = Stage("stepforge-decode", self._decode)
 
     def _decode(self, image: Waypoint) -> None:
@@ -60,7 +56,6 @@ class Worker:
         self._decoder(image)
         if not image.done:
             self._scheduler.returned()
->>>>>>> main
 
     def check(self, request: Request) -> None:
         """Refuse, on the caller's thread, unreadable prompts and images, and ControlNets that the bundle lacks."""
