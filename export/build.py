@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from stepforge.export.expert_source import Expert
 from stepforge.export.experts import Windowed, export_expert, read_experts, share_weights
 from stepforge.export.graph import modules, trace
 from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, used_modules
@@ -26,7 +27,6 @@ from stepforge.export.graph.rewire import RESIDUAL, Variants, cut_variants, reso
 from stepforge.export.lora.merge import read_all, with_adapters
 from stepforge.export.memory import check_fits
 from stepforge.export.models.controlnet import ControlSource, load_control
-from stepforge.export.models.expert import Expert
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
 from stepforge.export.models.pixel.feedforward import FeedForward
@@ -111,7 +111,7 @@ def export_bundle(
     loras: files and strengths to merge into the weights. bank: take LoRA files as run-time inputs as well.
     controls: ControlNets by the name that requests use, see `models.controlnet.load_control`. upscalers:
     super-resolution models by the name of their stage, see `stages.read_upscalers`. experts: further
-    denoisers by name, each a model and where it runs, see `models.expert.read_expert`. reuse: variants of the
+    denoisers by name, each a model and where it runs, see `expert_source.read_expert`. reuse: variants of the
     denoiser for approximate plans. overwrite: replace a bundle at `out`; without it nothing is replaced, also not what appears
     there during the export. `out` appears complete or not at all.
     Raises CheckpointError for the model and its ControlNets, for a graph that an installed engine does not load and for an

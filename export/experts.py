@@ -9,8 +9,8 @@ from pathlib import Path
 
 import onnx
 
+from stepforge.export.expert_source import AESTHETIC_IDS, Expert, read_expert, same_weights
 from stepforge.export.graph import modules
-from stepforge.export.models.expert import AESTHETIC_IDS, Expert, read_expert, same_weights
 from stepforge.export.models.source import Source
 from stepforge.export.models.tokenizer import tokenizer_json
 from stepforge.export.stages import Add, Tokenize
