@@ -65,6 +65,7 @@ $(STAMP): setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps spandrel==0.4.2  # without torchvision, see setup.py
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $(STAMP)
 

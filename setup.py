@@ -42,6 +42,9 @@ setup(
         "export": EXPORT,
         "control": ["opencv-python-headless>=4.10"],  # the Canny preprocessor; Apache-2.0, needs numpy only
         "parquet": ["pyarrow>=16"],  # `stepforge batch` from and to Parquet; Apache-2.0
+        # networks of `--sr NAME=FILE.safetensors`; asks for torchvision, whose wheels fit one build of torch each, so it is no
+        # part of `export`. stepforge needs spandrel alone: pip install --no-deps spandrel
+        "upscale": ["spandrel>=0.4.1", "einops>=0.8"],
         "plot": ["matplotlib>=3.8"],  # `stepforge tune --plot`
         "cuda": ["onnxruntime-gpu>=1.23"],
         "torch": [

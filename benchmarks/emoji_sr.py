@@ -175,8 +175,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=FOLDER)
     parser.add_argument("--per-emoji", type=int, default=2, help="backgrounds of each emoji")
+    parser.add_argument("--stride", type=int, default=1, help="every how many of the pictures")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--noise-level", type=int, default=20)
+    parser.add_argument("--noise-level", type=int, default=0)
     parser.add_argument("--adapter", type=Path, default=ADAPTER, help="the subject's")
     parser.add_argument("--ablation", type=Path, help="a subject's adapter trained at pretraining's noise level")
     parser.add_argument("--sweep", action="store_true", help="steps and noise levels on a quarter of the pictures")
@@ -185,6 +186,7 @@ def main() -> None:
     args = parser.parse_args()
 
     captions, low, target = held_out_pictures(args.per_emoji)
+    captions, low, target = captions[:: args.stride], low[:: args.stride], target[:: args.stride]
     sets, unet = low_res_sets(captions, low), sr.load(args.model)
     report: dict = {
         "held out": " ".join(f"{point:X}" for point in HELD_OUT),

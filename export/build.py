@@ -16,25 +16,27 @@ from typing import Any
 
 import torch
 
-from stepforge.export.experts.read import Expert
-from stepforge.export.experts.write import Windowed, export_expert, read_experts, share_weights
+from stepforge.export.expert_source import Expert
+from stepforge.export.experts import Windowed, export_expert, read_experts, share_weights
 from stepforge.export.graph import modules, trace
 from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, used_modules
 from stepforge.export.graph.check import open_graphs
 from stepforge.export.graph.control import split
+from stepforge.export.graph.footprint import TILED, footprint
 from stepforge.export.graph.rewire import RESIDUAL, Variants, cut_variants, resolve_probes, variant
 from stepforge.export.lora.merge import read_all, with_adapters
 from stepforge.export.memory import check_fits
 from stepforge.export.models.controlnet import ControlSource, load_control
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
+from stepforge.export.models.pixel.feedforward import FeedForward
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source, Upscaler
 from stepforge.export.models.tokenizer import Pad
 from stepforge.export.models.weights import Loader
+from stepforge.export.parts import load_vae, text_trace, write_tokenizer
 from stepforge.export.publish import check_out, staged
-from stepforge.export.stages import export_stage, networks_of, read_upscalers, told
-from stepforge.export.text import text_trace, tokenizer_card
+from stepforge.export.stages import export_network, export_stage, networks_of, read_upscalers, told
 from stepforge.runtime.bundle import (
     MANIFEST,
     NAME,
@@ -108,8 +110,8 @@ def export_bundle(
     tokenizer, prediction_type: see `models.load.load`. name: how requests call the model; its file name by default.
     loras: files and strengths to merge into the weights. bank: take LoRA files as run-time inputs as well.
     controls: ControlNets by the name that requests use, see `models.controlnet.load_control`. upscalers:
-    super-resolution models by the name of their stage, see `models.upscaler.read_upscaler`. experts: further
-    denoisers by name, each a model and where it runs, see `experts.read.read_expert`. reuse: variants of the
+    super-resolution models by the name of their stage, see `stages.read_upscalers`. experts: further
+    denoisers by name, each a model and where it runs, see `expert_source.read_expert`. reuse: variants of the
     denoiser for approximate plans. overwrite: replace a bundle at `out`; without it nothing is replaced, also not what appears
     there during the export. `out` appears complete or not at all.
     Raises CheckpointError for the model and its ControlNets, for a graph that an installed engine does not load and for an
@@ -151,7 +153,7 @@ class _Export:
         self,
         source: Source,
         controls: Sequence[ControlSource],
-        upscalers: Mapping[str, Upscaler],
+        upscalers: Mapping[str, Upscaler | FeedForward],
         experts: Mapping[str, Expert],
         folder: Path,
         precision: str,
@@ -200,9 +202,11 @@ class _Export:
         """Load one network, export it, and let go of it; returns its config."""
         self.tell(str(key))
         network = loader(self.dtype)
-        config = network.config
+        config = getattr(network, "config", None)
         traced = make(network)
         entry = prefixed(key, trace.save(traced, self.folder / key.folder))
+        if key.role in TILED:
+            entry = replace(entry, footprint=footprint(self.folder / entry.graph, config))
         if key in self.source.empty or (key.role == "denoiser" and not key.stage):
             entry = replace(entry, modules=used_modules(self.folder / entry.graph, modules_of(network)))
             if traced.probes:
@@ -219,7 +223,7 @@ class _Export:
         cards = []
         networks = list(zip(self.source.text_encoders, self.source.tokenizers, self.source.pads, strict=True))
         for key, (loader, tokens, pad) in zip(TEXT_ENCODERS, networks, strict=False):
-            card = tokenizer_card(tokens, pad, self.folder, key, t5=self.source.family == "if")
+            card = write_tokenizer(tokens, pad, self.folder, key, t5=self.source.family == "if")
             self.add(key, loader, text_trace(self.source.family, card.max_length))
             cards.append(card)
         return tuple(cards)
@@ -236,7 +240,7 @@ class _Export:
         key, probe = replace(UNET, name=name), bool(self.controls or self.reuse.names)
 
         def tokenize(tokens: Path, pad: Pad | None, encoder: ComponentId) -> TextEncoder:
-            return tokenizer_card(tokens, pad, self.folder, encoder)
+            return write_tokenizer(tokens, pad, self.folder, encoder)
 
         card = export_expert(name, expert, self.source, base, self.add, tokenize, probe=probe)
         if expert.text is None:
@@ -265,7 +269,7 @@ class _Export:
         """The VAE decoder, and the encoder if the VAE has one; the VAE's config. None for a model of pixels."""
         if self.source.vae is None:
             return None
-        load, halves = partial(_vae, self.source), []
+        load, halves = partial(load_vae, self.source), []
 
         def decoder(vae: Any) -> trace.Traced:
             halves.append(vae.encoder is not None)
@@ -276,13 +280,15 @@ class _Export:
             self.add(VAE_ENCODER, load, modules.vae_encoder)
         return config
 
-    def stage(self, name: str, upscaler: Upscaler, base: ModelCard) -> StageCard:
+    def stage(self, name: str, upscaler: Upscaler | FeedForward, base: ModelCard) -> StageCard:
+        if isinstance(upscaler, FeedForward):
+            return export_network(name, upscaler, self.add)
         t5 = upscaler.source.family == "if"
 
         def tokenize(tokens: Path, pad: Pad | None, key: ComponentId) -> TextEncoder:
-            return tokenizer_card(tokens, pad, self.folder, key, t5=t5)
+            return write_tokenizer(tokens, pad, self.folder, key, t5=t5)
 
-        return export_stage(name, upscaler, self.source, base, self.add, tokenize, _vae)
+        return export_stage(name, upscaler, self.source, base, self.add, tokenize, load_vae)
 
     def card(self, name: str, encoders: tuple[TextEncoder, ...], unet: Any, vae: Any) -> ModelCard:
         scale = self.source.vae_scale
@@ -311,7 +317,7 @@ class _Export:
         if self.controls:
             provenance["controls"] = {control.name: dict(control.provenance) for control in self.controls}
         if self.upscalers:
-            provenance["upscalers"] = {name: told(upscaler.source) for name, upscaler in self.upscalers.items()}
+            provenance["upscalers"] = {name: told(upscaler) for name, upscaler in self.upscalers.items()}
         if self.experts:
             provenance["experts"] = {name: dict(expert.provenance) for name, expert in self.experts.items()}
         return Bundle(
@@ -381,16 +387,6 @@ def prefixed(key: ComponentId, entry: Component) -> Component:
     """A component whose graphs are named from the bundle's root."""
     derived = {backend: f"{key.folder}/{graph}" for backend, graph in entry.derived.items()}
     return replace(entry, graph=f"{key.folder}/{entry.graph}", derived=derived)
-
-
-def _vae(source: Source, dtype: torch.dtype) -> Any:
-    """The VAEs of SDXL and the x4 upscaler overflow in fp16 unless their configs say otherwise; diffusers decodes with them in
-    fp32 too."""
-    assert source.vae is not None
-    if dtype == torch.float16 and source.family in ("sdxl", "x4"):
-        vae = source.vae(torch.float32)
-        return vae if vae.config.force_upcast else vae.half()
-    return source.vae(dtype)
 
 
 def release() -> None:

@@ -44,7 +44,8 @@ Upscalers = Annotated[
     typer.Option(
         "--sr",
         metavar="NAME=PATH",
-        help="A super-resolution stage: a diffusers folder of an upscaler; repeatable.",
+        help="A super-resolution stage: a diffusers folder of an upscaler, or a .safetensors file of an "
+        "ESRGAN, Compact or SPAN network; repeatable.",
     ),
 ]
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from stepforge.export.graph import modules, trace, upscaler
+from stepforge.export.graph.feedforward import feed_forward
+from stepforge.export.models.pixel.feedforward import FeedForward, read_feed_forward
 from stepforge.export.models.pixel.read import shares_text
 from stepforge.export.models.scheduler import scheduler_card
 from stepforge.export.models.source import Source, Upscaler
@@ -44,28 +46,41 @@ class Add(Protocol):
 Tokenize = Callable[[Path, Pad | None, ComponentId], TextEncoder]  # tokenizer's folder -> card of the encoder it feeds
 
 
-def read_upscalers(paths: Mapping[str, str | Path]) -> dict[str, Upscaler]:
+def read_upscalers(paths: Mapping[str, str | Path]) -> dict[str, Upscaler | FeedForward]:
     """The super-resolution models of an export, examined. Raises CheckpointError."""
     if bad := [name for name in paths if not NAME.fullmatch(name) or "." in name]:
         raise CheckpointError(f"stage name {bad[0]!r} is not allowed; use letters, digits, - and _")
-    found = {}
+    found: dict[str, Upscaler | FeedForward] = {}
     for name, path in paths.items():
-        found[name] = read_upscaler(path)
-        source = found[name].source
-        for line in (*source.assumed, *source.corrected):
+        if not Path(path).is_dir():  # a single file, or nothing
+            found[name] = read_feed_forward(Path(path))
+            continue
+        found[name] = stage = read_upscaler(path)
+        for line in (*stage.source.assumed, *stage.source.corrected):
             log.warning("stage %s: %s", name, printable(line, 400))
     return found
 
 
-def told(source: Source) -> dict[str, Any]:
+def told(stage: Upscaler | FeedForward) -> dict[str, Any]:
     """Where a stage's model comes from, and what was assumed and corrected of it."""
+    if isinstance(stage, FeedForward):
+        return dict(stage.provenance)
+    source = stage.source
     return {**source.provenance, "assumed": list(source.assumed), "corrected": list(source.corrected)}
 
 
-def networks_of(stage: Upscaler) -> int:
+def networks_of(stage: Upscaler | FeedForward) -> int:
     """Networks that an export of the stage traces."""
+    if isinstance(stage, FeedForward):
+        return 1
     source = stage.source
     return 1 + len(source.text_encoders) + (source.vae is not None) + (stage.kind == "x2")
+
+
+def export_network(name: str, stage: FeedForward, add: Add) -> StageCard:
+    """Export a feed-forward network. Raises CheckpointError."""
+    add(ComponentId("upscaler", "upscaler", stage=name), stage.load, feed_forward)
+    return StageCard("network", stage.scale, size_multiple=stage.size_multiple, least=stage.least)
 
 
 def export_stage(

@@ -17,7 +17,10 @@ FLOORS = {
         "arrays", "errors", "files", "checks", "grammar", "bundle", "plan", "imaging", "lora", "request", "backends",
         "engine", "load", "serve", "tune", "cli", "__main__",
     ),
-    "export": ("oracle", "models", "memory", "lora", "graph", "publish", "text", "stages", "experts", "build", "parity", "cli"),
+    "export": (
+        "oracle", "models", "memory", "lora", "graph", "parts", "publish", "stages", "expert_source", "experts", "build",
+        "parity", "cli",
+    ),
 }  # fmt: skip
 RUNTIME_IMPORTS = {"numpy", "ml_dtypes", "PIL", "tokenizers", "safetensors", "typer", "rich", "stepforge"}
 ALSO = {  # beside those, by folder or file of runtime/

@@ -16,11 +16,12 @@ CHECKS = (aten._assert_scalar.default, aten._assert_tensor_metadata.default)  # 
 TRANSLATED = frozenset(
     (
         aten.add.Tensor, aten.alias.default, aten.arange.start, aten.cat.default, aten.chunk.default,
-        aten.contiguous.default, aten.conv2d.default, aten.cos.default, aten.div.Tensor, aten.dropout.default,
-        aten.embedding.default, aten.exp.default, aten.expand.default, aten.gelu.default, aten.group_norm.default,
-        aten.layer_norm.default, aten.linear.default, aten.mul.Tensor, aten.permute.default, aten.reshape.default,
-        aten.scaled_dot_product_attention.default, aten.sigmoid.default, aten.silu.default, aten.sin.default,
-        aten.slice.Tensor, aten.sym_size.int, aten.transpose.int, aten.unsqueeze.default,
+        aten.concat.default, aten.contiguous.default, aten.conv2d.default, aten.cos.default, aten.div.Tensor,
+        aten.dropout.default, aten.embedding.default, aten.exp.default, aten.expand.default,
+        aten.flatten.using_ints, aten.gelu.default, aten.group_norm.default, aten.layer_norm.default,
+        aten.linear.default, aten.mul.Tensor, aten.permute.default, aten.reshape.default,
+        aten.scaled_dot_product_attention.default, aten.select.int, aten.sigmoid.default, aten.silu.default,
+        aten.sin.default, aten.slice.Tensor, aten.sym_size.int, aten.transpose.int, aten.unsqueeze.default,
         aten.upsample_nearest2d.vec, aten.view.default,
     )
 )  # fmt: skip

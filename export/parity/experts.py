@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import CLIPTextModelWithProjection
 
-from stepforge.export.experts.read import REFINER, Expert, read_expert
+from stepforge.export.expert_source import REFINER, Expert, read_expert
 from stepforge.export.models.source import Source
 from stepforge.export.parity.loaders import FP32, check_complete, quiet
 from stepforge.export.parity.reference import Reference, Settings

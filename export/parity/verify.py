@@ -117,6 +117,10 @@ def verify(
     """
     bundle, model = read(bundle_path), Path(model_path)
     source = load(model, tokenizer=tokenizer, prediction_type=prediction_type)
+    if source.family == "if":
+        raise CheckpointError(
+            f"{model} is DeepFloyd IF's base model, which verify does not compare; it compares stages on pixels"
+        )
     merged = read_all(source, loras)
     check_origin(bundle, with_adapters(source, merged))
     places = {name: Path(path) for name, path in (controls or {}).items()}

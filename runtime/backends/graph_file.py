@@ -27,9 +27,10 @@ ENDS = (2**63 - 1, -(2**63), 2**31 - 1, -(2**31))
 # of a few numbers, but for Range and Resize, whose numbers are bounded below: after Expand to [0, 2^62] OpenVINO 2026.4.1
 # crashed in the calls of other networks.
 STANDARD = frozenset((
-    "Abs", "Add", "ArgMax", "AveragePool", "Cast", "Clip", "Concat", "Conv", "Cos", "Div", "Equal", "Erf", "Exp", "Flatten",
+    "Abs", "Add", "ArgMax", "AveragePool", "Cast", "Clip", "Concat", "Conv", "Cos", "DepthToSpace", "Div", "Equal",
+    "Erf", "Exp", "Flatten",
     "Gather", "GatherND", "Gelu", "Gemm", "Greater", "HardSwish", "Identity", "InstanceNormalization", "LayerNormalization",
-    "LeakyRelu", "Less", "Log", "MatMul", "Max", "Min", "Mul", "Neg", "Pow", "Range", "Reciprocal", "ReduceMean",
+    "LeakyRelu", "Less", "Log", "MatMul", "Max", "Min", "Mul", "Neg", "PRelu", "Pow", "Range", "Reciprocal", "ReduceMean",
     "ReduceSum", "Relu", "Reshape", "Resize", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt", "Squeeze",
     "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
 ))  # fmt: skip
@@ -43,7 +44,7 @@ IR_VERSIONS = range(8, 20)
 OPSETS = {"": range(18, 30), "ai.onnx": range(18, 30), "com.microsoft": range(1, 2)}
 LIMITS = {  # engines divide by these, and make room for those
     "strides": (1, 64), "dilations": (1, 64), "kernel_shape": (1, 64), "group": (1, 1 << 16), "num_outputs": (1, 1 << 10),
-    "num_heads": (1, 1 << 10), "pads": (0, 64),
+    "num_heads": (1, 1 << 10), "blocksize": (1, 64), "pads": (0, 64),
 }  # fmt: skip
 MOST_SCALE = 64.0  # largest scale of Resize
 

@@ -165,6 +165,22 @@ class Bank:
 
 
 @dataclass(frozen=True, slots=True)
+class Footprint:
+    """Memory of one call of a VAE or a feed-forward network, read off its graph by export/graph/footprint.py.
+
+    bytes: for each position (height times width) of what it reads; squared: for each pair of them, where attention writes
+    all its scores. tile: side of the tiles of diffusers' enable_tiling, in positions; 0 where diffusers has none.
+    """
+
+    bytes: Annotated[float, Between(0.0, 1e12)]
+    squared: Annotated[float, Between(0.0, 1e12)] = 0.0
+    tile: Annotated[int, Between(0, 1 << 16)] = 0
+
+    def __call__(self, positions: int) -> float:
+        return self.bytes * positions + self.squared * positions**2
+
+
+@dataclass(frozen=True, slots=True)
 class Component:
     """One network: its graph, its signature, and graphs derived from it for one engine over the same weights."""
 
@@ -174,6 +190,7 @@ class Component:
     derived: Mapping[Word, File] = field(default_factory=dict)  # backend name -> graph
     modules: tuple[Module, ...] = ()
     bank: Bank | None = None
+    footprint: Footprint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +274,10 @@ class StageCard:
     noise_level: Annotated[int, Between(0, 100_000)] = 0  # used where a request names none; so are the following
     steps: Annotated[int, Between(1, 1000)] = 50
     guidance: Annotated[float, Between(0.0, 100.0)] = 1.0
+    size_multiple: Annotated[int, Between(1, 256)] = (
+        1  # sides that a feed-forward network reads are padded to multiples of it
+    )
+    least: Annotated[int, Between(1, 4096)] = 1  # ... and to at least this
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -107,6 +107,8 @@ def generate(
     backend: options.Backend = "auto",
     precision: options.Precision = "auto",
     threads: options.Threads = None,
+    tile_memory: options.TileMemory = None,
+    tiling: options.Tiling = "even",
     sheet: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write all images as one contact sheet.")
     ] = None,
@@ -157,7 +159,9 @@ def generate(
     targets = {"--out": paths, "--sheet": [sheet] if sheet else []}
     with (
         claimed(targets, overwrite=overwrite),
-        load(bundle, backend=backend, precision=precision, threads=threads) as engine,
+        load(
+            bundle, backend=backend, precision=precision, threads=threads, tile_memory=tile_memory, tiling=tiling
+        ) as engine,
     ):
         for name, (file, _) in adapters.items():
             engine.adapters.load(name, file)

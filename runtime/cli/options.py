@@ -7,8 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from stepforge.runtime.checks import shown
 from stepforge.runtime.cli.inputs import parse_numbers
 from stepforge.runtime.errors import BackendError, RequestError
+
+UNITS = {"M": 1 << 20, "G": 1 << 30}
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory, or `fake` for a test model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -119,6 +122,14 @@ Backend = Annotated[str, typer.Option(metavar="NAME", help="auto, openvino, onnx
 Precision = Annotated[str, typer.Option(metavar="NAME", help="auto, fp32, bf16, or fp16 (torch on CUDA).")]
 
 
+def _bytes(given: str) -> int:
+    """A number of bytes, or one with M or G behind it. Raises RequestError."""
+    number, unit = (given[:-1], given[-1]) if given[-1:] in UNITS else (given, "")
+    if not (number.isascii() and number.isdecimal() and len(number) < 16 and int(number)):
+        raise RequestError(f"--tile-memory is {shown(given)}; write bytes, or such as 512M or 2G")
+    return int(number) * UNITS.get(unit, 1)
+
+
 def _threads(given: int | None) -> int | None:
     from stepforge.runtime.backends import check_threads
 
@@ -133,6 +144,17 @@ Threads = Annotated[
     int | None,
     typer.Option(metavar="N", callback=_threads, help="Processor threads. [default: all that may be used]"),
 ]
+
+
+TileMemory = Annotated[
+    int | None,
+    typer.Option(
+        metavar="BYTES",
+        parser=_bytes,
+        help="Memory of one VAE or upscaler call, as 512M or 2G: larger pictures pass in tiles. [default: in one piece]",
+    ),
+]
+Tiling = Annotated[str, typer.Option(metavar="NAME", help="even, or diffusers for VAEs as diffusers tiles them.")]
 
 
 def plan_fields(

@@ -39,6 +39,8 @@ def upscale(
     backend: options.Backend = "auto",
     precision: options.Precision = "auto",
     threads: options.Threads = None,
+    tile_memory: options.TileMemory = None,
+    tiling: options.Tiling = "even",
     metadata: Annotated[bool, typer.Option(help="Write the request into each PNG.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     as_json: options.Json = False,
@@ -66,7 +68,9 @@ def upscale(
     paths = image_paths(out, [(index, request.seed) for index, request in enumerate(requests)])
     with (
         claimed({"--out": paths}, overwrite=overwrite),
-        load(bundle, backend=backend, precision=precision, threads=threads) as engine,
+        load(
+            bundle, backend=backend, precision=precision, threads=threads, tile_memory=tile_memory, tiling=tiling
+        ) as engine,
     ):
         drawing = Drawing(paths, metadata=metadata, overwrite=overwrite, quiet=as_json)
         drawing.run(engine, requests)

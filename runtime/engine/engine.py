@@ -23,6 +23,7 @@ from stepforge.runtime.bundle import Bundle, Size
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.future import RequestFuture
 from stepforge.runtime.engine.legs import legs_of
+from stepforge.runtime.engine.pictures.networks import WHOLE, Tiling
 from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
 from stepforge.runtime.engine.state import Job, Leg, OnStep
 from stepforge.runtime.engine.worker import Worker
@@ -59,6 +60,7 @@ class Engine:
 
     max_rows: most denoiser rows in one network call. max_pixels: most pixels of all its rows, unless one image has more;
     a call that runs out of memory halves it for its network. queue_limit: most requests that wait.
+    tiling: how large pictures pass VAEs and feed-forward networks.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Engine:
         max_rows: int = MAX_ROWS,
         max_pixels: int = MAX_PIXELS,
         queue_limit: int = QUEUE_LIMIT,
+        tiling: Tiling = WHOLE,
     ) -> None:
         for name, value, least in (
             ("max_rows", max_rows, 2),
@@ -81,7 +84,7 @@ class Engine:
         self.scheduler_card = bundle.scheduler
         self.adapters = Adapters(bundle, backend)
         self._scheduler = Scheduler(max_rows=max_rows, max_pixels=max_pixels, queue_limit=queue_limit)
-        self._worker = Worker(bundle, backend, self._scheduler, self.adapters)
+        self._worker = Worker(bundle, backend, self._scheduler, self.adapters, tiling)
         self._warned_of_guidance = False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._worker.run, name="stepforge-engine", daemon=True)

@@ -13,18 +13,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import replace
 from functools import partial
 
 from stepforge.runtime.arrays import Float32
-from stepforge.runtime.backends import Backend, Graph, is_out_of_memory
-from stepforge.runtime.bundle import VAE_ENCODER, Bundle, ComponentId
+from stepforge.runtime.backends import Backend, is_out_of_memory
+from stepforge.runtime.bundle import VAE_ENCODER, Bundle
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.conditions.text import Conditioner
 from stepforge.runtime.engine.denoise import Denoisers
 from stepforge.runtime.engine.noise import Generator
 from stepforge.runtime.engine.pictures.decode import Decoder
 from stepforge.runtime.engine.pictures.inits import Inits, from_init
+from stepforge.runtime.engine.pictures.networks import WHOLE, Pictures, Tiling
 from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
 from stepforge.runtime.engine.stages import Stage
 from stepforge.runtime.engine.starts import from_noise, from_picture
@@ -40,13 +40,15 @@ log = logging.getLogger(__name__)
 class Worker:
     """Everything that runs on the engine's thread."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, scheduler: Scheduler, adapters: Adapters) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend, scheduler: Scheduler, adapters: Adapters, tiling: Tiling = WHOLE
+    ) -> None:
         self._bundle, self._backend, self._scheduler, self._adapters = bundle, backend, scheduler, adapters
-        self._encoders: dict[ComponentId, Graph] = {}
+        self._encoders = Pictures(bundle, backend, tiling)  # the decoder has its own, on another thread
         self._inits = Inits(bundle, self._encode)
         self.conditioner = Conditioner(bundle, backend, adapters)
         self.denoisers = Denoisers(bundle, backend, adapters)
-        self._decoder = Decoder(bundle, backend, scheduler.resume)
+        self._decoder = Decoder(bundle, backend, scheduler.resume, tiling)
         self.decoding: Stage[Waypoint] = Stage("stepforge-decode", self._decode)
 
     def _decode(self, image: Waypoint) -> None:
@@ -134,11 +136,7 @@ class Worker:
 
     def _encode(self, picture: Float32, stage: str) -> Float32:
         """Moments of a picture, by the VAE encoder of a stage."""
-        key = replace(VAE_ENCODER, stage=stage)
-        if key not in self._encoders:
-            self._encoders[key] = self._backend.open(key)
-        moments: Float32 = self._encoders[key]({"pixels": picture[None]})["moments"][0]
-        return moments
+        return self._encoders.encode(picture, stage)
 
     def _run(self, job: Job, index: int, leg: Leg, start: Start) -> None:
         rings = self.denoisers.rings(leg) if start.is_plain else None

@@ -47,6 +47,20 @@ def div(x: Value, y: Value) -> Value:
     return x // y if host(x, y) else x / y  # sizes are not negative
 
 
+def leaky_relu(x: Value, *, alpha: float = 0.01) -> Value:
+    return F.leaky_relu(x, alpha)
+
+
+def prelu(x: Value, slope: Value) -> Value:
+    return F.prelu(x, slope.reshape(-1))  # slopes per channel, [C, 1, 1]
+
+
+def depth_to_space(x: Value, *, blocksize: int, mode: str = "DCR") -> Value:
+    if mode != "CRD":
+        raise BackendError(f"operator DepthToSpace of mode {mode} is not supported by the torch backend")
+    return F.pixel_shuffle(x, blocksize)
+
+
 def shape(x: Value, *, start: int = 0, end: int | None = None) -> Value:
     return np.array(tuple(x.shape)[start:end], np.int64)
 
@@ -225,12 +239,12 @@ def group_norm_silu(x: Value, weight: Value, bias: Value, *, groups: int, epsilo
 
 OPS: Mapping[str, Callable[..., Value]] = {
     "Add": add, "ArgMax": argmax, "AveragePool": average_pool, "Cast": cast, "Concat": concat, "Conv": conv,
-    "Cos": cos, "Div": div,
+    "Cos": cos, "DepthToSpace": depth_to_space, "Div": div,
     "Equal": lambda x, y: x == y,
     "Gather": gather, "GatherND": gather_nd, "Gelu": gelu, "Gemm": gemm, "Identity": lambda x: x,
     "InstanceNormalization": instance_norm,
-    "LayerNormalization": layer_norm, "MatMul": lambda x, y: x @ y, "Mul": mul, "Range": range_,
-    "Pow": pow_, "Reciprocal": lambda x: 1 / x, "ReduceMean": reduce_mean, "Reshape": reshape, "Resize": resize,
+    "LayerNormalization": layer_norm, "LeakyRelu": leaky_relu, "MatMul": lambda x, y: x @ y, "Mul": mul, "Range": range_,
+    "Pow": pow_, "PRelu": prelu, "Reciprocal": lambda x: 1 / x, "ReduceMean": reduce_mean, "Reshape": reshape, "Resize": resize,
     "Shape": shape, "Sigmoid": lambda x: x.sigmoid(),
     "Sin": sin, "Slice": slice_, "Softmax": lambda x, *, axis=-1: x.softmax(axis), "Split": split,
     "Sqrt": lambda x: x.sqrt(), "Squeeze": squeeze, "Sub": lambda x, y: x - y, "Tanh": lambda x: x.tanh(),

@@ -19,12 +19,13 @@ ONNX_FP16 = 10
 
 
 def computed_in(role: str, family: str, precision: str, *, exact: bool) -> Any:
-    """The type of a network in a backend of that precision. A VAE that fp16 cannot hold runs in bf16, which has the
-    range of fp32 at the speed of fp16; in the exact tier in fp32, as in diffusers. Encoders overflow as decoders do."""
+    """The type of a network in a backend of that precision. A decoder that fp16 cannot hold runs in bf16, which has the
+    range of fp32 at the speed of fp16; in the exact tier in fp32, as in diffusers. Its encoder overflows as well; it runs
+    once a request, in fp32."""
     if role in ALWAYS_FP32:
         return torch.float32
     if precision == "fp16" and role in ("vae_encoder", "vae_decoder") and family in WIDE_VAE:
-        return torch.float32 if exact else torch.bfloat16
+        return torch.float32 if exact or role == "vae_encoder" else torch.bfloat16
     return DTYPES[precision]
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
-from stepforge.runtime.arrays import Float32
-from stepforge.runtime.backends import Backend, Graph
+from stepforge.runtime.backends import Backend
 from stepforge.runtime.bundle import VAE_DECODER, Bundle, ComponentId
+from stepforge.runtime.engine.pictures.networks import WHOLE, Pictures, Tiling
 from stepforge.runtime.engine.state import Job, Leg
 from stepforge.runtime.engine.trajectory import Waypoint
-from stepforge.runtime.errors import GenerationError
 from stepforge.runtime.imaging.masks import sized_mask, sized_picture
 from stepforge.runtime.imaging.png import to_pil, to_uint8
 from stepforge.runtime.request import Result, Stats
@@ -26,11 +24,13 @@ class Decoder:
     resume: takes images whose next leg denoises.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, resume: Callable[[Waypoint], None]) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend, resume: Callable[[Waypoint], None], tiling: Tiling = WHOLE
+    ) -> None:
         self._bundle, self._backend, self._resume = bundle, backend, resume
-        self._graphs: dict[ComponentId, Graph] = {}
+        self._networks = Pictures(bundle, backend, tiling)
         if VAE_DECODER in bundle.components:
-            self._open(VAE_DECODER)  # those of stages when they are first used
+            self._networks.open(VAE_DECODER)  # those of stages when they are first used
 
     def __call__(self, image: Waypoint) -> None:
         """Decode one image and send it on; the last of a request settles it. Never raises: what fails is the request's."""
@@ -62,8 +62,7 @@ class Decoder:
         if key not in self._bundle.components:  # a model of pixels
             return replace(image, picture=latents)
         started = time.perf_counter()
-        picture = self._open(key)({"latents": latents[None]})["pixels"][0]
-        self._check(image, picture, "decoded")
+        picture = self._networks.decode(latents, leg.stage)
         if (init := job.request.init) is not None and init.overlay and not leg.stage:
             assert init.mask is not None
             width, height = leg.size.width, leg.size.height
@@ -78,26 +77,16 @@ class Decoder:
         assert image.picture is not None
         started = time.perf_counter()
         key = ComponentId("upscaler", "upscaler", stage=leg.stage)
-        pixels = self._open(key)({"image": np.clip(image.picture * 0.5 + 0.5, 0, 1)[None].astype(np.float32)})["pixels"]
-        self._check(image, pixels, "enlarged")
+        pixels = self._networks.upscale(np.clip(image.picture * 0.5 + 0.5, 0, 1).astype(np.float32), leg.stage)
         image.job.spend(leg, "upscale", time.perf_counter() - started)
         image.job.count(key.label, 1)
-        return replace(image, done=image.done + 1, picture=pixels[0] * np.float32(2) - np.float32(1))
-
-    def _check(self, image: Waypoint, pixels: Float32, what: str) -> None:
-        if not math.isfinite(float(pixels.sum())):
-            raise GenerationError(f"image {image.index}: the {what} pixels are not finite")
+        return replace(image, done=image.done + 1, picture=pixels * np.float32(2) - np.float32(1))
 
     def _finish(self, image: Waypoint) -> None:
         job = image.job
         assert image.picture is not None
         job.latents[image.index] = np.empty((0, 0, 0), np.float32) if image.latents is None else image.latents
         job.pixels[image.index] = to_uint8(image.picture[None])[0]
-
-    def _open(self, key: ComponentId) -> Graph:
-        if key not in self._graphs:
-            self._graphs[key] = self._backend.open(key)
-        return self._graphs[key]
 
     def _result(self, job: Job) -> Result:
         request, backend = job.request, self._backend

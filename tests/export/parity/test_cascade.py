@@ -19,6 +19,7 @@ from stepforge.export.models.upscaler import read_upscaler
 from stepforge.export.parity.measures import psnr
 from stepforge.export.parity.reference import Settings
 from stepforge.export.parity.stages import load_stage, run_stage, run_stages
+from stepforge.export.parity.verify import verify
 from stepforge.runtime.bundle import read
 from stepforge.runtime.engine.conditions.t5 import T5Tokenizer
 from stepforge.runtime.errors import CheckpointError, RequestError
@@ -124,7 +125,7 @@ def test_bundle(tiny_if_bundle: Path):
 
 
 @pytest.mark.slow
-def test_what_verify_compares(tiny_if_bundle: Path, tiny_if_sr: dict[str, Path]):
+def test_what_verify_compares(tiny_if: Path, tiny_if_bundle: Path, tiny_if_sr: dict[str, Path]):
     """A stage without text against its pipeline, which is given the variance that the network has not."""
     path = tiny_if_sr["plain"]
     with stepforge.load(tiny_if_bundle, backend="onnxruntime", precision="fp32") as engine:
@@ -139,6 +140,8 @@ def test_what_verify_compares(tiny_if_bundle: Path, tiny_if_sr: dict[str, Path])
             assert np.abs(made - call.outputs["prediction"]).max() < 1e-4
     with pytest.raises(CheckpointError, match="stage 'ii' reads the base model's text"):
         run_stages(engine.bundle, tiny_if_sr, Settings(("a cat",), 3, 5.0, 1), lambda what: None)
+    with pytest.raises(CheckpointError, match="base model, which verify does not compare"):
+        verify(tiny_if_bundle, tiny_if)
 
 
 @pytest.mark.parametrize("source", ["tokenizer.json", "spiece.model"])

@@ -18,7 +18,8 @@ import pytest
 import stepforge
 from stepforge import Cancelled, Engine, GenerationError, QueueFull, Request, RequestError, load
 from stepforge.runtime.backends.fake import Fake, fake_bundle
-from stepforge.runtime.engine import decode, scheduler, stages, worker
+from stepforge.runtime.engine import scheduler, stages, worker
+from stepforge.runtime.engine.pictures import decode
 
 SIZE = 64
 

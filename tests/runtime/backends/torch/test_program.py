@@ -418,13 +418,14 @@ def test_the_exact_tier_gives_the_bits_of_diffusers(tiny_sd1, tiny_sd1_bundle, z
 def test_what_each_network_computes_in():
     """fp16 is for all but text encoders, and the VAEs whose values it cannot hold."""
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
-    for family, exact, precision, vae in (
-        ("sd1", False, "fp16", fp16), ("x4", False, "fp16", bf16), ("sd2", True, "fp16", fp16), ("sdxl", False, "fp16", bf16),
-        ("sdxl", True, "fp16", fp32), ("sdxl", False, "bf16", bf16), ("sdxl", False, "fp32", fp32),
+    for family, exact, precision, encoder, decoder in (
+        ("sd1", False, "fp16", fp16, fp16), ("sd2", True, "fp16", fp16, fp16), ("x4", False, "fp16", fp32, bf16),
+        ("sdxl", False, "fp16", fp32, bf16), ("sdxl", True, "fp16", fp32, fp32), ("sdxl", False, "bf16", bf16, bf16),
+        ("sdxl", False, "fp32", fp32, fp32),
     ):  # fmt: skip
         roles = ("text_encoder", "denoiser", "control_residuals", "vae_encoder", "vae_decoder")
         found = [computed_in(role, family, precision, exact=exact) for role in roles]
-        assert found == [fp32, DTYPES[precision], DTYPES[precision], vae, vae]
+        assert found == [fp32, DTYPES[precision], DTYPES[precision], encoder, decoder]
 
 
 def test_a_decoder_in_bf16_is_within_the_limits_of_fp16(tiny_sdxl_bundle):

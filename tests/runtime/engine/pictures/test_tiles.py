@@ -1,6 +1,6 @@
 """Tiling against the whole: the identity, weights that add up to 1, diffusers' own tiles."""
 
-from itertools import pairwise
+import itertools
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_tiles_cover_an_axis_and_overlap_as_asked(units, tile, overlap, multiple
     assert begins[0] == 0
     assert all(begin % multiple == 0 for begin in begins)
     assert begins[-1] + tile == length or len(begins) == 1
-    assert all(b - a <= tile - overlap for a, b in pairwise(begins))
+    assert all(b - a <= tile - overlap for a, b in itertools.pairwise(begins))
     total = np.zeros(length)
     for begin, weight in zip(begins, weights(length, tile, begins), strict=True):
         assert (weight >= 0).all()

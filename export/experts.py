@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from stepforge.export.experts.read import AESTHETIC_IDS, Expert, read_expert, same_weights
+from stepforge.export.expert_source import AESTHETIC_IDS, Expert, read_expert, same_weights
 from stepforge.export.graph import modules
 from stepforge.export.models.source import Source
 from stepforge.export.models.tokenizer import tokenizer_json

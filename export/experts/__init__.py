@@ -1,1 +1,0 @@
-"""Further denoisers of a model into its bundle: `read.py` examines them, `write.py` exports them."""
