@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 import stepforge
-from stepforge import Request, RequestError
+from stepforge import AdapterError, Request, RequestError
 from stepforge.export.build import BankOptions, export_bundle
 from stepforge.export.cli import parse_experts
 from stepforge.export.parity.verify import verify
-from stepforge.runtime.bundle import read
+from stepforge.runtime.bundle import UNET, read
 
 PROMPT, NEGATIVE = "a cat", "a dog"
 SIGMA = 3.0
@@ -107,6 +108,7 @@ def noisy(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], tmp_path_factory: 
     return folder / "bundle"
 
 
+@pytest.mark.slow
 def test_expert_of_one_architecture(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], noisy: Path):
     """One trajectory whose network changes, as diffusers with its UNet replaced; on disk the changed layer alone is added."""
     bundle = read(noisy)
@@ -121,6 +123,29 @@ def test_expert_of_one_architecture(tiny_sd1: Path, tiny_sd1_controls: dict[str,
     assert all(check["passed"] for check in verdict["checks"]), verdict["checks"]
 
 
+@pytest.mark.slow
+def test_adapters_of_experts(noisy: Path, tmp_path: Path):
+    """A file changes every denoiser that it fits, or the named one alone; images follow."""
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = next(m.shape[0] for m in read(noisy).components[UNET].modules if m.path == path)
+    drawn = np.random.default_rng(0).normal(size=(2, 4, width)).astype(np.float32)
+    keys = f"unet.{path}.lora_A.weight", f"unet.{path}.lora_B.weight"
+    save_file({keys[0]: drawn[0], keys[1]: np.ascontiguousarray(drawn[1].T)}, tmp_path / "a.safetensors")
+    with stepforge.load(noisy, backend="onnxruntime", precision="fp32") as engine:
+        both = engine.adapters.load("both", tmp_path / "a.safetensors")
+        high = engine.adapters.load("high", tmp_path / "a.safetensors", denoisers=["high"])
+        assert [key.name for key in both.components] == ["high", "unet"]
+        assert [key.name for key in high.components] == ["high"]
+        with pytest.raises(AdapterError, match=r"no denoiser 'low'; it has unet, high"):
+            engine.adapters.load("low", tmp_path / "a.safetensors", denoisers=["low"])
+        alone = {"prompt": PROMPT, "steps": 2, "experts": "base"}
+        plain, one, two = engine.generate(
+            [Request(**alone), Request(**alone, adapters={"high": 1.0}), Request(**alone, adapters={"both": 1.0})]
+        )
+        assert np.abs(plain.latents - one.latents).max() < 1e-5
+        assert np.abs(plain.latents - two.latents).max() > 1e-3
+
+
 MICRO = {
     "original_size": (48, 96), "crops_coords_top_left": (3, 5), "target_size": (80, 40),
     "negative_original_size": (20, 30), "negative_crops_coords_top_left": (1, 2), "negative_target_size": (50, 70),
@@ -128,6 +153,7 @@ MICRO = {
 SCORES = {"aesthetic_score": 7.0, "negative_aesthetic_score": 1.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "torch"])
 def test_base_and_refiner_are_diffusers_two_pipelines(backend: str, opened, pipelines):
     """Hand-over, the refiner's own text, scores, guidance of each, and micro-conditioning."""
@@ -147,6 +173,7 @@ def test_base_and_refiner_are_diffusers_two_pipelines(backend: str, opened, pipe
         assert {step.denoiser for step in engine.plan(request).steps} == {"unet", "refiner"}
 
 
+@pytest.mark.slow
 def test_text_encoder_is_stored_once_and_missing_experts_are_refused(
     refined: Path, opened, tiny_sdxl: Path, tiny_refiner: Path
 ):
@@ -169,6 +196,7 @@ def test_text_encoder_is_stored_once_and_missing_experts_are_refused(
         engine.plan(Request(prompt="", guidance="unet=5"))
 
 
+@pytest.mark.slow
 def test_neighbours_with_other_experts_change_nothing(opened):
     """Rows of two denoisers never share a call; each request is what it is alone."""
     engine = opened("onnxruntime")
