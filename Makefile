@@ -10,11 +10,12 @@ export TOKENIZERS_PARALLELISM := false
 
 ADAPTERS := examples/emoji/adapters
 CONTROL := --control silhouette=examples/emoji/control/silhouette
+SR := --sr sr=examples/emoji/sr
 
-demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw three contact sheets into out/
+demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw four contact sheets into out/
 	$(BIN)/stepforge export examples/emoji/model -o out/emoji.bundle --name emoji --lora-slots 6 --lora-rank 16 \
-		$(CONTROL) --reuse tgate --reuse deepcache --overwrite
-	$(BIN)/stepforge verify out/emoji.bundle examples/emoji/model $(CONTROL)
+		$(CONTROL) $(SR) --reuse tgate --reuse deepcache --overwrite
+	$(BIN)/stepforge verify out/emoji.bundle examples/emoji/model $(CONTROL) $(SR)
 	$(BIN)/stepforge generate out/emoji.bundle --prompts examples/emoji/prompts.txt --guidance 3 \
 		--out out/emoji --sheet out/emoji.png --overwrite
 	$(BIN)/stepforge generate out/emoji.bundle --requests examples/emoji/adapters.jsonl --guidance 3 \
@@ -23,7 +24,8 @@ demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw thre
 		--out out/adapters --sheet out/adapters.png --columns 3 --overwrite
 	$(BIN)/stepforge generate out/emoji.bundle --requests examples/emoji/control.jsonl --guidance 3 \
 		--out out/control --sheet out/control.png --columns 5 --overwrite
-	@echo "look at out/emoji.png, out/adapters.png and out/control.png"
+	$(BIN)/python examples/emoji/stages_sheet.py out/emoji.bundle --out out/stages.png
+	@echo "look at out/emoji.png, out/adapters.png, out/control.png and out/stages.png"
 
 # one process a core, each with a run of neighbouring tests, of which one without work takes some; a crash ends one process and
 # names its test

@@ -1,7 +1,7 @@
 """The demo's last contact sheet: `python examples/emoji/stages_sheet.py out/emoji.bundle --out out/stages.png`.
 
-Requests of stages.jsonl: text -> image -> SR, the subject with its fine-tuned SR, img2img, inpainting. Each cell says what
-its picture cost: rows of each network, seconds of all its stages.
+Requests of stages.jsonl: text to image, an adapter's subject, img2img and inpainting, each without and with super-resolution.
+Each cell says what its picture cost alone: rows of each network, seconds.
 """
 
 from __future__ import annotations
@@ -42,12 +42,11 @@ def main() -> None:
     with load(args.bundle) as engine:
         if any("subject" in request.adapters for request in requests):
             engine.adapters.load("subject", HERE / "adapters" / "subject.safetensors")
-        results = [engine.submit(request) for request in requests]
-        results = [future.result() for future in results]
+        results = [engine.generate(request) for request in requests]  # one at a time: the seconds are its own
     labels = []
     for request, result in zip(requests, results, strict=True):
         rows = " + ".join(f"{count} {name}" for name, count in result.stats.rows.items() if name not in HIDDEN)
-        labels.append(f"{request.prompt.split(' on a ')[0]}: {rows} rows, {sum(result.stats.seconds.values()):.1f} s")
+        labels.append(f"{request.prompt.split(' on a ')[0]}: {rows} rows, {result.stats.seconds['total']:.1f} s")
     sheet = Sheet(len(results), (CELL, CELL), columns=args.columns, labels=labels)
     for index, result in enumerate(results):
         image = result.images[0]

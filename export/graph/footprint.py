@@ -2,8 +2,7 @@
 
 A value lives from the operator that makes it to the last one that reads it; an operator by element writes over what it reads
 last, as engines have it. Counted at three sizes, which tell values that grow with the positions of a picture from attention
-scores, which grow with their square. What engines keep beside (packed weights, workspaces) is not in it:
-benchmarks/bench_sr.py prints what calls took beside what is stated here.
+scores, which grow with their square. What engines keep beside (packed weights, workspaces) is not in it.
 """
 
 from __future__ import annotations

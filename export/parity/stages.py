@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stepforge.export.graph.upscaler import NOISE_FEATURES
+from stepforge.export.models.pixel.feedforward import FeedForward, read_feed_forward
 from stepforge.export.models.source import Source
 from stepforge.export.models.upscaler import read_upscaler
 from stepforge.export.parity.loaders import FP32, check_complete, quiet, variant_among
@@ -21,8 +22,9 @@ from stepforge.export.parity.pixel import pixel_calls, pixel_recorder, run_pixel
 from stepforge.export.parity.recorder import Call, Heard, Recorder, as_array, places
 from stepforge.export.parity.reference import Reference, Settings, drawn_picture
 from stepforge.export.parity.staging import reason, stage_model, staging
+from stepforge.export.stages import told
 from stepforge.runtime.arrays import Float32
-from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, VAE_DECODER, VAE_ENCODER, Bundle, StageCard
+from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, VAE_DECODER, VAE_ENCODER, Bundle, ComponentId, StageCard
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.request import Request, Upscale
 
@@ -41,8 +43,10 @@ class StageReference:
 def run_stages(
     bundle: Bundle, paths: Mapping[str, Path], settings: Settings, progress: Callable[[str], None]
 ) -> dict[str, StageReference]:
-    """The first prompt through the pipeline of each stage that has one. Raises CheckpointError for stages that the bundle was
-    exported without, with other weights, or whose models are not given."""
+    """The first prompt through the pipeline of each stage, a picture through feed-forward networks.
+
+    Raises CheckpointError for stages that the bundle was exported without, with other weights, or whose models are not given.
+    """
     if missing := bundle.stages.keys() - paths.keys():
         name = min(missing)
         raise CheckpointError(f"the bundle has the stage {name!r}; give its model too, --sr {name}=PATH")
@@ -50,11 +54,14 @@ def run_stages(
         raise CheckpointError(f"the bundle has no stage {min(unknown)!r}; it has {', '.join(bundle.stages) or 'none'}")
     found = {}
     for name, path in paths.items():
-        stage = read_upscaler(path)
-        told = bundle.source.get("upscalers", {}).get(name, {})
-        if told.get("sha256") != stage.source.provenance.get("sha256"):
+        stage = read_upscaler(path) if path.is_dir() else read_feed_forward(path)
+        exported = bundle.source.get("upscalers", {}).get(name, {})
+        if exported.get("sha256") != told(stage)["sha256"]:
             raise CheckpointError(f"stage {name!r} was exported from other weights than those of {path}")
         progress(f"reference: stage {name}")
+        if isinstance(stage, FeedForward):
+            found[name] = run_network(name, stage, settings)
+            continue
         if stage.text_width and not stage.source.text_encoders:
             raise CheckpointError(
                 f"stage {name!r} reads the base model's text; give a folder that has its text encoder too"
@@ -62,6 +69,20 @@ def run_stages(
         if stage.kind in CALLS:
             found[name] = run_stage(name, bundle.stages[name], load_stage(path, stage.source), settings)
     return found
+
+
+def run_network(name: str, network: FeedForward, settings: Settings) -> StageReference:
+    """spandrel's network on a drawn picture."""
+    side = max(LARGEST, network.least) // network.size_multiple * network.size_multiple
+    picture = drawn_picture(side, side)
+    image = torch.from_numpy(np.asarray(picture, np.float32).transpose(2, 0, 1)[None].copy() / 255)
+    with torch.no_grad():
+        pixels = network.load(FP32).model(image)
+    drawn = as_array(pixels.clamp(0, 1)[0] * 255).round().astype(np.uint8).transpose(1, 2, 0)
+    key = ComponentId("upscaler", "upscaler", stage=name)
+    call = Call(key, f"{name} network", {"image": as_array(image)}, {"pixels": as_array(pixels)})
+    request = Request(prompt="", seed=settings.seed, upscale=Upscale(name=name, image=picture))
+    return StageReference(request, Reference([], drawn), [call])
 
 
 def load_stage(path: Path, source: Source) -> Any:

@@ -256,11 +256,12 @@ def _trajectory(engine: Engine, request: Request, reference: Reference, name: st
 
     image = np.asarray(engine.generate(request, on_step=note).images[0])
     errors = [relative_error(a, b) for a, b in zip(ours, reference.latents, strict=False)]
-    yield _limited(engine.backend, "step", name, errors[0], limits.step)
+    if errors:
+        yield _limited(engine.backend, "step", name, errors[0], limits.step)
     if len(ours) != len(reference.latents):  # another sampler
         what = f"{name}: {len(ours)} evaluations, diffusers {len(reference.latents)}"
         yield _limited(engine.backend, "trajectory", what, math.inf, limits.trajectory)
-    else:
+    elif errors:  # feed-forward networks have no steps
         yield _limited(engine.backend, "trajectory", name, max(errors), limits.trajectory)
     quality = psnr(image, reference.image)
     flat = np.ptp(image) == 0 and np.ptp(reference.image) > 0

@@ -80,7 +80,20 @@ def test_networks_are_spandrels(files, bundle):
                 wanted = reference(torch.from_numpy(image[None]))[0].numpy()
                 found = pictures.upscale(image, stage)
                 assert found.shape == (3, height * card.scale, width * card.scale) == wanted.shape
-                assert psnr(found, wanted) >= 60, (engine, stage)  # measured: 100 and more
+                assert psnr(found, wanted) >= 60, (engine, stage)
+
+
+def test_verify_covers_networks(files, bundle, tiny_sd1):
+    from stepforge.export.parity.verify import verify
+
+    paths = {name: files / f"{name}.safetensors" for name in bundle.stages}
+    options = {"backends": ["onnxruntime"], "precisions": ["fp32"], "prompts": ["a cat"], "steps": 2, "store": False}
+    verdict = verify(bundle.path, tiny_sd1, upscalers=paths, **options)
+    checks = {(check["level"], check["name"]): check["passed"] for check in verdict["checks"]}
+    for name in bundle.stages:
+        assert checks["component", f"{name} network"]
+        assert checks["image", f"stage {name}"]
+    assert verdict["passed"]
 
 
 def test_tiles_keep_the_budget_and_the_picture(bundle):
