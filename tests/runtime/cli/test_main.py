@@ -79,7 +79,7 @@ def test_a_defect_of_ours_is_not_hidden(monkeypatch, tmp_path):
         main(["generate", "fake", "x", "-o", str(tmp_path / "a.png")])
 
 
-COMMANDS = ("generate", "plan", "info", "doctor", "tune", "lora", "export", "verify")
+COMMANDS = ("generate", "upscale", "batch", "plan", "info", "doctor", "tune", "lora", "export", "verify")
 
 
 def test_help_fits_80_columns_and_cuts_nothing(run, capsys, monkeypatch):
@@ -88,11 +88,11 @@ def test_help_fits_80_columns_and_cuts_nothing(run, capsys, monkeypatch):
     text = capsys.readouterr().out
     listed = re.findall(r"^  ([a-z]+)  +\S", text[text.index("Commands:") :], re.MULTILINE)
     assert set(listed) == set(COMMANDS)
-    assert listed[: len(COMMANDS) - 3] == list(COMMANDS[:5])
-    for command in COMMANDS[:6]:
+    assert listed[: len(COMMANDS) - 3] == list(COMMANDS[:7])
+    for command in COMMANDS[:8]:
         assert run(command, "--help") == 0
         text += capsys.readouterr().out
-    assert "..." not in re.sub(r"\S*,\.\.\.|\.\.\. \[default|\]\.\.\.", "", text)
+    assert "..." not in re.sub(r"\S*,\.\.\.|\.\.\. \[default|[\]}]\.\.\.", "", text)
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
