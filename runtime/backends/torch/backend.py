@@ -153,8 +153,8 @@ class Torch:
         return computed_in(component.role, model.family if model else "", self.precision, exact=not self.fast)
 
     def _share(self, program: Program, network: str, dtype: Any) -> None:
-        """Variants of a network are graphs over one weights file: hold its weights once. Experts in one folder have weights of one
-        name that differ."""
+        """Variants of a network are graphs over one weights file: hold its weights once. By network: an expert's graphs lie in
+        the same folder, and its weights have the same names."""
         for name, value in program.constants.items():
             if isinstance(value, torch.Tensor) and value.numel() >= SHARED_FROM:
                 program.constants[name] = self._weights.setdefault((network, name, dtype), value)
