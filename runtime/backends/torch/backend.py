@@ -127,7 +127,7 @@ class Torch:
             layers = widen_layers(program) if wide and with_lora else []
             run_passes(program, (write_once, fuse_residual, fuse_lowrank_geglu, fuse_widen))
         lower(program, dtype, self._device, banks)
-        self._share(program, str(path.parent), dtype)
+        self._share(program, str(component.whole), dtype)
         once = split_once(program) if self.fast and component.role == "denoiser" else None
         runner = Runner(program)
         read_names = {name for node in program.nodes for name in node.inputs}
@@ -139,10 +139,10 @@ class Torch:
             channels_last(program)
         buffers = None
         if layers:
-            shared = self._wide.setdefault((str(path.parent), dtype), {})
+            shared = self._wide.setdefault((str(component.whole), dtype), {})
             buffers = WideBanks(layers, program.constants, placed.tensors, shared)
             for layer in layers:  # the same network without banks reads W there
-                self._weights[str(path.parent), layer.weight, dtype] = buffers.weight(layer)
+                self._weights[str(component.whole), layer.weight, dtype] = buffers.weight(layer)
                 program.constants.pop(layer.weight, None)
             runner = Runner(program)
         signature = Signature(self._bundle, component)
@@ -152,11 +152,12 @@ class Torch:
         model = self._bundle.model(component.stage)
         return computed_in(component.role, model.family if model else "", self.precision, exact=not self.fast)
 
-    def _share(self, program: Program, folder: str, dtype: Any) -> None:
-        """Variants of a network are graphs over one weights file: hold its weights once."""
+    def _share(self, program: Program, network: str, dtype: Any) -> None:
+        """Variants of a network are graphs over one weights file: hold its weights once. By network: an expert's graphs lie in
+        the same folder, and its weights have the same names."""
         for name, value in program.constants.items():
             if isinstance(value, torch.Tensor) and value.numel() >= SHARED_FROM:
-                program.constants[name] = self._weights.setdefault((folder, name, dtype), value)
+                program.constants[name] = self._weights.setdefault((network, name, dtype), value)
 
 
 class TorchExact(Torch):
