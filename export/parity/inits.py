@@ -48,6 +48,9 @@ def inits_of(bundle: Bundle, image: Image.Image, steps: int) -> Iterator[Init]:
 def init_pipeline(pipeline: Any, init: Init) -> Any:
     """diffusers' pipeline for an init image over the networks of another."""
     xl = hasattr(pipeline, "text_encoder_2")
+    if not isinstance(size := pipeline.unet.config.sample_size, int | None):
+        # constructors of these pipelines compare it with a number; sizes are given with each call
+        pipeline.unet.register_to_config(sample_size=max(size))
     kind = f"StableDiffusion{'XL' * xl}{'Img2Img' if init.mask is None else 'Inpaint'}Pipeline"
     options: dict[str, Any] = {"requires_safety_checker": False}
     if xl:

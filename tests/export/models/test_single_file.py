@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stepforge.export import build
+from stepforge.export import build, parts
 from stepforge.export.models.load import load
 from stepforge.export.models.source import Source
 from stepforge.runtime.bundle import TEXT_ENCODERS
@@ -33,7 +33,7 @@ def stated(lines: tuple[str, ...]) -> set[str]:
 def pad_ids(source: Source, folder: Path) -> list[int]:
     """As the bundle's cards have them."""
     return [
-        build._tokenizer(tokens, pad, folder, key).pad_id
+        parts.write_tokenizer(tokens, pad, folder, key).pad_id
         for tokens, pad, key in zip(source.tokenizers, source.pads, TEXT_ENCODERS, strict=False)
     ]
 

@@ -78,7 +78,9 @@ def test_code_in_the_folder(model: Path) -> None:
 )
 def test_pipeline_class(model: Path, changes: dict[str, Any]) -> None:
     edit_json(model / "model_index.json", **changes)
-    refuse(model, "supported pipelines: StableDiffusionPipeline, StableDiffusionXLPipeline")
+    refuse(
+        model, "supported pipelines: StableDiffusionPipeline, StableDiffusionInpaintPipeline, StableDiffusionXLPipeline"
+    )
 
 
 def test_component_class(model: Path) -> None:
@@ -116,7 +118,7 @@ def test_config_of_another_class(model: Path) -> None:
     ("changes", "text"),
     [
         ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256"),
-        ({"in_channels": 9}, "9 input channels"),
+        ({"in_channels": 8}, "8 input channels for 4 of its output"),
         ({"addition_embed_type": "image"}, "addition_embed_type='image'"),
         ({"down_block_types": ["a", "b"]}, "cannot be built from its config"),
     ],
