@@ -71,8 +71,7 @@ class OneOf:
 
 def parse(kind: type[T], value: Any, where: str = "") -> T:
     """A dataclass of a JSON object. Raises ValueError in one line that says where and what is possible."""
-    asked: Any = kind
-    found: T = reader(asked)(value, where)
+    found: T = _record(kind)(value, where)  # also of a class that reads itself: its from_dict may call this
     return found
 
 
@@ -214,6 +213,7 @@ def _own(kind: Any) -> Reader:
     return read
 
 
+@functools.cache
 def _record(kind: Any) -> Reader:
     hints = get_type_hints(kind, include_extras=True)
     readers = {field.name: reader(hints[field.name]) for field in dataclasses.fields(kind) if field.init}

@@ -129,7 +129,8 @@ def start(folder: Path) -> tuple[Bundle, dict[ComponentId, onnx.ModelProto]]:
         )
         for key, (inputs, outputs) in NETWORKS.items()
     }
-    bundle = replace(fake, path=folder, card=replace(fake.card, text_encoders=(encoder,)), components=components)
+    card = replace(fake.card, text_encoders=(encoder,))
+    bundle = replace(fake, path=folder, card=card, components=components, stages={})
     hashed(bundle)
     for name in BACKENDS:  # an unchanged bundle runs, and says the same everywhere
         for key, inputs in CALLS.items():

@@ -24,6 +24,7 @@ from stepforge.runtime.bundle import (
     ControlCard,
     Module,
     Preset,
+    StageCard,
     Tensor,
     read,
     sha256,
@@ -81,6 +82,22 @@ def full_bundle(folder: Path) -> Bundle:
             "vae_decoder/model.onnx", floats(latents=IMAGE), floats(pixels=("rows", 3, "8*height", "8*width"))
         ),
     }
+    components[ComponentId("upscaler", "upscaler", stage="double")] = Component(
+        "sr/double/upscaler/model.onnx",
+        floats(image=("rows", 3, "height", "width")),
+        floats(pixels=("rows", 3, "2*height", "2*width")),
+    )
+    beside = (
+        *floats(sample=("rows", 7, "height", "width"), timestep=("rows",)),
+        Tensor("class_labels", "int64", ("rows",)),
+    )
+    read_by_x4 = (*beside, *floats(encoder_hidden_states=("rows", "tokens", 16)))
+    components[replace(UNET, stage="x4")] = Component(
+        "sr/x4/denoiser/unet/model.onnx", read_by_x4, floats(prediction=IMAGE)
+    )
+    components[replace(VAE_DECODER, stage="x4")] = Component(
+        "sr/x4/vae_decoder/model.onnx", floats(latents=IMAGE), floats(pixels=("rows", 3, "4*height", "4*width"))
+    )
     encoder = replace(fake.card.text_encoders[0], tokenizer="tokenizer/tokenizer.json")
     names = [
         graph for entry in components.values() for graph in (entry.graph, *entry.derived.values())
@@ -88,6 +105,9 @@ def full_bundle(folder: Path) -> Bundle:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
+    x4 = fake.stages["x4"]
+    assert x4.model is not None
+    x4 = replace(x4, model=replace(x4.model, text_encoders=(encoder,)))
     bundle = replace(
         fake,
         path=folder,
@@ -95,6 +115,7 @@ def full_bundle(folder: Path) -> Bundle:
         components=components,
         files={name: ((folder / name).stat().st_size, sha256(folder / name)) for name in sorted(set(names))},
         controls={"edge": ControlCard()},
+        stages={"double": StageCard("network", 2), "x4": x4},
         source={"kind": "test", "sha256": "0" * 64, "assumed": ["x"], "controls": {"edge": {"kind": "diffusers"}}},
         versions={"torch": "2"},
         verdict={"passed": True, "summary": "all", "steps": 20, "checks": [{"value": 1e-6}]},
