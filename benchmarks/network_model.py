@@ -68,6 +68,9 @@ class OneGraph:
     def file(self, relative: str) -> Path:
         return self.graph
 
+    def model(self, stage: str) -> SimpleNamespace:
+        return self.card
+
 
 @contextmanager
 def with_holes(graph: Path) -> Iterator[Path]:

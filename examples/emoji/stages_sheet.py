@@ -46,7 +46,9 @@ def main() -> None:
     labels = []
     for request, result in zip(requests, results, strict=True):
         rows = " + ".join(f"{count} {name}" for name, count in result.stats.rows.items() if name not in HIDDEN)
-        labels.append(f"{request.prompt.split(' on a ')[0]}: {rows} rows, {result.stats.seconds['total']:.1f} s")
+        way = "" if request.init is None else "img2img, " if request.init.mask is None else "inpainting, "
+        subject = request.prompt.split(" on a ")[0]
+        labels.append(f"{way}{subject}: {rows} rows, {result.stats.seconds['total']:.1f} s")
     sheet = Sheet(len(results), (CELL, CELL), columns=args.columns, labels=labels)
     for index, result in enumerate(results):
         image = result.images[0]
