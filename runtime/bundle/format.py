@@ -349,8 +349,8 @@ class Bundle:
     @property
     def reads_mask(self) -> bool:
         """Whether the base model reads a mask and the masked image beside its latents: an inpainting model."""
-        sample = next((tensor.shape for tensor in self.components[UNET].inputs if tensor.name == "sample"), (0, 0))
-        return sample[1] == 2 * self.card.latent_channels + 1
+        shapes = (tensor.shape for tensor in self.components[UNET].inputs if tensor.name == "sample")
+        return next(shapes, ())[1:2] == (2 * self.card.latent_channels + 1,)
 
     def reading(self, stage: str, denoiser: str) -> tuple[tuple[TextEncoder, ...], bool]:
         """Text encoders that a denoiser reads, and whether an empty negative prompt is zeros for it."""

@@ -68,7 +68,7 @@ class Denoisers:
         network = ComponentId("denoiser", leg.plan.steps[0].denoiser, stage=leg.stage)
         graph, entry = self._open(network), self._bundle.components[network]
         ends = {
-            tensor.shape[1] for tensor in (*entry.inputs, *entry.outputs) if tensor.name in ("sample", "prediction")
+            tensor.shape[1:2] for tensor in (*entry.inputs, *entry.outputs) if tensor.name in ("sample", "prediction")
         }
         if not isinstance(graph, LoopingGraph) or len(ends) > 1:  # loops know latents in and latents out
             return None

@@ -69,4 +69,4 @@ class Init:
 
     def to_dict(self) -> dict[str, Any]:
         """What is stated but the pictures, as plain values for JSON."""
-        return {"strength": self.strength, "masked": self.mask is not None, "overlay": self.overlay}
+        return {"strength": self.strength, **({"overlay": True} if self.overlay else {})}

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from stepforge.runtime.backends.fake import fake_bundle
-from stepforge.runtime.bundle import MANIFEST, Bundle, Component, Tensor, sha256, write_manifest
+from stepforge.runtime.bundle import (
+    MANIFEST,
+    TEXT_ENCODERS,
+    UNET,
+    VAE_DECODER,
+    Bundle,
+    Component,
+    Tensor,
+    sha256,
+    write_manifest,
+)
 
 IMAGE = ("rows", 4, "height", "width")
 SIGNATURES = {  # inputs and outputs
@@ -59,7 +69,10 @@ def write_bundle(folder: Path) -> Bundle:
         path=folder,
         card=replace(card, text_encoders=(encoder,)),
         scheduler=fake.scheduler,
-        components={key: Component(f"{key.folder}/model.onnx", *SIGNATURES[key.role]) for key in fake.components},
+        components={
+            key: Component(f"{key.folder}/model.onnx", *SIGNATURES[key.role])
+            for key in (TEXT_ENCODERS[0], UNET, VAE_DECODER)
+        },
         precision="fp32",
         versions={"torch": "2"},
         source={"kind": "test"},

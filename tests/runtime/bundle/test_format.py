@@ -2,14 +2,23 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stepforge.runtime.bundle import MANIFEST, TEXT_ENCODERS, UNET, ComponentId, Preset, read, write_manifest
+from stepforge.runtime.bundle import (
+    MANIFEST,
+    TEXT_ENCODERS,
+    UNET,
+    ComponentId,
+    ExpertCard,
+    Preset,
+    read,
+    write_manifest,
+)
 from stepforge.runtime.errors import BundleError
 
 
@@ -34,6 +43,9 @@ def test_a_component_has_a_role_a_name_and_a_variant(path):
     assert bundle.denoisers == (UNET,)
     assert bundle.text_encoders == (TEXT_ENCODERS[0],)
     edit(path, lambda m: m["components"].append({**m["components"][1], "name": "refiner"}))
+    with pytest.raises(BundleError, match="component 'denoiser/refiner' belongs to no entry of experts"):
+        read(path)
+    edit(path, lambda m: m["experts"].update(refiner=asdict(ExpertCard("timesteps", 0.8, 1.0))))
     edit(path, lambda m: m["components"].append({**m["components"][1], "variant": "deepcache"}))
     bundle, refiner = read(path), ComponentId("denoiser", "refiner")
     assert bundle.components[refiner].graph == "denoiser/unet/model.onnx"

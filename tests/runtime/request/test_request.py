@@ -53,6 +53,10 @@ FULL: dict[str, Any] = {  # every field, as callers write them
     "prompt_syntax": "plain",
     "adapters": {"a": 1, "b": np.float32(0.5)},
     "adapter_schedule": (1, 0.5),
+    "init": {"image": ARRAY, "mask": ARRAY, "strength": 0.5, "overlay": True},
+    "experts": "base@0..0.8, refiner@0.8..1",
+    "micro": {"original_size": [64, 96], "crop": [0, 8]},
+    "upscale": ["x2", {"name": "x4", "steps": 3, "guidance": "linear(2)"}],
 }
 
 
@@ -81,6 +85,7 @@ def test_requests_survive_pickle_copies_json_and_replace():
     stated = json.loads(json.dumps(request.to_dict()))
     for control in stated["controls"]:
         control["image"] = ARRAY
+    stated["init"] |= {"image": ARRAY, "mask": ARRAY}
     assert Request.of(stated) == request
     assert stated["guider"] == "apg(momentum=-0.5, norm=15, eta=0)+rescale(0.7)"
     assert stated["reuse"] == "deepcache(3)+tgate(0.5)"
@@ -230,6 +235,12 @@ def test_requests_that_decide_the_same_steps_share_one_plan():
         "eta": 0.5, "adapter_schedule": 0.5, "controls": (), "reuse": "tgate(0.5)", "timesteps": (900, 1), "sigmas": (3, 0),
     }  # fmt: skip
     rest = {"prompt", "negative", "width", "height", "preset", "seed", "images", "prompt_syntax", "adapters"}
+    rest |= {
+        "init",
+        "experts",
+        "micro",
+        "upscale",
+    }  # plans of the first two: test_truncate, test_switch; the others decide none
     assert others.keys() | rest == {field.name for field in fields(Request)}
     for name, value in others.items():
         base = {**asked, "sampler": {"schedule": "euler", "timesteps": "euler", "sigmas": "euler"}.get(name, "ddim")}
