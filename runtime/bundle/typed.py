@@ -71,7 +71,8 @@ class OneOf:
 
 def parse(kind: type[T], value: Any, where: str = "") -> T:
     """A dataclass of a JSON object. Raises ValueError in one line that says where and what is possible."""
-    found: T = _record(kind)(value, where)  # also of a class that reads itself: its from_dict may call this
+    asked: Any = kind
+    found: T = _record(asked)(value, where)  # also of a class that reads itself: its from_dict may call this
     return found
 
 
@@ -93,9 +94,9 @@ def reader(kind: Any) -> Reader:
         return _mapping(reader(args[0]), reader(args[1]))
     if hasattr(kind, "from_dict"):
         return _own(kind)
-    if dataclasses.is_dataclass(kind):
-        return _record(kind)
-    return PLAIN[kind]
+    if kind in PLAIN:
+        return PLAIN[kind]
+    return _record(kind)
 
 
 def _plain(name: str, *kinds: type) -> Reader:
