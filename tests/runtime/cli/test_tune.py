@@ -23,8 +23,12 @@ def bundle(tmp_path_factory, signatures):
     (folder / "fake_tokenizer.json").write_bytes((fake.path / "fake_tokenizer.json").read_bytes())
     (folder / "model.onnx").touch()
     files = {file.name: (file.stat().st_size, sha256(file)) for file in folder.iterdir()}
-    components = {key: Component("model.onnx", *signatures[key.role]) for key in fake.components}
-    write_manifest(replace(fake, path=folder, components=components, files=files))
+    components = {
+        key: Component("model.onnx", *signatures[key.role])
+        for key in fake.components
+        if key.role in signatures and not key.stage
+    }
+    write_manifest(replace(fake, path=folder, components=components, files=files, stages={}))
     return folder
 
 
