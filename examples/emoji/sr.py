@@ -26,7 +26,7 @@ UNET_CONFIG = dict(
     mid_block_type="UNetMidBlock2D",
     class_embed_type="timestep",
     norm_num_groups=4,
-    cross_attention_dim=32,  # of no block: the config demands one
+    cross_attention_dim=32,  # a width that no block reads; the config demands one
 )
 SCHEDULER_CONFIG = dict(
     beta_schedule="squaredcos_cap_v2",
@@ -47,7 +47,7 @@ INDEX = {
 }
 
 
-CONSTANT = 6.0  # of the third channel of a group, in `fresh`
+CONSTANT = 6.0  # value of a group's third channel in `fresh`
 
 
 @torch.no_grad()

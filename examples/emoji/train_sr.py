@@ -23,9 +23,9 @@ from sr_data import random_pair, training_points
 from train_unet import learning_rate
 from train_vae import to_tensor
 
-MOST_NOISE = 100  # of the low-res picture: ᾱ = 0.97
+MOST_NOISE = 100  # highest noise level of the low-res picture, ᾱ = 0.97
 CROP = 64
-STRIDE = 8  # of the deepest level: crops keep the phase of the strided convolutions
+STRIDE = 8  # pixels a position of the deepest level: crops keep the phase of the strided convolutions
 
 
 def crops(

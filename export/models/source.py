@@ -19,7 +19,7 @@ class Source:
     """Settings of a model, and one loader for each network so that they need not be resident together."""
 
     name: str
-    family: str  # of the bundle's model card
+    family: str  # a family of the bundle's model card
     unet: Loader  # UNet2DConditionModel
     vae: Loader | None  # AutoencoderKL; None: the denoiser works on pixels
     text_encoders: tuple[Loader, ...]  # CLIPTextModel, SDXL's second CLIPTextModelWithProjection, IF's T5EncoderModel
@@ -55,8 +55,8 @@ class Upscaler:
     noise_level: int = 0
     most_noise: int = 0  # highest noise level
     noising: SchedulerCard | None = None  # schedule of the noise on the low-resolution image
-    size: int = 0  # of a stage on pixels: side of the images it was trained to make
-    text_width: int = 0  # of a stage on pixels: numbers a token that it reads; 0: it reads no text
+    size: int = 0  # side of the images that a stage on pixels was trained to make
+    text_width: int = 0  # numbers a token that a stage on pixels reads; 0: no text
 
     def scale_over(self, size: int) -> int:
         """Scale of the stage behind a model of images of this side. Raises CheckpointError."""

@@ -17,14 +17,8 @@ from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.files import printable
 
 Rename = Callable[[State, nn.Module], State]  # weights by the file's names, the empty network -> by the network's names
-CONVERTERS_RAISE = (
-    KeyError,
-    IndexError,
-    ValueError,
-    RuntimeError,
-    TypeError,
-    AttributeError,
-)  # of diffusers, on odd files
+# errors of diffusers' converters on odd files
+CONVERTERS_RAISE = (KeyError, IndexError, ValueError, RuntimeError, TypeError, AttributeError)
 SIZES = 6  # numbers that tell SDXL of an image: its original size, its crop, its target size
 
 
