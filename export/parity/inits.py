@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -32,17 +31,21 @@ def whole_init(image: Image.Image) -> Init:
     return Init(image=image, mask=drawn_mask(image))
 
 
-def inits_of(bundle: Bundle, image: Image.Image, steps: int) -> Iterator[Init]:
-    """What the bundle can start from with its own sampler: an image, and one with a mask."""
+def inits_of(bundle: Bundle, image: Image.Image, steps: int) -> tuple[list[Init], list[str]]:
+    """What the bundle can start from with its own sampler, of an image and one with a mask; and a line for what it cannot."""
+    found: list[Init] = []
+    left: list[str] = []
     if VAE_ENCODER not in bundle.components:
-        return
+        return found, left
     masked = Init(image=image, mask=drawn_mask(image), strength=STRENGTH)
     for init in (masked,) if bundle.reads_mask else (Init(image=image, strength=STRENGTH), masked):
         try:
             compile_plan(Request(prompt="", init=init, steps=steps), bundle.scheduler, blends=not bundle.reads_mask)
-        except RequestError:  # its sampler does not; docs/images.md names them
-            continue
-        yield init
+            found.append(init)
+        except RequestError as error:
+            what = "from an image" if init.mask is None else "inpainting"
+            left.append(f"{what}: not compared, the engine refuses it with the model's own sampler: {error}")
+    return found, left
 
 
 def init_pipeline(pipeline: Any, init: Init) -> Any:

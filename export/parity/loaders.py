@@ -80,17 +80,21 @@ def load_pipeline(
 
 
 def _from_pretrained(model: Path, source: Source, prediction_type: str | None) -> Loaded:
+    return _given(Loaded(pretrained(model, source), "from_pretrained"), prediction_type)
+
+
+def pretrained(model: Path, source: Source) -> Any:
+    """diffusers' pipeline of a folder that the exporter has examined. Raises whatever diffusers raises."""
     weights = list(source.provenance["sha256"])
     with staging() as place:
         stage_model(model, weights, place)
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        return diffusers.DiffusionPipeline.from_pretrained(
             str(place),
             torch_dtype=FP32,
             use_safetensors=True,
             local_files_only=True,
             variant=variant_among(weights),
         )
-    return _given(Loaded(pipeline, "from_pretrained"), prediction_type)
 
 
 def variant_among(files: Iterable[str]) -> str | None:

@@ -92,7 +92,9 @@ def run_references(
     with threads(1):
         again = run(pipeline, first, **whole)
     given = []
-    for start in inits_of(bundle, hint, settings.steps):
+    starts, left = inits_of(bundle, hint, settings.steps)
+    assumed += left
+    for start in starts:
         progress("reference: from an image" if start.mask is None else "reference: inpainting")
         given.append((start, run(init_pipeline(pipeline, start), first, **init_options(start, hint, bundle))))
     if VAE_ENCODER in bundle.components:

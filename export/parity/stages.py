@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,11 +16,11 @@ from stepforge.export.graph.upscaler import NOISE_FEATURES
 from stepforge.export.models.pixel.feedforward import FeedForward, read_feed_forward
 from stepforge.export.models.source import Source
 from stepforge.export.models.upscaler import read_upscaler
-from stepforge.export.parity.loaders import FP32, check_complete, quiet, variant_among
+from stepforge.export.parity.loaders import FP32, check_complete, pretrained, quiet
 from stepforge.export.parity.pixel import pixel_calls, pixel_recorder, run_pixel
 from stepforge.export.parity.recorder import Call, Heard, Recorder, as_array, places
 from stepforge.export.parity.reference import Reference, Settings, drawn_picture
-from stepforge.export.parity.staging import reason, stage_model, staging
+from stepforge.export.parity.staging import reason
 from stepforge.export.stages import told
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, VAE_DECODER, VAE_ENCODER, Bundle, ComponentId, StageCard
@@ -87,17 +86,9 @@ def run_network(name: str, network: FeedForward, settings: Settings) -> StageRef
 
 def load_stage(path: Path, source: Source) -> Any:
     """diffusers' pipeline of a folder that the exporter has examined. Raises CheckpointError."""
-    weights = list(source.provenance["sha256"])
-    with staging() as place, quiet():
+    with quiet():
         try:
-            stage_model(path, weights, place)
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                str(place),
-                torch_dtype=FP32,
-                use_safetensors=True,
-                local_files_only=True,
-                variant=variant_among(weights),
-            )
+            pipeline = pretrained(path, source)
             for name, network in pipeline.components.items():
                 if isinstance(network, torch.nn.Module):
                     check_complete(network, name)
