@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from mutate import NAMES, flipped, json_text, mutated
+from mutate import NAMES, flipped, json_text, mutated, nudged
 from PIL import Image
 
 KEY = "0123456789abcdef0123"
@@ -138,9 +138,10 @@ def endpoint(rng: random.Random) -> tuple[str, bool]:
 def as_json(rng: random.Random) -> Case:
     path, edit = endpoint(rng)
     value = fields(rng, edit=edit)
-    if rng.random() < 0.85:
-        value = mutated(value, rng)
-    return Case((request(rng, path, json_text(value, rng), "application/json"),))
+    change = rng.choices((mutated, nudged, lambda same, _: same), (5, 3, 2))[0]
+    value = change(value, rng)
+    data = json_text(value, rng) if rng.random() < 0.4 else json.dumps(value).encode(errors="surrogatepass")
+    return Case((request(rng, path, data, "application/json"),))
 
 
 def as_form(rng: random.Random) -> Case:
@@ -149,8 +150,7 @@ def as_form(rng: random.Random) -> Case:
     boundary = rng.choice(("b", "----x", "b" * 70, "b" * 3000, "'\"", "\u00e9", " ")) if rng.random() < 0.2 else "bound"
     parts = []
     value = fields(rng, edit=edit)
-    if rng.random() < 0.7:
-        value = mutated(value, rng)
+    value = rng.choices((mutated, nudged, lambda same, _: same), (4, 3, 3))[0](value, rng)
     pairs: list[tuple[str, Any]] = []
     for name, given in value.items() if isinstance(value, dict) else ():
         if isinstance(given, list):
@@ -312,7 +312,7 @@ def as_frames(rng: random.Random) -> Case:
     data = head.encode("latin-1", "replace")
     if rng.random() < 0.1:
         data = flipped(data, rng)
-    return Case((data, *pieces), end=True)
+    return Case((data, *pieces), end=rng.random() < 0.1)
 
 
 def as_slow(rng: random.Random) -> Case:
