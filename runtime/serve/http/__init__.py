@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's image API over engines. `app` has the routes, `server` runs them, `door` is what every call passes."""
+"""The HTTP server: OpenAI's image API over engines. `app` has the routes, `server` runs them, `door` lets calls in."""

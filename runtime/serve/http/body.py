@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from stepforge.runtime.checks import clipped, shown
 from stepforge.runtime.files import strict_json
@@ -29,15 +29,18 @@ TEXTS = frozenset(
 )  # fmt: skip
 
 
-async def read_body(request: Request) -> tuple[dict[str, Any], bool]:
-    """Fields of a body, and whether it is a form. Raises ApiError; ClientDisconnect."""
-    kind, _, _ = request.headers.get("content-type", "").partition(";")
-    kind = kind.strip().lower()
-    if kind == "multipart/form-data":
-        return nested(await _form(request.headers, await _whole(request))), True
-    if kind != "application/json" and not kind.endswith("+json"):
-        said = f"not {clipped(kind, 60)!r}" if kind else "and a Content-Type that says which"
-        raise ApiError(415, f"give application/json or multipart/form-data, {said}", "unsupported_media_type")
+async def read_body(request: Request) -> dict[str, Any]:
+    """Fields of a body, JSON or a form. Raises ApiError; ClientDisconnect."""
+    if _kind(request) == "multipart/form-data":
+        return nested(await _form(request.headers, await _whole(request)))
+    return await read_json(request, "application/json or multipart/form-data")
+
+
+async def read_json(request: Request, wanted: str = "application/json") -> dict[str, Any]:
+    """Fields of a body. Raises ApiError; ClientDisconnect."""
+    if (kind := _kind(request)) != "application/json":
+        said = f"not {clipped(kind, 60)!r}" if kind else "and a Content-Type that says so"
+        raise ApiError(415, f"give {wanted}, {said}", "unsupported_media_type")
     data = await _whole(request)
     try:
         values = await asyncio.to_thread(strict_json, data)
@@ -45,7 +48,11 @@ async def read_body(request: Request) -> tuple[dict[str, Any], bool]:
         raise bad(f"the body cannot be read: {error}", code="invalid_json") from None
     if not isinstance(values, dict):
         raise bad("the body is a JSON object with the fields of a request", code="invalid_json")
-    return values, False
+    return values
+
+
+def _kind(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def _whole(request: Request) -> bytes:
@@ -155,6 +162,3 @@ def _typed(key: str, text: str) -> Any:
             if plain[:1] in ("{", "["):
                 raise bad(f"{shown(key)} is not JSON: {error}", param=clipped(key, 60)) from None
     return text
-
-
-__all__ = ["ClientDisconnect", "nested", "read_body"]

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 HEALTH = ("/health/live", "/health/ready")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 CROSS_SITE = (b"cross-site", b"same-site")  # Sec-Fetch-Site of browsers
+CLOSED = 499  # status of a call whose client has gone, in logs and metrics; nginx's
+PIECE = 256 << 10  # bytes of an answer that are sent at a time
 LINGER = 2.0  # seconds for a body that is refused to arrive: a client that is still sending reads no answer
 
 
@@ -82,17 +84,25 @@ class Door:
         call = Call(scope)
         scope.setdefault("state", {})["call"] = call
         body = Body(receive, call, self._settings, self._held)
-        answer = _Answer(send, call, body)
+        answer = _Answer(send, call, body, self._settings.stall_seconds)
         try:
             try:
                 self._admit(scope, call)
                 await self._app(scope, body, answer)
+            except _Stalled:
+                call.disconnected = True
+                raise
             except Exception as error:
-                if answer.started:
-                    log.error("call failed behind the first byte of its answer", exc_info=error)
-                    raise
-                await answer_to(error).response()(scope, body, answer)
+                if answer.started:  # logged where it was told
+                    return
+                refused = answer_to(error)
+                call.facts["error"] = refused.code
+                await refused.response()(scope, body, answer)
+        except _Stalled:
+            log.info("a client did not read its answer", extra={"facts": {"request_id": call.id}})
         finally:
+            if call.disconnected:
+                call.status = CLOSED
             body.release()
             self._on_end(scope, call)
 
@@ -176,11 +186,16 @@ class Body:
             return
 
 
-class _Answer:
-    """`send` that adds the request id and, where the body was not read to its end, closes the connection."""
+class _Stalled(Exception):
+    """A client reads no more of its answer."""
 
-    def __init__(self, send: Send, call: Call, body: Body) -> None:
-        self._send, self._call, self._body = send, call, body
+
+class _Answer:
+    """`send` that adds the request id and, where the body was not read to its end, closes the connection. Answers leave in
+    pieces, each within `stall` seconds: nobody keeps images in memory by not reading them."""
+
+    def __init__(self, send: Send, call: Call, body: Body, stall: float) -> None:
+        self._send, self._call, self._body, self._stall = send, call, body, stall
         self.started = False
 
     async def __call__(self, message: Message) -> None:
@@ -192,8 +207,17 @@ class _Answer:
                 await self._body.discard()
             if not self._call.body_ended:
                 headers.append((b"connection", b"close"))
-            message = {**message, "headers": headers}
-        await self._send(message)
+            await self._send({**message, "headers": headers})
+            return
+        data, more = message.get("body", b""), message.get("more_body", False)
+        for start in range(0, len(data) or 1, PIECE):
+            piece = data[start : start + PIECE]
+            last = start + PIECE >= len(data)
+            try:
+                async with asyncio.timeout(self._stall):
+                    await self._send({**message, "body": piece, "more_body": more or not last})
+            except TimeoutError:
+                raise _Stalled from None
 
 
 def too_large(most: int) -> ApiError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from stepforge.runtime.errors import AdapterError, Cancelled, GenerationError, QueueFull, RequestError
+from stepforge.runtime.errors import AdapterError, Cancelled, DeadlineExceeded, EngineClosed, GenerationError, QueueFull, RequestError
 from stepforge.runtime.files import printable
 from stepforge.runtime.request import Request
 
@@ -78,11 +78,6 @@ def queue_full(seconds: int) -> ApiError:
     )  # fmt: skip
 
 
-def too_late(seconds: float) -> ApiError:
-    text = f"the request was not finished within its deadline of {seconds:g} seconds"
-    return ApiError(504, text, "deadline_exceeded", kind=FAULT, headers=FINAL)
-
-
 def internal(message: str = "the server failed; the request id finds the reason in its log") -> ApiError:
     return ApiError(500, message, "internal_error", kind=FAULT, headers=FINAL)
 
@@ -93,12 +88,14 @@ def answer_to(error: BaseException, *, retry_after: int = 5) -> ApiError:
         return error
     if isinstance(error, QueueFull):
         return queue_full(retry_after)
+    if isinstance(error, DeadlineExceeded):
+        return ApiError(504, str(error), "deadline_exceeded", kind=FAULT, headers=FINAL)
+    if isinstance(error, Cancelled | EngineClosed):
+        return unavailable("draining")
     if isinstance(error, RequestError):
         return bad(str(error), param=_param(str(error)))
     if isinstance(error, AdapterError):
         return bad(str(error), code="adapter_refused")
-    if isinstance(error, Cancelled):
-        return unavailable("draining")
     if isinstance(error, GenerationError) and error.__cause__ is None:  # words of ours, without an engine library's
         log.warning("generation failed: %s", error)
         return ApiError(500, str(error), "generation_failed", kind=FAULT, headers=FINAL)

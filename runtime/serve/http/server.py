@@ -39,7 +39,7 @@ class Server(uvicorn.Server):
         self._cut = asyncio.Event()
         self._signals = 0
 
-    async def _start(self) -> None:
+    def _start(self) -> None:
         self._spawn(self._load())
 
     async def _load(self) -> None:

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+from stepforge.runtime.request import Result
 from stepforge.runtime.serve.http.errors import queue_full
 from stepforge.runtime.serve.http.keys import Keys
+from stepforge.runtime.serve.http.metrics import Metrics
 from stepforge.runtime.serve.http.models import Models
 from stepforge.runtime.serve.http.settings import Settings
 
@@ -25,6 +27,7 @@ class Service:
     def __init__(self, models: Models, settings: Settings, keys: Keys | None = None) -> None:
         self.models, self.settings, self.keys = models, settings, keys
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="stepforge-http")
+        self.metrics = Metrics(self)
         self.under_way = 0
         self._seconds = 1.0  # of recent requests, a moving mean
         # what an engine holds waiting, as many again being read, drawn and sent
@@ -45,9 +48,10 @@ class Service:
         finally:
             self.under_way -= 1
 
-    def took(self, seconds: float) -> None:
-        """A request has been drawn, from its body's end on."""
-        self._seconds += 0.2 * (seconds - self._seconds)
+    def finished(self, model: str, result: Result) -> None:
+        """A request has been drawn."""
+        self._seconds += 0.2 * (result.stats.seconds["total"] - self._seconds)
+        self.metrics.drawn(model, result)
 
     def retry_after(self) -> int:
         """Seconds after which room can be hoped for: what a request takes at present, 1 to 60."""

@@ -14,7 +14,7 @@ from stepforge.runtime.errors import RequestError
 from stepforge.runtime.imaging.encode import FORMATS
 from stepforge.runtime.request import Request, canonical
 from stepforge.runtime.serve.http.errors import ApiError, bad
-from stepforge.runtime.serve.http.pictures import MASK_MODES, mask_of, picture
+from stepforge.runtime.serve.http.images.pictures import MASK_MODES, mask_of, picture
 from stepforge.runtime.serve.http.settings import Settings
 
 # Steps that a quality stands for, where a request names none; "auto" and what is absent are "medium"
