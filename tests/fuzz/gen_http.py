@@ -6,6 +6,7 @@ the server's insides, and the connection ends in time. What the server logs as a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import random
@@ -16,14 +17,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import uvicorn
 from http_cases import KEY, STALL, Case, as_form, as_frames, as_json, as_path, as_slow
 
 from stepforge.runtime.backends.fake import Fake, fake_bundle
 from stepforge.runtime.engine import Engine
-from stepforge.runtime.serve.http.app import create_app
 from stepforge.runtime.serve.http.keys import Keys
 from stepforge.runtime.serve.http.models import Model, Models
+from stepforge.runtime.serve.http.server import Server
 from stepforge.runtime.serve.http.service import Service
 from stepforge.runtime.serve.http.settings import Settings
 
@@ -63,11 +63,8 @@ def start(folder: Path) -> Base:
     )  # fmt: skip
     models = Models({"fake": Model("fake", lambda: Engine(bundle := fake_bundle(64), Fake(bundle)))}, {})
     service = Service(models, settings, Keys(folder / "keys"))
-    config = uvicorn.Config(
-        create_app(service, on_start=models.load), host="127.0.0.1", port=0, log_config=None, access_log=False,
-        server_header=False, ws="none", lifespan="on",
-    )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = Server(service, host="127.0.0.1", port=0)
+    server.capture_signals = contextlib.nullcontext  # which are the main thread's
     threading.Thread(target=server.run, daemon=True).start()
     until = time.monotonic() + 60
     while not server.started or models.state != "ready":
