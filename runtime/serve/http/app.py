@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 from starlette.types import ASGIApp, Scope
 
 from stepforge.runtime.errors import StepforgeError
@@ -111,8 +112,11 @@ def create_app(service: Service, *, on_start: Callable[[], Any] | None = None) -
         add_page(app)
         public = frozenset(FILES)
 
+    fixed = {route.path for route in app.routes if isinstance(route, Route) and "{" not in route.path}
+
     def on_end(scope: Scope, call: Call) -> None:
-        route, seconds = getattr(scope.get("route"), "path", "none"), time.perf_counter() - call.started
+        path, seconds = scope["path"], time.perf_counter() - call.started
+        route = path if path in fixed else getattr(scope.get("route"), "path", "none")
         service.metrics.ended(route, call.status, seconds, call.facts.get("error"))
         facts = {
             "request_id": call.id, "caller": call.caller.name, "method": scope["method"], "route": route,

@@ -64,10 +64,12 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn's raises the signals again at its end, which would hide that all was finished."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         loop = asyncio.get_running_loop()
-        for number in before:
+        for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.handle_exit, number, None)
+        if self.service.keys is not None:
+            loop.add_signal_handler(signal.SIGHUP, self.service.keys.reload)
         try:
             yield
         finally:

@@ -30,8 +30,8 @@ class Service:
         self.metrics = Metrics(self)
         self.under_way = 0
         self._seconds = 1.0  # of recent requests, a moving mean
-        # what an engine holds waiting, as many again being read, drawn and sent
-        self._most = 2 * settings.queue_limit * len(models.models)
+        # what the engines hold waiting, and as many again that are read, drawn and sent
+        self._most = (2 * settings.queue_limit + 8) * len(models.models)
 
     async def run(self, function: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
         """Call a function that takes time on one of the threads."""

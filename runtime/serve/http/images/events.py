@@ -133,6 +133,8 @@ class EventStream:
                     yield b": waiting\n\n"
                 for seen in self._feed.take():
                     yield await self._step(seen)
+            for seen in self._feed.take():
+                yield await self._step(seen)
             result = waiting.result()
             call.facts |= facts_of(result)
             self._service.finished(self._drawn.model.name, result)
