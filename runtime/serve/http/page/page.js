@@ -158,7 +158,8 @@ function body() {
   for (const input of document.querySelectorAll("[data-adapter]")) if (+input.value) adapters[input.dataset.adapter] = +input.value;
   const asked = {
     model: model.value, prompt: $("prompt").value, negative_prompt: $("negative").value, steps: +steps.value, seed: +$("seed").value,
-    size: `${width.value}x${height.value}`, guidance: $("guidance").value, stream: true, partial_images: 3, output_format: "png",
+    size: `${width.value}x${height.value}`, guidance: $("guidance").value, stream: true, partial_images: 3, progress: true,
+    output_format: "png",
   };
   if (Object.keys(adapters).length) asked.adapters = adapters;
   if ($("upscale").value) asked.upscale = [{ name: $("upscale").value }];
