@@ -66,6 +66,7 @@ setup(
             "matplotlib>=3.8",  # as in the extra plot; plots of benchmarks
             "opencv-python-headless>=4.10",  # as in the extra control
             "pyarrow>=16",  # as in the extra parquet
+            "celery>=5.4",  # runs the worker of docs/embedding.md; BSD-3-Clause
             "fonttools>=4.50",  # the emoji list of the demo's training recipe
             "ruff>=0.8",  # format and lint
             "mypy>=1.13",  # types
