@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick test-soak aot test-gpu check bench train clean
+.PHONY: demo test quick test-long test-soak aot test-gpu check bench train clean
 
 ADAPTERS := examples/emoji/adapters
 CONTROL := --control silhouette=examples/emoji/control/silhouette
@@ -35,7 +35,10 @@ test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest $(PARALLEL)
 
 quick: $(STAMP)  ## without the slow tests
-	$(BIN)/pytest $(PARALLEL) -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not long"
+
+test-long: $(STAMP)  ## every family in every precision on every engine, and the demo model from its weights to images
+	$(BIN)/pytest $(PARALLEL) -m long
 
 test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, and batches killed; counts into benchmarks/results
 	$(BIN)/python tests/fuzz/soak.py --json benchmarks/results/soak.json
