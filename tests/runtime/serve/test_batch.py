@@ -19,7 +19,7 @@ from PIL import Image
 
 import stepforge
 from stepforge.runtime.cli.main import main
-from stepforge.runtime.serve.batch import Settings
+from stepforge.runtime.serve.draw import facts_of
 from stepforge.runtime.serve.manifest import own_seed
 from stepforge.runtime.serve.store import OWN, Store
 
@@ -241,10 +241,11 @@ def test_other_batches_are_refused(batch, jobs, tmp_path):
 
 def test_another_file_of_an_adapter_is_another_batch():
     with stepforge.load("fake") as engine:
-        settings = Settings({"steps": 2}, "files", "png", 90, True, 10)
         adapter = stepforge.Adapter("style", "ab12", {}, [], [])
-        told = SimpleNamespace(backend=engine.backend, adapters=SimpleNamespace(list=lambda: {"style": adapter}))
-        assert settings.facts(told) == {**settings.facts(engine), "adapters": {"style": "ab12"}}
+        told = SimpleNamespace(
+            bundle=engine.bundle, backend=engine.backend, adapters=SimpleNamespace(list=lambda: {"style": adapter})
+        )
+        assert facts_of(told) == {**facts_of(engine), "adapters": {"style": "ab12"}}
 
 
 @pytest.mark.parametrize("change", ["cut", "gone", "longer"])
