@@ -3,8 +3,9 @@ batch that encodes, writes, syncs and journals them. One engine, one process, in
 
     python benchmarks/bench_batch.py BUNDLE [--images 96] [--runs 5] [--json benchmarks/results/batch_rate.json]
 
-A run's time is from the first request to the last picture, or until lists and journal are on disk. The first pair of runs is
-not counted. `busy` is what a batch's own report says: the share of the time that the engine's thread worked.
+A run's time is from the first request to the last picture, or until lists and journal are on disk; `processor` is the time of the
+process's threads in it, which other work on the machine changes less. The first run of each is not counted. `busy` is what a
+batch's own report says: the share of the time that the busier of the engine's threads worked.
 """
 
 from __future__ import annotations
@@ -30,24 +31,34 @@ PROMPTS = Path(__file__).parents[1] / "examples/emoji/prompts.txt"
 LAYOUTS = ("files", "webdataset")
 
 
-def alone(engine: Engine, requests: list[Request]) -> tuple[float, list[str]]:
+class Clock:
+    """Seconds since it was made, of the wall and of the process."""
+
+    def __init__(self) -> None:
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self._wall, time.process_time() - self._processor
+
+
+def alone(engine: Engine, requests: list[Request]) -> tuple[tuple[float, float], list[str]]:
     """Seconds, and digests of the pictures."""
     found = {}
-    started = time.perf_counter()
+    clock = Clock()
     for outcome in engine.stream(requests):
         assert outcome.result is not None, outcome.error
         found[outcome.index] = outcome.result.images[0]
-    seconds = time.perf_counter() - started
+    seconds = clock.read()
     return seconds, [hashlib.sha256(found[i].tobytes()).hexdigest() for i in range(len(found))]
 
 
-def batch(engine: Engine, jobs: Path, options: dict, layout: str) -> tuple[float, float, list[str]]:
+def batch(engine: Engine, jobs: Path, options: dict, layout: str) -> tuple[tuple[float, float], float, list[str]]:
     """Seconds, the engine's share of them, and digests of the pictures of single files."""
     from PIL import Image
 
     with tempfile.TemporaryDirectory(dir=jobs.parent) as name:
         out = Path(name)
-        started = time.perf_counter()
+        clock = Clock()
         store = Store(out, layout=layout, kind="png", shard_size=50, overwrite=False)
         settings = Settings(options, layout, 50, Encoding("png", 90, True))
         with EngineDrawer(engine, store.files, settings.encoding) as drawer:
@@ -55,7 +66,7 @@ def batch(engine: Engine, jobs: Path, options: dict, layout: str) -> tuple[float
                 drawer, Manifest(jobs), store, settings, pictures=out, room=Room(4 * engine.max_rows)
             )  # fmt: skip
             report = work.run()
-        seconds = time.perf_counter() - started
+        seconds = clock.read()
         assert report.failed == report.left == 0
         digests = []
         if layout == "files":
@@ -85,7 +96,7 @@ def main() -> None:
     jobs = [{"prompt": prompts[i % len(prompts)], "seed": i} for i in range(args.images)]
     options = {"steps": args.steps, "guidance": 3.0}
     requests = [Request(**options, **job) for job in jobs]
-    times: dict[str, list[float]] = {"engine": [], **{layout: [] for layout in LAYOUTS}}
+    times: dict[str, list[tuple[float, float]]] = {"engine": [], **{layout: [] for layout in LAYOUTS}}
     busy: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
     differences = 0
     with tempfile.TemporaryDirectory() as name, load(args.bundle, backend=args.backend, threads=args.threads) as engine:
@@ -102,12 +113,18 @@ def main() -> None:
             if run:
                 for what, value in found.items():
                     times[what].append(value)
-            print({what: f"{args.images / value:.3f} images/s" for what, value in found.items()}, flush=True)
+            print({what: f"{args.images / wall:.3f} images/s" for what, (wall, _) in found.items()}, flush=True)
         backend = {"backend": engine.backend.name, "precision": engine.backend.precision, "max_rows": engine.max_rows}
-    rows = {what: spread("images_per_second", [args.images / value for value in times[what]]) for what in times}
+    rows = {
+        what: spread("images_per_second", [args.images / wall for wall, _ in each])
+        | spread("processor_seconds_an_image", [processor / args.images for _, processor in each])
+        for what, each in times.items()
+    }
     for layout in LAYOUTS:
-        shares = [a / b for a, b in zip(times["engine"], times[layout], strict=True)]  # of runs beside each other
-        rows[layout] |= spread("of_the_engines_rate", shares) | spread("busy", busy[layout])
+        for place, name in enumerate(("of_the_engines_rate", "of_the_engines_processor_rate")):
+            pairs = zip(times["engine"], times[layout], strict=True)  # runs beside each other
+            rows[layout] |= spread(name, [a[place] / b[place] for a, b in pairs])
+        rows[layout] |= spread("busy", busy[layout])
     report = {
         "bundle": args.bundle.name, "images": args.images, "steps": args.steps, "runs": args.runs, **backend, "rates": rows,
         "pictures_that_differ": differences, "machine": machine(),
