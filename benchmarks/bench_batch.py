@@ -3,9 +3,9 @@ batch that encodes, writes, syncs and journals them. One engine, one process, in
 
     python benchmarks/bench_batch.py BUNDLE [--images 96] [--runs 5] [--json benchmarks/results/batch_rate.json]
 
-A run's time is from the first request to the last picture, or until lists and journal are on disk; `processor` is the time of the
-process's threads in it, which other work on the machine changes less. The first run of each is not counted. `busy` is what a
-batch's own report says: the share of the time that the busier of the engine's threads worked.
+A run's time is from the first request to the last picture, or until lists and journal are on disk; `processor` is the time of
+the process's threads in it, which other work on the machine changes less. The first run of each is not counted. `busy` is what
+a batch's own report says: the share of the time that the busier of the engine's threads worked.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Batches: what is drawn, what a killed run leaves, and what becomes of bad jobs and bad disks."""
 
+import errno
 import io
 import json
 import random
@@ -47,18 +48,44 @@ def test_images_are_those_of_generate(batch, jobs, tmp_path, files):
                 assert json.loads(image.info["stepforge"])["prompt"] == line["prompt"]
 
 
-def test_images_depend_on_their_job_alone(batch, jobs, tmp_path, files):
-    """Not on batch size nor on order; a job without seed has one of its fields and its id or place."""
-    given = [*PROMPTS[:5], {"prompt": "x", "id": "x"}, {"prompt": "x", "id": "y"}]
-    batch(jobs(*given), out="a")
-    batch(jobs(*given), "--max-rows", 2, out="b")
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+def test_same_seeds_give_the_same_images_whatever_batch_size_order_workers_and_resume_point(
+    batch, jobs, tmp_path, monkeypatch, files
+):
+    """Byte for byte; a job without a seed has one of its fields and its id or place. Networks whose roundings depend on the
+    rows of a call: `test_kinds.py`."""
+    mixed = [{"width": 96, "images": 2}, {"steps": 5, "sampler": "euler_a"}, {"upscale": "nearest"}, {"guidance": 1}]
+    given = [{**job, **mixed[i % 4]} for i, job in enumerate(PROMPTS)]
+    given += [{"prompt": "x", "id": "x"}, {"prompt": "x", "id": "y"}]
+    manifest = jobs(*given)
+    batch(manifest, out="whole")
+    whole = files(tmp_path / "whole")
+    for rows, threads, encoders, together in ((2, 1, 1, 1), (3, 2, 8, 2), (64, 1, 2, 32)):
+        monkeypatch.setattr("stepforge.runtime.serve.draw.ENCODERS", encoders)
+        monkeypatch.setattr("stepforge.runtime.serve.batch.TOGETHER", together)
+        batch(manifest, "--max-rows", rows, "--threads", threads, out=f"rows{rows}")
+        assert files(tmp_path / f"rows{rows}") == whole
+    publish, left = Store.publish, [1, 2, 5]
+
+    def failing(*arguments):
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(errno.EIO, "gone")
+        publish(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "publish", failing)
+        patch.setattr("stepforge.runtime.serve.batch.TOGETHER", 1)
+        while left:  # three resume points, each with other rows
+            assert batch(manifest, "--max-rows", 1 + 2 * len(left), out="resumed")[0] == 1
+            del left[0]
+    assert batch(manifest, out="resumed")[1]["resumed"] == 5
+    assert files(tmp_path / "resumed") == whole
     batch(jobs(*reversed(given)), out="c")
-    drawn = [{line["sha256"] for line in lines(tmp_path / name / "images.jsonl")} for name in "ac"]
+    drawn = [{line["sha256"] for line in lines(tmp_path / name / "images.jsonl")} for name in ("whole", "c")]
     assert drawn[0] == drawn[1]
-    assert len(drawn[0]) == len(given)  # x and y differ by their ids
+    assert len(drawn[0]) == len(given) + 3  # x and y differ by their ids; three jobs have two images
     fields = {**SMALL, "prompt": "x"}
-    assert lines(tmp_path / "a/images.jsonl")[5]["seed"] == own_seed(5, "x", fields) == own_seed(0, "x", fields)
+    assert lines(tmp_path / "whole/images.jsonl")[-1]["seed"] == own_seed(13, "y", fields) == own_seed(0, "y", fields)
     assert own_seed(0, "", fields) != own_seed(1, "", fields)
 
 
