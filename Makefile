@@ -43,6 +43,7 @@ test-long: $(STAMP)  ## every family in every precision on every engine, and the
 test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, and batches killed; counts into benchmarks/results
 	$(BIN)/python tests/fuzz/soak.py --json benchmarks/results/soak.json
 	$(BIN)/python benchmarks/batch_kills.py --json benchmarks/results/batch_kills.json
+	$(BIN)/python benchmarks/batch_memory.py --json benchmarks/results/batch_memory.json
 
 aot: $(STAMP)  ## every kernel compiled for six architectures, against golden.json (4 minutes on 2 cores)
 	$(BIN)/python -m stepforge.kernels.aot --check
