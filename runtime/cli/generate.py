@@ -23,7 +23,7 @@ from stepforge.runtime.errors import Cancelled, RequestError
 from stepforge.runtime.files import escaped, printable
 
 if TYPE_CHECKING:
-    from stepforge.runtime.engine.engine import Engine, Outcome
+    from stepforge.runtime.engine import Engine, Outcome
     from stepforge.runtime.imaging.sheet import Sheet
     from stepforge.runtime.request import Request, Result
 

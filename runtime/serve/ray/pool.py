@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -92,6 +93,7 @@ class RayDrawer:
         self._moved = time.monotonic()  # when something ended or began
         self._first: Future[Mapping[str, Any]] = Future()
         self._closing = threading.Event()
+        self._news: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # from Ray's threads, for ours
         self._owns = not self._ray.is_initialized()
         if self._owns:
             self._connect()
@@ -103,7 +105,8 @@ class RayDrawer:
         self._threads = cluster.threads or max(1, cores // cluster.workers)
         self._setup = replace(setup, options={**setup.options, "threads": self._threads})
         self._moved = time.monotonic()
-        threading.Thread(target=self._watch, name="stepforge-ray-watch", daemon=True).start()
+        for work in (self._listen, self._watch):
+            threading.Thread(target=work, name=f"stepforge-ray{work.__name__}", daemon=True).start()
         with self._lock:
             for _ in range(cluster.workers):
                 self._hire()
@@ -144,6 +147,7 @@ class RayDrawer:
     def close(self) -> None:
         """End the workers, and the connection to the cluster if it is ours."""
         self._closing.set()
+        self._news.put(None)
         self._abort(Cancelled(CLOSED))
         if self._owns:
             self._ray.shutdown()
@@ -178,10 +182,21 @@ class RayDrawer:
         )
         place = _Place(actor)
         self._places.append(place)
-        actor.load.remote().future().add_done_callback(partial(self._loaded, place))
+        self._when_done(actor.load.remote(), partial(self._loaded, place))
+
+    def _when_done(self, reference: Any, act: Callable[[Future[Any]], None]) -> None:
+        """Have a call's end looked at on our own thread: on Ray's, ray.kill waits for itself."""
+        reference.future().add_done_callback(lambda done: self._news.put(partial(act, done)))
+
+    def _listen(self) -> None:
+        while (act := self._news.get()) is not None:
+            try:
+                act()
+            except Exception as error:
+                log.exception("a defect of ours")
+                self._abort(error)
 
     def _loaded(self, place: _Place, loaded: Future[Mapping[str, Any]]) -> None:
-        """On a thread of Ray's."""
         error = loaded.exception()
         cause = getattr(error, "cause", None)
         with self._lock:
@@ -225,10 +240,9 @@ class RayDrawer:
                 return
             place = min(rooms, key=lambda room: len(room.busy))
             place.busy.add(self._waiting.popleft())
-            place.actor.draw.remote(draw.task).future().add_done_callback(partial(self._drawn, place, draw))
+            self._when_done(place.actor.draw.remote(draw.task), partial(self._drawn, place, draw))
 
     def _drawn(self, place: _Place, draw: _Draw, drawn: Future[Ended]) -> None:
-        """On a thread of Ray's."""
         error = drawn.exception()
         cause = getattr(error, "cause", None)  # what was raised inside the worker
         with self._lock:
@@ -261,8 +275,7 @@ class RayDrawer:
         if place not in self._places:
             return
         self._places.remove(place)
-        with suppress(Exception):
-            self._ray.kill(place.actor)
+        self._kill(place)
         if self._is_stopped:
             return
         log.warning("a worker died and is replaced: %s", printable(error, 300))
@@ -271,7 +284,16 @@ class RayDrawer:
             self._hire()
         else:
             text = f"{self._deaths} workers died in a row; the last: {printable(error, 300)}"
-            threading.Thread(target=self._abort, args=(GenerationError(text),)).start()
+            self._news.put(partial(self._abort, GenerationError(text)))
+
+    def _kill(self, place: _Place) -> None:
+        """Make sure that a worker has gone, without waiting for a node that may have gone as well."""
+
+        def kill() -> None:
+            with suppress(Exception):
+                self._ray.kill(place.actor)
+
+        threading.Thread(target=kill, name="stepforge-ray-kill", daemon=True).start()
 
     def _abort(self, error: BaseException) -> None:
         """End all work at once; what is unfinished fails with this error."""
@@ -283,8 +305,7 @@ class RayDrawer:
             self._waiting.clear()
             for place in self._places:
                 place.busy.clear()
-                with suppress(Exception):
-                    self._ray.kill(place.actor)
+                self._kill(place)
             self._places.clear()
         for draw in draws:
             draw.ended.set_exception(self._error)

@@ -44,7 +44,8 @@ class Actor:
     """One worker: `load` and `draw` are answered by the test's functions, at once or by futures of its own."""
 
     def __init__(self, ray, number):
-        self.ray, self.number, self.is_killed, self.inside = ray, number, False, {}
+        self.ray, self.number, self.inside = ray, number, {}
+        self.is_killed = self.is_dead = False
         self.load = Method(lambda: answered(lambda: ray.on_load(number)))
         self.draw = Method(self._draw)
         self.stop = Method(lambda: ray.stops.append(number))
@@ -52,9 +53,12 @@ class Actor:
     def _draw(self, task):
         found = answered(lambda: self.ray.on_draw(self, task))
         self.inside[task.job] = found
+        if self.is_dead:
+            self.die()
         return found
 
     def die(self):
+        self.is_dead = True
         for future in list(self.inside.values()):
             if not future.done():
                 future.set_exception(Died("it was killed"))
@@ -104,6 +108,13 @@ def task(job):
     return Task(job, job + 1, "", Request(prompt="x"))
 
 
+def settle(drawer):
+    """Wait until the drawer has seen what has happened."""
+    seen = threading.Event()
+    drawer._news.put(seen.set)
+    assert seen.wait(10)
+
+
 @pytest.fixture
 def ray(monkeypatch):
     stub = Ray()
@@ -120,6 +131,7 @@ def start(ray):
         drawer = RayDrawer(Cluster("auto", workers, **options))
         opened.append(drawer)
         drawer.start(pool.Setup("fake", {}, {}, None, None))
+        settle(drawer)
         return drawer
 
     yield start
@@ -133,6 +145,7 @@ def test_jobs_go_to_the_least_busy(ray, start):
     futures = [drawer.submit(task(job)) for job in range(8)]
     assert [sorted(actor.inside) for actor in ray.actors] == [[0, 2, 4], [1, 3, 5]]
     ray.actors[0].inside[2].set_result(done(task(2)))
+    settle(drawer)
     assert sorted(ray.actors[0].inside) == [0, 2, 4, 6]
     assert futures[2].result(0).record["job"] == 2
     assert drawer.facts == FACTS
@@ -218,12 +231,12 @@ def test_nothing_hangs(ray, start):
     """No node for a worker, and a job that does not end: the watchdog's."""
     ray.on_load = lambda number: Future()
     with pytest.raises(
-        GenerationError, match="no worker has started in 0.1 s; each asks for 3 CPU and 0 GPU, the cluster has 6 CPU"
+        GenerationError, match=r"no worker has started in 0\.1 s; each asks for 3 CPU and 0 GPU, the cluster has 6 CPU"
     ):
         start(2, stall=0.1)
     ray.on_load, ray.on_draw = (lambda number: FACTS), (lambda actor, task: Future())
     future = start(2, stall=0.1).submit(task(0))
-    with pytest.raises(GenerationError, match="no job has ended in 0.1 s; 2 of 2 workers are there, 1 jobs wait"):
+    with pytest.raises(GenerationError, match=r"no job has ended in 0\.1 s; 2 of 2 workers are there, 1 jobs wait"):
         future.result(10)
 
 
@@ -237,6 +250,7 @@ def test_stop_keeps_what_workers_still_finish(ray, start):
     assert isinstance(futures[2].exception(0), Cancelled)
     ray.actors[0].inside[0].set_result(done(task(0)))
     ray.actors[0].inside[1].set_exception(Raised(Cancelled("the engine was closed")))
+    settle(drawer)
     assert futures[0].result(0).record["job"] == 0
     assert isinstance(futures[1].exception(0), Cancelled)
     assert isinstance(drawer.submit(task(4)).exception(0), Cancelled)
