@@ -10,7 +10,15 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from stepforge.runtime.errors import AdapterError, Cancelled, DeadlineExceeded, EngineClosed, GenerationError, QueueFull, RequestError
+from stepforge.runtime.errors import (
+    AdapterError,
+    Cancelled,
+    DeadlineExceeded,
+    EngineClosed,
+    GenerationError,
+    QueueFull,
+    RequestError,
+)
 from stepforge.runtime.files import printable
 from stepforge.runtime.request import Request
 
