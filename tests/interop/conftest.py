@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,3 +42,40 @@ def server() -> Callable:
                 process.wait()
 
     return server
+
+
+@pytest.fixture
+def until() -> Callable:
+    """Wait for something, for so many seconds at most."""
+
+    def until(ready, seconds=120):
+        deadline = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    return until
+
+
+@pytest.fixture
+def descendants() -> Callable:
+    """Processes below one, with their command lines."""
+
+    def descendants(pid):
+        found, todo, children = {}, [pid], {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                children.setdefault(int(parent), []).append(int(entry.name))
+            except OSError:
+                continue
+        while todo:
+            for child in children.get(todo.pop(), ()):
+                todo.append(child)
+                try:
+                    found[child] = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                except OSError:
+                    continue
+        return found
+
+    return descendants

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +48,12 @@ def command(home, manifest, tmp_path):
 
 
 @pytest.fixture
+def workers(descendants):
+    """Process ids of the workers below a driver."""
+    return lambda pid: [child for child, line in descendants(pid).items() if line.startswith("ray::Worker")]
+
+
+@pytest.fixture
 def whole(command, tmp_path):
     """The files of one process."""
     assert command("whole")[0] == 1
@@ -61,37 +66,6 @@ def files(folder):
         for path in folder.iterdir()
         if path.is_file() and OWN not in path.parts
     }
-
-
-def descendants(pid):
-    """Processes below one, with their command lines."""
-    found, todo = {}, [pid]
-    parents = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (entry / "stat").read_text().rpartition(")")[2].split()
-            parents.setdefault(int(stat[1]), []).append(int(entry.name))
-        except OSError:
-            continue
-    while todo:
-        for child in parents.get(todo.pop(), ()):
-            todo.append(child)
-            try:
-                found[child] = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-    return found
-
-
-def workers(pid):
-    return [child for child, line in descendants(pid).items() if line.startswith("ray::Worker")]
-
-
-def until(ready, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def drawn(folder):
@@ -111,7 +85,7 @@ def test_same_files_as_one_process(command, whole, tmp_path):
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-def test_killed_workers_are_replaced(command, whole, tmp_path):
+def test_killed_workers_are_replaced(command, whole, workers, until, tmp_path):
     process = command("out", *RAY, "2", wait=False)
     for number in (2, 12):
         until(lambda number=number: drawn(tmp_path / "out") >= number and workers(process.pid))
@@ -123,7 +97,7 @@ def test_killed_workers_are_replaced(command, whole, tmp_path):
     assert files(tmp_path / "out") == whole
 
 
-def test_a_killed_driver_goes_on(command, whole, tmp_path):
+def test_a_killed_driver_goes_on(command, whole, descendants, until, tmp_path):
     """SIGKILL takes its cluster along; another number of workers, then one process, go on."""
     for number, others in ((3, "2"), (15, "1")):
         process = command("out", *RAY, others, wait=False)
@@ -138,7 +112,7 @@ def test_a_killed_driver_goes_on(command, whole, tmp_path):
     assert files(tmp_path / "out") == whole
 
 
-def test_signals_keep_what_is_finished(command, whole, tmp_path):
+def test_signals_keep_what_is_finished(command, whole, until, tmp_path):
     process = command("out", *RAY, "2", wait=False)
     until(lambda: drawn(tmp_path / "out") >= 3)
     process.terminate()
@@ -151,7 +125,7 @@ def test_signals_keep_what_is_finished(command, whole, tmp_path):
     assert files(tmp_path / "out") == whole
 
 
-def test_a_cluster_with_a_token(command, whole, server, home, tmp_path):
+def test_a_cluster_with_a_token(command, whole, server, until, home, tmp_path):
     """One that runs already: with its token, without, and with another."""
     (home / "token").write_text("0123456789abcdef" * 4)
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(home / "token")}

@@ -1,4 +1,4 @@
-"""Ray: workers for batches (`pool.py`, `worker.py`) and a deployment for Ray Serve (`deployment.py`), whose builder is `app`."""
+"""Ray: workers for batches (`pool.py`, `worker.py`) and Ray Serve's deployment (`deployment.py`), whose builder is `app`."""
 
 from stepforge.runtime.serve.ray.deployment import Options, app
 

@@ -147,6 +147,6 @@ def _opened(options: Options) -> Engine:
     from stepforge.runtime.load import load
 
     return load(
-        options.bundle, backend=options.backend, precision=options.precision, threads=options.threads, max_rows=options.max_rows,
-        queue_limit=options.queue_limit,
+        options.bundle, backend=options.backend, precision=options.precision, threads=options.threads,
+        max_rows=options.max_rows, queue_limit=options.queue_limit,
     )  # fmt: skip
