@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -125,11 +124,3 @@ def together(number, call):
     for thread in threads:
         thread.join()
     return answers
-
-
-def test_bad_options_are_refused(home):
-    environment = {**os.environ, "HOME": str(home), "RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [BIN / "serve", "build", "stepforge.runtime.serve.ray:app", "-o", home / "x.yaml"]
-    found = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=120)
-    assert found.returncode
-    assert "a deployment needs bundle=PATH" in found.stderr
