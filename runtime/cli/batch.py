@@ -7,7 +7,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +22,7 @@ from stepforge.runtime.cli.signals import Stopped, on_signal
 
 if TYPE_CHECKING:
     from stepforge.runtime.serve.batch import Report
+    from stepforge.runtime.serve.ray.pool import RayDrawer
 
 MOST_FAILURES = 20  # lines about failed jobs; all of them are in failures.jsonl
 PAUSE = 30.0  # seconds between lines of progress where no terminal shows a bar
@@ -58,6 +61,7 @@ def batch(
         bool, typer.Option("--retry-failed", help="Try jobs again that failed in an earlier run.")
     ] = False,
     engine_options: options.EngineOptions,
+    ray_options: options.RayOptions,
     limit_memory: Annotated[
         int | None,
         typer.Option(
@@ -80,9 +84,11 @@ def batch(
     """
     from stepforge.runtime.engine import MAX_ROWS
     from stepforge.runtime.imaging.encode import FORMATS
+    from stepforge.runtime.load import open_bundle
     from stepforge.runtime.serve.batch import Batch, Settings
-    from stepforge.runtime.serve.draw import Encoding, EngineDrawer
+    from stepforge.runtime.serve.draw import Drawer, Encoding, EngineDrawer
     from stepforge.runtime.serve.manifest import Manifest
+    from stepforge.runtime.serve.ray.worker import setup
     from stepforge.runtime.serve.room import Room
     from stepforge.runtime.serve.store import LAYOUTS, Store
 
@@ -98,6 +104,7 @@ def batch(
     rows = whole("--max-rows", MAX_ROWS if max_rows is None else max_rows, 2, 1 << 16)
     if max_failures is not None:
         whole("--max-failures", max_failures, 0, 1 << 62)
+    ray_options.check()
     manifest = Manifest(jobs)
     stopped = 0
     told: list[int] = []
@@ -107,16 +114,30 @@ def batch(
             complain(f"{jobs.name}, line {line}: {reason}")
         told.append(line)
 
-    with engine_options.load(bundle, max_rows=rows) as engine, _progress() as tick:
-        for name, (file, _) in asked.adapters().items():
-            engine.adapters.load(name, file)
-        store = Store(
-            out, layout=settings.layout, kind=settings.encoding.format, shard_size=settings.shard_size, overwrite=overwrite
-        )  # fmt: skip
-        drawer = EngineDrawer(engine, store.files, settings.encoding)
-        room = Room(4 * rows, engine.bundle, limit_memory, engine_options.tile_memory)
+    adapters = {name: file for name, (file, _) in asked.adapters().items()}
+    make_store = partial(
+        Store, out, layout=settings.layout, kind=settings.encoding.format, shard_size=settings.shard_size,
+        overwrite=overwrite,
+    )  # fmt: skip
+    with _progress() as tick, ExitStack() as opened:
+        drawer: Drawer
+        if ray_options.ray is None:
+            engine = opened.enter_context(engine_options.load(bundle, max_rows=rows))
+            for name, file in adapters.items():
+                engine.adapters.load(name, file)
+            model, store = engine.bundle, make_store()
+            drawer = opened.enter_context(EngineDrawer(engine, store.files, settings.encoding))
+        else:
+            model = open_bundle(bundle)
+            workers = opened.enter_context(_cluster(ray_options, engine_options, rows))
+            store = make_store()
+            workers.start(
+                setup(bundle, {**asdict(engine_options), "max_rows": rows}, adapters, store.files, settings.encoding)
+            )
+            drawer = workers
+        room = Room(4 * rows * ray_options.workers, model, limit_memory, engine_options.tile_memory)
         work = Batch(
-            drawer, manifest, store, settings, pictures=pictures or jobs.parent, room=room,
+            drawer, manifest, store, settings, pictures=(pictures or jobs.parent).absolute(), room=room,
             max_failures=max_failures, retry_failed=retry_failed, on_failure=failed, on_tick=tick,
         )  # fmt: skip
 
@@ -125,7 +146,7 @@ def batch(
             stopped = number
             work.stop()
 
-        with on_signal(stop), drawer:
+        with on_signal(stop):
             report = work.run()
     if len(told) > MOST_FAILURES:
         complain(f"{len(told) - MOST_FAILURES} more jobs failed; see failures.jsonl")
@@ -136,6 +157,15 @@ def batch(
         complain(f"stopped: {report.failed} jobs failed, --max-failures is {max_failures}")
     if report.failed or report.left:
         raise typer.Exit(1)
+
+
+def _cluster(asked: options.RayOptions, engine: options.EngineOptions, rows: int) -> RayDrawer:
+    """Workers to be. Raises RequestError."""
+    from stepforge.runtime.serve.ray.pool import Cluster, RayDrawer
+
+    return RayDrawer(
+        Cluster(asked.ray or "", asked.workers, engine.threads, asked.worker_gpus, depth=rows, stall=asked.stall)
+    )
 
 
 def _tell(report: Report, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from stepforge.runtime.checks import shown
+from stepforge.runtime.checks import shown, whole
 from stepforge.runtime.cli.inputs import (
     parse_adapters,
     parse_controls,
@@ -310,7 +310,34 @@ class EngineOptions:
         )  # fmt: skip
 
 
-GROUPS = (PlanOptions, StageOptions, RequestOptions, EngineOptions)
+@dataclass(kw_only=True)
+class RayOptions:
+    """Where the workers of a batch run."""
+
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Draw on a Ray cluster: its HOST:PORT, auto for this machine's, local to start one for the run.",
+        ),
+    ] = None
+    workers: Annotated[int, typer.Option(metavar="N", help="Engines on the cluster, each with --threads threads.")] = 1
+    worker_gpus: Annotated[float, typer.Option(metavar="X", help="GPUs of each.")] = 0.0
+    stall: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Give up when no job has ended on the cluster for so long.")
+    ] = 600.0
+
+    def check(self) -> None:
+        """Raises RequestError for what no cluster can do, and for workers without one."""
+        whole("--workers", self.workers, 1, 10_000)
+        for name, value, least in (("--worker-gpus", self.worker_gpus, 0.0), ("--stall", self.stall, 1.0)):
+            if not least <= value < 1e6:
+                raise RequestError(f"{name} is {value:g}; it must be a number from {least:g} to 1,000,000")
+        if self.ray is None and (self.workers != 1 or self.worker_gpus):
+            raise RequestError("--workers and --worker-gpus need --ray ADDRESS, or --ray local")
+
+
+GROUPS = (PlanOptions, StageOptions, RequestOptions, EngineOptions, RayOptions)
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
