@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-LOGGERS = ("stepforge", "uvicorn.error", "asyncio")
+LOGGERS = ("stepforge", "uvicorn.error", "asyncio", "python_multipart")
 LONGEST = 20_000  # characters of a traceback
 
 

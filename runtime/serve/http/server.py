@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stepforge.runtime.serve.http.app import create_app
 from stepforge.runtime.serve.http.service import Service
@@ -23,6 +24,40 @@ POLL = 0.05  # seconds between two looks at what is under way
 CUT = 5.0  # seconds for answers to leave, once their requests have been cut
 
 
+def patient(seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol, which closes connections on which no whole head of a request has arrived for so long.
+
+    uvicorn itself waits for ever. h11, not httptools, which uvicorn prefers where it is installed: it bounds a head, to 64 KiB.
+    """
+
+    class Patient(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._expect_head()
+
+        def on_response_complete(self) -> None:
+            self._expect_head()
+            super().on_response_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+            super().connection_lost(exc)
+
+        def _expect_head(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self.loop.call_later(seconds, self._late, self.cycle)
+
+        def _late(self, before: object) -> None:
+            if self.cycle is before and not self.transport.is_closing():
+                self.transport.close()
+
+    return Patient
+
+
 class Server(uvicorn.Server):
     """One service on one address. uvicorn closes its sockets first and waits then, so that nobody would hear of the end:
     here a signal turns readiness to 503 and refuses new work so, while what is under way is finished."""
@@ -30,7 +65,8 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, **options: Any) -> None:
         config = uvicorn.Config(
             create_app(service, on_start=self._start), access_log=False, log_config=None, server_header=False,
-            timeout_graceful_shutdown=int(CUT), lifespan="on", ws="none", **options,
+            timeout_graceful_shutdown=int(CUT), lifespan="on", ws="none", http=patient(service.settings.stall_seconds),
+            **options,
         )  # fmt: skip
         super().__init__(config)
         self.service = service

@@ -158,7 +158,7 @@ def test_a_request_of_the_page_is_drawn_as_the_engine_draws_it(serving, open_pag
 
 
 def weights(engine: Any, text: str, steps: int) -> list[float]:
-    return [step.guidance for step in engine.plan(Request(prompt="", steps=steps, guidance=text))]
+    return [step.guidance for step in engine.plan(Request(prompt="", steps=steps, guidance=text)).steps]
 
 
 def drag(page: Any, index: int, dx: float, dy: float) -> None:
