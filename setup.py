@@ -76,6 +76,7 @@ setup(
             "pyarrow>=16",  # as in the extra parquet
             *SERVER,
             "openai>=3.50",  # the client that the server is written for; Apache-2.0. Its httpx2 calls applications in tests
+            "celery>=5.4",  # runs the worker of docs/embedding.md; BSD-3-Clause
             "fonttools>=4.50",  # the emoji list of the demo's training recipe
             "ruff>=0.8",  # format and lint
             "mypy>=1.13",  # types

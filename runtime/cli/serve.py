@@ -50,6 +50,9 @@ def serve(
     max_steps: Annotated[int, typer.Option(metavar="N", help="Steps of a request, and of each stage.")] = 150,
     max_prompt: Annotated[int, typer.Option(metavar="N", help="Characters of a prompt.")] = 4000,
     max_body: Annotated[int, typer.Option(metavar="BYTES", help="Bytes of a request.")] = 32 << 20,
+    max_memory: Annotated[
+        int, typer.Option(metavar="BYTES", help="Bytes of all requests and finished images together.")
+    ] = 1 << 30,
     deadline: Annotated[float, typer.Option(metavar="SECONDS", help="Time of one request, waiting included.")] = 600.0,
     drain: Annotated[
         float, typer.Option(metavar="SECONDS", help="Time for what is under way after SIGTERM; then it is cut.")
@@ -59,6 +62,7 @@ def serve(
     ] = 0.0,
     ssl_certfile: Annotated[Path | None, typer.Option(metavar="FILE", help="TLS certificate chain, PEM.")] = None,
     ssl_keyfile: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key, PEM.")] = None,
+    warm_up: Annotated[bool, typer.Option(help="Draw an image with each model before it is ready.")] = True,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
     max_rows: Annotated[int | None, typer.Option(metavar="N", help="Most denoiser rows in a call.")] = None,
     backend: options.Backend = "auto",
@@ -96,7 +100,7 @@ def serve(
     if allowed_host or (known is None and not open_to_all):
         hosts = frozenset(name.lower() for name in (*(allowed_host or ()), host, "localhost", "127.0.0.1", "[::1]"))
     settings = Settings(
-        max_body=max_body, max_held=max(8 * max_body, 1 << 28), max_prompt=max_prompt, max_images=max_images,
+        max_body=max_body, max_held=max_memory, max_prompt=max_prompt, max_images=max_images,
         max_pixels=max_pixels, max_steps=max_steps, queue_limit=queue_limit, deadline=deadline, drain_seconds=drain,
         grace_seconds=grace, adapter_folder=adapters, hosts=hosts, page=known is None if page is None else page,
         log_prompts=log_prompts, aliases=aliases(alias or (), places),
@@ -109,6 +113,8 @@ def serve(
         )  # fmt: skip
         for name, (file, _) in preloaded.items():
             engine.adapters.load(name, file)
+        if warm_up:
+            engine.warm_up()
         return engine
 
     models = Models({name: Model(name, partial(opened, path)) for name, path in places.items()}, settings.aliases)

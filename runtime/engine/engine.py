@@ -76,16 +76,22 @@ class Engine:
                 raise RequestError(f"{name} is {value!r}; it must be a whole number of at least {least}")
         self.bundle, self.backend, self.max_rows = bundle, backend, max_rows
         self.scheduler_card = bundle.scheduler
-        self.adapters = Adapters(bundle, backend)
+        self._adapters = Adapters(bundle, backend)
         self._scheduler = Scheduler(max_rows=max_rows, max_pixels=max_pixels, queue_limit=queue_limit)
         self._intake = Intake(self._scheduler)
-        self._worker = Worker(bundle, backend, self._scheduler, self.adapters, tiling)
+        self._worker = Worker(bundle, backend, self._scheduler, self._adapters, tiling)
         self._warned_of_guidance = False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._worker.run, name="stepforge-engine", daemon=True)
         self._thread.start()
         # also at the interpreter's exit: an engine library that is called while the interpreter goes aborts the process
         self._end = weakref.finalize(self, _end, self._pid, self._scheduler, self._intake.deadlines, self._thread)
+
+    @property
+    def adapters(self) -> Adapters:
+        """LoRA files by name: `load`, `list` and `unload` them. Raises RequestError in a forked child."""
+        self._check_process()
+        return self._adapters
 
     def plan(self, request: Asked, **options: Any) -> Plan:
         """The plan that `generate` would run, of the base model. Raises RequestError."""
@@ -274,7 +280,8 @@ class Engine:
         or tune anything; without requests, one of the model's own size.
 
         A warm-up makes as few steps as show each network once, of 1 to `images` images together; by default of as many as
-        `max_rows` and `max_pixels` let share a call. It waits in the queue, and counts in no statistics.
+        `max_rows` and `max_pixels` let share a call. Stages run in the batches that their images come in. It waits in the
+        queue, and counts in no statistics.
         Raises what `generate` raises.
         """
         self._check_wait()
@@ -341,7 +348,7 @@ class Engine:
         legs = self._legs(request, rows)
         self._warn(request)
         return Job(
-            request, legs, RequestFuture(self._check_wait), on_step=on_step, adapters=self.adapters.choose(request.adapters),
+            request, legs, RequestFuture(self._check_wait), on_step=on_step, adapters=self._adapters.choose(request.adapters),
             priority=level, deadline=seconds, statistics=self._intake.statistics,
         )  # fmt: skip
 

@@ -44,8 +44,8 @@ class Intake:
 
     def put(self, job: Job, *, wait: bool, timeout: float | None) -> None:
         """Queue a job, or wait for room, `timeout` seconds at most. Raises QueueFull or EngineClosed."""
-        self._begin(job)
         try:
+            self._begin(job)
             self._queue(job, wait=wait, timeout=timeout)
         except BaseException as error:
             self._refuse(job, error)
@@ -54,8 +54,8 @@ class Intake:
     async def aput(self, job: Job, timeout: float | None) -> None:
         """`put` for asyncio."""
         pause, until = 0.005, None if timeout is None else time.monotonic() + timeout
-        self._begin(job)
         try:
+            self._begin(job)
             while True:
                 with suppress(QueueFull):
                     return self._queue(job, wait=False)

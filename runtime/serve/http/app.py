@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Scope
 from stepforge.runtime.errors import StepforgeError
 from stepforge.runtime.serve.http import adapters
 from stepforge.runtime.serve.http.body import read_json
-from stepforge.runtime.serve.http.door import Call, Door, call_of
+from stepforge.runtime.serve.http.door import HEALTH, Call, Door, call_of
 from stepforge.runtime.serve.http.errors import ApiError, Envelope, answer_to
 from stepforge.runtime.serve.http.images.drawing import Drawing
 from stepforge.runtime.serve.http.schema import document
@@ -122,6 +122,6 @@ def create_app(service: Service, *, on_start: Callable[[], Any] | None = None) -
             "request_id": call.id, "caller": call.caller.name, "method": scope["method"], "route": route,
             "status": call.status, "seconds": round(seconds, 4), "body_bytes": call.body_bytes, **call.facts,
         }  # fmt: skip
-        log.info("request", extra={"facts": facts})
+        log.log(logging.DEBUG if path in HEALTH else logging.INFO, "request", extra={"facts": facts})
 
-    return Door(app, settings=service.settings, keys=service.keys, public=public, on_end=on_end)
+    return Door(app, settings=service.settings, keys=service.keys, public=public, held=service.held, on_end=on_end)

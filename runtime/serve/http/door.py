@@ -16,6 +16,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepforge.runtime.serve.http.errors import ApiError, answer_to
+from stepforge.runtime.serve.http.held import Held
 from stepforge.runtime.serve.http.keys import ANYONE, Caller, Keys
 from stepforge.runtime.serve.http.settings import Settings
 
@@ -46,17 +47,11 @@ class Call:
         self.facts: dict[str, Any] = {}
 
 
-class Held:
-    """Bytes of bodies in memory, all calls together."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.bytes = most, 0
-
-
 class Door:
     """Wraps the whole application: routes, 404s and errors alike.
 
-    keys: None lets everybody in. public: paths that need no key. on_end: told of every call that has ended.
+    keys: None lets everybody in. public: paths that need no key. held: where bodies are charged. on_end: told of every call
+    that has ended.
     """
 
     def __init__(
@@ -66,11 +61,12 @@ class Door:
         settings: Settings,
         keys: Keys | None,
         public: frozenset[str],
+        held: Held,
         on_end: Callable[[Scope, Call], None],
     ) -> None:
         self._app, self._settings, self._keys, self._on_end = app, settings, keys, on_end
         self._public = public | set(HEALTH)
-        self._held = Held(settings.max_held)
+        self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -135,6 +131,7 @@ class Body:
     def __init__(self, receive: Receive, call: Call, settings: Settings, held: Held) -> None:
         self._receive, self._call, self._settings, self._held = receive, call, settings, held
         self._until = call.started + settings.body_seconds
+        self._taken = 0  # bytes of `held`
 
     async def __call__(self) -> Message:
         call = self._call
@@ -154,20 +151,16 @@ class Body:
             return message
         size = len(message.get("body", b""))
         call.body_bytes += size
-        self._held.bytes += size
         call.body_ended = not message.get("more_body", False)
         if call.body_bytes > self._settings.max_body:
             raise too_large(self._settings.max_body)
-        if self._held.bytes > self._held.most:
-            raise ApiError(
-                429, "the server holds as many bodies as it has memory for; try again later", "busy",
-                kind="rate_limit_error", headers={"retry-after": "5"},
-            )  # fmt: skip
+        self._held.take(size)
+        self._taken += size
         return message
 
     def release(self) -> None:
         """The call has ended: its body is no longer in memory."""
-        self._held.bytes -= self._call.body_bytes
+        self._held.give(self._taken)
 
     async def discard(self) -> None:
         """Take what a refused client is still sending, for a moment and up to the limit of a body, and keep none of it."""

@@ -91,6 +91,9 @@ class _Engines(Collector):
         service = self._service
         yield GaugeMetricFamily("stepforge_ready", "1 while requests are taken", float(service.models.state == "ready"))
         yield GaugeMetricFamily("stepforge_http_under_way", "Calls for images under way", float(service.under_way))
+        yield GaugeMetricFamily(
+            "stepforge_held_bytes", "Bodies and images of clients in memory", float(service.held.bytes)
+        )
         label = ("model",)
         loads = GaugeMetricFamily("stepforge_engine_load_seconds", "Time that loading took", labels=label)
         adapters = GaugeMetricFamily("stepforge_adapters_loaded", "Adapters by name", labels=label)

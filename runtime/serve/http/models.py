@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from stepforge.runtime.checks import shown
@@ -57,13 +57,16 @@ class Models:
     aliases: Mapping[str, str]
     state: str = "starting"
     failure: BaseException | None = None  # why no engine could be loaded
-    _closing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def load(self) -> None:
         """Open all engines, one after the other. Raises what the first that fails does."""
         for model in self.models.values():
             started = time.perf_counter()
-            model.engine = await asyncio.to_thread(model.loader)
+            engine = await asyncio.to_thread(model.loader)
+            if self.state == "draining":  # the end came first
+                await asyncio.to_thread(engine.close)
+                return
+            model.engine = engine
             model.created, model.load_seconds = int(time.time()), time.perf_counter() - started
             log.info("model loaded", extra={"facts": {"model": model.name, "seconds": round(model.load_seconds, 3)}})
         if self.state == "starting":

@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 
 from stepforge.runtime.request import Result
 from stepforge.runtime.serve.http.errors import queue_full
+from stepforge.runtime.serve.http.held import Held
 from stepforge.runtime.serve.http.keys import Keys
 from stepforge.runtime.serve.http.metrics import Metrics
 from stepforge.runtime.serve.http.models import Models
@@ -27,6 +28,7 @@ class Service:
     def __init__(self, models: Models, settings: Settings, keys: Keys | None = None) -> None:
         self.models, self.settings, self.keys = models, settings, keys
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="stepforge-http")
+        self.held = Held(settings.max_held)
         self.metrics = Metrics(self)
         self.under_way = 0
         self._seconds = 1.0  # of recent requests, a moving mean

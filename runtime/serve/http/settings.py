@@ -13,7 +13,7 @@ class Settings:
     """Limits are checked before what they bound is allocated. Raises RequestError for values that make no sense."""
 
     max_body: int = 32 << 20  # bytes of one body
-    max_held: int = 256 << 20  # bytes of all bodies in memory together
+    max_held: int = 1 << 30  # bytes of all bodies and finished images in memory together
     body_seconds: float = 120.0  # for a whole body to arrive
     stall_seconds: float = 30.0  # between two pieces of it
     max_prompt: int = 4000  # characters

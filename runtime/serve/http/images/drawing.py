@@ -18,6 +18,8 @@ from stepforge.runtime.serve.http.images.events import EventStream, Feed
 from stepforge.runtime.serve.http.images.fields import read_fields
 from stepforge.runtime.serve.http.service import Service
 
+PIXEL = 8  # bytes of an image's pixel on its way out: 3 as it is drawn, up to 4 as base64 of noise in a PNG
+
 
 class Drawing:
     """The answer to one call of `/v1/images/generations` or `/v1/images/edits`, an ASGI application.
@@ -38,9 +40,10 @@ class Drawing:
                 return
             drawn = await service.run(self._drawn, values, call)
             self._note(call, drawn)
-            app = await (self._stream(drawn) if drawn.asked.stream else self._whole(drawn, request, call))
-            if app is not None:
-                await app(scope, receive, send)
+            with service.held.holding(drawn.asked.request.images * drawn.size[0] * drawn.size[1] * PIXEL):
+                app = await (self._stream(drawn) if drawn.asked.stream else self._whole(drawn, request, call))
+                if app is not None:
+                    await app(scope, receive, send)
 
     def _drawn(self, values: dict[str, Any], call: Call) -> Drawn:
         """On a thread. Raises ApiError and RequestError."""

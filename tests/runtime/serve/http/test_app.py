@@ -12,6 +12,7 @@ import numpy as np
 
 from stepforge import Engine
 from stepforge.runtime.backends.fake import Fake, fake_bundle
+from stepforge.runtime.serve.http.images.drawing import PIXEL
 from stepforge.runtime.serve.http.logs import Json
 from stepforge.runtime.serve.http.schema import STATUSES
 
@@ -432,21 +433,22 @@ def test_failures_tell_nothing_of_the_inside(serving, monkeypatch, caplog):
     assert "/secret/path" in caplog.text  # the log knows
 
 
-def test_bodies_share_a_memory_budget(serving):
-    running = serving(max_body=4096, max_held=4096)
-    running.service.models.state = "ready"
-    padding = " " * 3000
-    body = json.dumps({"prompt": "x", "size": "64x64", "steps": 2}) + padding
+def test_bodies_and_images_share_a_memory_budget(serving):
+    image = 64 * 64 * PIXEL
+    running = serving(max_body=4096, max_held=image + 4096)
+    body = json.dumps({"prompt": "x", "size": "64x64", "steps": 2}) + " " * 3000
     headers = {"content-type": "application/json"}
     gate = running.backends["fake"].gate
     gate.clear()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(running.post, content=body, headers=headers)
         wait_for(lambda: running.backends["fake"].calls)
-        assert code(running.post(content=body, headers=headers), 429) == "busy"
+        assert code(running.post(content=body, headers=headers), 429) == "busy"  # no room for its body
+        assert code(running.draw(), 429) == "busy"  # ... for its image
         gate.set()
         assert first.result().status_code == 200
     assert running.post(content=body, headers=headers).status_code == 200
+    assert running.service.held.bytes == 0
 
 
 def test_logs_metrics_and_description(serving, caplog):

@@ -129,9 +129,9 @@ def test_openais_client_and_vanishing_ones(tmp_path):
 
 
 def test_sigterm_finishes_what_is_under_way_and_refuses_the_rest():
-    with running("--drain", "60") as server:
+    with running("--drain", "60", "--grace", "2") as server:
         found = []
-        work = {"steps": 100, "n": 2}
+        work = {"steps": 150, "n": 2}
         whole = threading.Thread(target=lambda: found.append(server.draw(**work)))
         streamed = threading.Thread(target=lambda: found.append(server.draw(**work, stream=True, progress=True)))
         whole.start()
