@@ -1,4 +1,4 @@
-"""The command line: `stepforge generate | upscale | batch | serve | plan | info | doctor | tune | lora | export | verify`.
+"""The command line: `stepforge generate | upscale | batch | serve | plan | info | doctor | tune | triton | lora | ...`.
 
 Commands only read arguments, call the rooms and print. Commands of the offline room join through the entry point group
 `stepforge.commands`; `lora.convert` there is the command `convert` of the group `lora`. Exit codes: 0 done, 1 it ran and
@@ -24,6 +24,7 @@ from stepforge.runtime.cli.output import complain, lost_output, quiet, streams
 from stepforge.runtime.cli.plan import plan
 from stepforge.runtime.cli.serve import serve
 from stepforge.runtime.cli.signals import Stopped, leave, on_signal
+from stepforge.runtime.cli.triton import triton
 from stepforge.runtime.cli.tune import tune
 from stepforge.runtime.cli.upscale import upscale
 from stepforge.runtime.errors import RequestError, StepforgeError
@@ -44,6 +45,7 @@ app.command()(plan)
 app.command()(info)
 app.command()(doctor)
 app.command(short_help="Find a cheaper plan and keep it as a preset.")(tune)
+app.command(short_help="Write a model repository for NVIDIA Triton.")(triton)
 app.add_typer(lora, name="lora")
 
 
