@@ -50,6 +50,7 @@ ERRORS = (Refused,)
 class Base:
     port: int
     folder: Path
+    server: Server
 
 
 def start(folder: Path) -> Base:
@@ -70,7 +71,7 @@ def start(folder: Path) -> Base:
     while not server.started or models.state != "ready":
         assert time.monotonic() < until, "the server did not start"
         time.sleep(0.02)
-    return Base(server.servers[0].sockets[0].getsockname()[1], folder)
+    return Base(server.servers[0].sockets[0].getsockname()[1], folder, server)
 
 
 def case(rng: random.Random, base: Base) -> Case:

@@ -27,6 +27,7 @@ _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 CROSS_SITE = (b"cross-site", b"same-site")  # Sec-Fetch-Site of browsers
 CLOSED = 499  # status of a call whose client has gone, in logs and metrics; nginx's
 PIECE = 256 << 10  # bytes of an answer that are sent at a time
+NOSNIFF = (b"x-content-type-options", b"nosniff")  # no browser takes JSON that repeats a name for a page
 LINGER = 2.0  # seconds for a body that is refused to arrive: a client that is still sending reads no answer
 
 
@@ -195,7 +196,7 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.started = True
             self._call.status = message["status"]
-            headers = [*message.get("headers", ()), (b"x-request-id", self._call.id.encode())]
+            headers = [*message.get("headers", ()), (b"x-request-id", self._call.id.encode()), NOSNIFF]
             if message["status"] >= 400:
                 await self._body.discard()
             if not self._call.body_ended:
