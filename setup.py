@@ -92,7 +92,7 @@ setup(
     package_data={
         "": ["py.typed"],
         "stepforge.runtime.backends": ["fake_tokenizer.json"],
-        "stepforge.runtime.serve.http": ["page/*"],
+        "stepforge.runtime.serve.http.page": ["*.html", "*.css", "*.js"],
         "stepforge.kernels.dispatch": ["table.json"],
         "stepforge.kernels.aot": ["golden.json"],
     },

@@ -89,6 +89,8 @@ def serve(
     known = None if keys is None else Keys(keys)
     if known is None and host not in LOOPBACK and not open_to_all:
         raise RequestError(f"--host {printable(host)} is open to other machines: give --keys FILE, or --open")
+    if adapters is not None and not adapters.is_dir():
+        raise RequestError(f"--adapters {printable(adapters)} is not a folder")
     if (ssl_certfile is None) != (ssl_keyfile is None):
         raise RequestError("--ssl-certfile and --ssl-keyfile go together")
     preloaded = parse_adapters(adapter or ())

@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import queue
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -32,7 +34,7 @@ class Process:
             line = self.lines.get(timeout=30)
             told |= {line["message"]: line} if line["message"] in ("listening", "model loaded") else {}
         self.port = told["listening"]["port"]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url, self.tls = f"http://127.0.0.1:{self.port}", True
 
     def _read(self):
         for line in self.process.stderr:
@@ -46,7 +48,7 @@ class Process:
                 return line
 
     def draw(self, **fields):
-        return httpx2.post(f"{self.url}/v1/images/generations", json={**LONG, **fields}, timeout=60)
+        return httpx2.post(f"{self.url}/v1/images/generations", json={**LONG, **fields}, timeout=60, verify=self.tls)
 
     def end(self, number=signal.SIGTERM):
         self.process.send_signal(number)
@@ -151,8 +153,26 @@ def test_sigterm_finishes_what_is_under_way_and_refuses_the_rest():
         assert server.process.wait(30) == 0
 
 
-def test_what_the_drain_has_no_time_for_is_cut():
-    with running("--drain", "0.2") as server:
+@pytest.fixture
+def certificate(tmp_path):
+    """Of localhost, self-signed, with its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    files = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-out", files[0], "-keyout", files[1]],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return files
+
+
+def test_what_the_drain_has_no_time_for_is_cut(certificate):
+    """Over TLS."""
+    tls = ("--ssl-certfile", str(certificate[0]), "--ssl-keyfile", str(certificate[1]))
+    with running("--drain", "0.2", *tls) as server:
+        server.tls = ssl.create_default_context(cafile=certificate[0])
+        server.url = f"https://localhost:{server.port}"
         found = []
         whole = threading.Thread(target=lambda: found.append(server.draw()))
         streamed = threading.Thread(target=lambda: found.append(server.draw(stream=True)))
@@ -170,6 +190,6 @@ def test_what_the_drain_has_no_time_for_is_cut():
 
 def until_busy(server, count):
     until = time.monotonic() + 20
-    while f"stepforge_http_under_way {count}.0" not in httpx2.get(f"{server.url}/metrics").text:
+    while f"stepforge_http_under_way {count}.0" not in httpx2.get(f"{server.url}/metrics", verify=server.tls).text:
         assert time.monotonic() < until
         time.sleep(0.02)
