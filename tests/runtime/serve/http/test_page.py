@@ -294,7 +294,7 @@ def test_files_of_the_page_are_named_nowhere_else(serving):
     """What the page asks for is its own; nothing is fetched from other hosts, and no script or style stands in the HTML."""
     folder = Path(__file__).parents[4] / "runtime/serve/http/page"
     client = serving(keys=[KEY]).client
-    for path in folder.iterdir():
+    for path in (path for path in folder.iterdir() if path.suffix in (".html", ".js", ".css")):
         answer = client.get("/" if path.name == "index.html" else f"/{path.name}")
         assert answer.status_code == 200
         assert answer.content == path.read_bytes()
