@@ -22,7 +22,7 @@ FIELDS = ("file", "name", "model")
 
 
 def available(folder: Path) -> dict[str, Path]:
-    """What may be loaded, by its name in the folder: LoRA files, and folders of PEFT's or diffusers'. Links that lead out of it are not."""
+    """What may be loaded, by its name in the folder: LoRA files, and PEFT's or diffusers' folders. Links out of it are not."""
     root = folder.resolve()
     found = {}
     try:
