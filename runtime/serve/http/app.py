@@ -61,7 +61,8 @@ def create_app(service: Service, *, on_start: Callable[[], Any] | None = None) -
 
     @app.get("/health/live")
     async def live() -> Response:
-        return Envelope({"status": "live"})
+        failed = service.models.state == "failed"
+        return Envelope({"status": "failed" if failed else "live"}, 503 if failed else 200)
 
     @app.get("/health/ready")
     async def ready() -> Response:

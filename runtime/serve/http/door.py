@@ -133,10 +133,11 @@ class Body:
         self._receive, self._call, self._settings, self._held = receive, call, settings, held
         self._until = call.started + settings.body_seconds
         self._taken = 0  # bytes of `held`
+        self._given_up = False  # the rest did not come in time
 
     async def __call__(self) -> Message:
         call = self._call
-        if call.body_ended:
+        if call.body_ended or self._given_up:
             message = await self._receive()
             call.disconnected = call.disconnected or message["type"] == "http.disconnect"
             return message
@@ -145,7 +146,7 @@ class Body:
             async with asyncio.timeout(max(0.0, min(left, self._settings.stall_seconds))):
                 message = await self._receive()
         except TimeoutError:
-            call.body_ended = True  # nobody waits for the rest
+            self._given_up = True
             raise ApiError(408, "the body did not arrive in time", "body_timeout") from None
         if message["type"] == "http.disconnect":
             call.disconnected = call.body_ended = True
@@ -166,7 +167,7 @@ class Body:
     async def discard(self) -> None:
         """Take what a refused client is still sending, for a moment and up to the limit of a body, and keep none of it."""
         call, size = self._call, 0
-        if call.body_ended or b"expect" in call.headers:
+        if call.body_ended or self._given_up or b"expect" in call.headers:
             return
         try:
             async with asyncio.timeout(LINGER):
