@@ -84,6 +84,7 @@ async def _form(headers: Headers, data: bytes) -> list[tuple[str, str | bytes]]:
     found: list[tuple[str, str | bytes]] = []
     for name, value in form.multi_items():
         found.append((name, await value.read() if isinstance(value, UploadFile) else value))
+    await form.close()
     return found
 
 

@@ -247,7 +247,7 @@ def test_cve_2026_24208_and_2026_56671_names_are_looked_up_not_joined(ask, name)
     for method, path in (("GET", "/v1/models/"), ("DELETE", "/v1/adapters/"), ("GET", "/"), ("GET", "/page/")):
         answer = ask(request(None, path + name, b"", "", method=method))
         assert answer[0] in (400, 404, 405), answer
-        if answer[2] != gen_http.PARSER:
+        if gen_http.PARSER not in answer[2]:
             assert answer[1]["content-type"] == "application/json"
             assert answer[1]["x-content-type-options"] == "nosniff"  # JSON that no browser takes for a page
 
