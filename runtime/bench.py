@@ -17,6 +17,8 @@ from stepforge.runtime.engine import Engine
 from stepforge.runtime.errors import BundleError
 from stepforge.runtime.request import Request, Result
 
+NETWORKS = ("prompt", "denoise", "decode", "upscale")  # parts of `Stats.seconds` in which networks run
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -85,9 +87,8 @@ def _line(name: str, found: Sequence[tuple[float, list[Result]]]) -> Line:
     seconds = [one for one, _ in found]
     results = found[-1][1]
     denoisers = [sum(_spent(result, "denoise") for result in each) / wall for wall, each in found]
-    whole = [sum(_spent(result, "") - result.stats.seconds.get("queue", 0.0) for result in each) for _, each in found]
-    outside = (
-        [1 - spent / wall for wall, spent in zip(seconds, whole, strict=True)] if len(results) == 1 else [math.nan]
+    networks = [sum(_spent(result, *NETWORKS) for result in each) / wall for wall, each in found]
+    outside = [1 - share for share in networks] if len(results) == 1 else [math.nan]
     )
     rows = sum(
         count
@@ -101,9 +102,9 @@ def _line(name: str, found: Sequence[tuple[float, list[Result]]]) -> Line:
     )  # fmt: skip
 
 
-def _spent(result: Result, part: str) -> float:
-    """Seconds of a part of the work in all stages; of all parts: ""."""
-    return sum(seconds for name, seconds in result.stats.seconds.items() if not part or name.rpartition("/")[2] == part)
+def _spent(result: Result, *parts: str) -> float:
+    """Seconds of parts of the work, in all stages."""
+    return sum(seconds for name, seconds in result.stats.seconds.items() if name.rpartition("/")[2] in parts)
 
 
 def machine(engine: Engine) -> str:

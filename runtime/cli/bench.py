@@ -94,10 +94,8 @@ def bench(
 def _told(line: Line) -> dict[str, Any]:
     """A line for JSON, which has no NaN."""
     values = {**asdict(line), "images_per_second": line.rate}
-    return {
-        name: (None if isinstance(value, float) and math.isnan(value) else round(value, 5) if isinstance(value, float) else value)
-        for name, value in values.items()
-    }  # fmt: skip
+    values = {name: round(value, 5) if isinstance(value, float) else value for name, value in values.items()}
+    return {**values, "outside": None if math.isnan(line.outside) else values["outside"]}
 
 
 def _row(line: Line) -> dict[str, Any]:
