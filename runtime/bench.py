@@ -89,7 +89,6 @@ def _line(name: str, found: Sequence[tuple[float, list[Result]]]) -> Line:
     denoisers = [sum(_spent(result, "denoise") for result in each) / wall for wall, each in found]
     networks = [sum(_spent(result, *NETWORKS) for result in each) / wall for wall, each in found]
     outside = [1 - share for share in networks] if len(results) == 1 else [math.nan]
-    )
     rows = sum(
         count
         for result in results
