@@ -37,9 +37,11 @@ test: $(STAMP)  ## the whole suite
 quick: $(STAMP)  ## without the slow tests
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
-test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, and batches killed; counts into benchmarks/results
+test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, batches killed, 2,000 mixed requests (after `make demo`); counts into benchmarks/results
 	$(BIN)/python tests/fuzz/soak.py --json benchmarks/results/soak.json
 	$(BIN)/python benchmarks/batch_kills.py --json benchmarks/results/batch_kills.json
+	$(BIN)/python benchmarks/soak_engine.py out/emoji.bundle --adapter poster=$(ADAPTERS)/poster \
+		--adapter thermal=$(ADAPTERS)/thermal --json benchmarks/results/soak_engine.json
 
 aot: $(STAMP)  ## every kernel compiled for six architectures, against golden.json (4 minutes on 2 cores)
 	$(BIN)/python -m stepforge.kernels.aot --check

@@ -278,8 +278,8 @@ class Engine:
         or tune anything; without requests, one of the model's own size.
 
         A warm-up makes as few steps as show each network once, of 1 to `images` images together; by default of as many as
-        `max_rows` and `max_pixels` let share a call. Stages run in the batches that their images come in. It waits in the
-        queue, and counts in no statistics.
+        `max_rows` and `max_pixels` let share a call, of which one passes the stages too. It waits in the queue, and counts in
+        no statistics.
         Raises what `generate` raises.
         """
         self._check_wait()

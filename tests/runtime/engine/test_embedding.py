@@ -296,7 +296,7 @@ def test_a_forked_child_gets_one_clear_error_and_never_hangs(engine):
     [
         (SHORT, {("unet", 8): 1, ("unet", 6): 1, ("unet", 4): 1, ("unet", 2): 1}),
         (Request(prompt="x", guidance=[3.0, 3.0, 1.0], steps=3), {("unet", 8): 1, ("unet", 1): 1}),
-        (Request(prompt="x", upscale=["x4", "nearest"]), {("x4/unet", 2): 1, ("sr/nearest/upscaler", 1): 10}),
+        (Request(prompt="x", upscale=["x4", "nearest"]), {("x4/unet", 2): 1, ("sr/nearest/upscaler", 1): 1}),
     ],
 )
 def test_a_warm_up_runs_each_network_in_each_batch_size(request_, rows):
