@@ -186,6 +186,13 @@ def test_higher_priorities_go_first_and_equals_in_the_order_they_came(held):
     assert order == [2, 5, 4, 0, 3, 1]
 
 
+def test_a_level_of_priority_is_worth_half_a_minute_of_waiting(engine):
+    """So that a request that has waited long goes before a more urgent one: nobody waits for ever."""
+    older, urgent = (engine._job(SHORT, None, None, level, None) for level in (0, 2))
+    assert older.rank - older.submitted == 0
+    assert urgent.rank - urgent.submitted == -60
+
+
 def test_bad_settings_of_a_request_are_refused_in_one_line(engine):
     for options, message in (
         ({"priority": 11}, "priority is 11; it must be a whole number from -10 to 10"),
