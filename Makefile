@@ -40,10 +40,12 @@ quick: $(STAMP)  ## without the slow tests
 test-long: $(STAMP)  ## every family in every precision on every engine, and the demo model from its weights to images
 	$(BIN)/pytest $(PARALLEL) -m long
 
-test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, and batches killed; counts into benchmarks/results
+test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, batches killed, 2,000 mixed requests (after `make demo`); counts into benchmarks/results
 	$(BIN)/python tests/fuzz/soak.py --json benchmarks/results/soak.json
 	$(BIN)/python benchmarks/batch_kills.py --json benchmarks/results/batch_kills.json
 	$(BIN)/python benchmarks/batch_memory.py --json benchmarks/results/batch_memory.json
+	$(BIN)/python benchmarks/soak_engine.py out/emoji.bundle --adapter poster=$(ADAPTERS)/poster \
+		--adapter thermal=$(ADAPTERS)/thermal --json benchmarks/results/soak_engine.json
 
 # other people's servers clash with each other and with NumPy 2: two environments beside the suite's, 1.5 GB, made when asked for
 INTEROP := ray triton
