@@ -20,6 +20,7 @@ from stepforge.runtime.request import Request, Result
 from stepforge.runtime.serve.store import Files
 
 ENCODERS = 4  # threads; they wait for the disk most of the time
+WAITS = ("total", "queue")  # of a result's seconds, what is no work
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ class EngineDrawer:
             return task.failed(reason(error))
         encoded = time.perf_counter()
         stored = [self._files.write(*image) for image in zip(names, images, abouts, strict=True)]
-        seconds = {part: value for part, value in result.stats.seconds.items() if part != "total"}
+        seconds = {part: value for part, value in result.stats.seconds.items() if part not in WAITS}
         seconds |= {"encode": encoded - started, "write": time.perf_counter() - encoded}
         return Ended({**_named(task.job, task.line, task.name), "files": stored}, seconds)
 
