@@ -344,6 +344,7 @@ class Engine:
         request = resolve(request, self.bundle)
         self._worker.check(request)  # unreadable prompts, unknown ControlNets
         legs = self._legs(request, rows)
+        self._worker.check_tiles(legs, request)
         self._warn(request)
         return Job(
             request, legs, RequestFuture(self._check_wait), on_step=on_step, adapters=self._adapters.choose(request.adapters),
