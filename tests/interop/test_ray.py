@@ -78,7 +78,7 @@ def test_same_files_as_one_process(command, whole, tmp_path):
     """Two workers, bad jobs among the others; then nothing is left to do for one process."""
     code, report, errors = command("out", *RAY, "2")
     assert (code, report["done"], report["failed"], report["left"]) == (1, JOBS - 2, 2, 0)
-    assert len(errors) == 2
+    assert len([line for line in errors if ", line " in line]) == 2
     assert files(tmp_path / "out") == whole
     assert command("out")[1]["done"] == 0
     shards = ("--layout", "webdataset", "--shard-size", "9")
