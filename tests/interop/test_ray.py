@@ -107,7 +107,7 @@ def test_a_killed_driver_goes_on(command, whole, descendants, until, tmp_path):
         below = descendants(process.pid)
         process.kill()
         process.communicate()
-        until(lambda below=below: not any(Path(f"/proc/{child}").exists() for child in below), 60)
+        until(lambda below=below: not any(Path(f"/proc/{child}").exists() for child in below), 180)
     code, report, _ = command("out")
     assert (code, report["left"]) == (1, 0)
     assert report["resumed"] >= 15
