@@ -231,9 +231,10 @@ def test_names_are_the_drivers_to_give(ray, start, tmp_path):
     assert record["files"] == [{"name": "00000000.png", "size": 5, "sha256": first["sha256"], "about": {}}]
     assert (tmp_path / "00000000.png").read_bytes() == b"first"
     assert [path.name for path in tmp_path.iterdir()].count(late["written"]) == 1
-    with pytest.raises(OSError, match=late["written"]):
-        (tmp_path / late["written"]).unlink()
-        ray.on_draw = lambda actor, task: Ended({"job": 1, "files": [late]})
+    name = late["written"]
+    (tmp_path / name).unlink()
+    ray.on_draw = lambda actor, task: Ended({"job": 1, "files": [late]})
+    with pytest.raises(OSError, match=name):
         drawer.submit(task(1)).result(5)
 
 
