@@ -51,22 +51,25 @@ class Chosen:
 
 def choose(paths: Sequence[str], work: Mapping[str, float], errors: Errors, limit: float) -> Chosen | None:
     """paths: layers in the order of `errors`' switches; work: multiplications of each. None: not one group keeps the limit."""
+    everything = np.ones(len(paths), np.bool_)
     names = [match[1] if (match := GROUP.fullmatch(path)) else path for path in paths]
     total = sum(work.values())
 
     def switches(groups: Sequence[str]) -> NDArray[np.bool_]:
         return np.array([name in groups for name in names])
 
+    whole = float(errors(everything).max())
     found = []
     for name in dict.fromkeys(names):
         own = tuple(path for path, group in zip(paths, names, strict=True) if group == name)
         share = sum(work[path] for path in own) / total
-        worst = float(errors(switches([name])).max()) if share >= LEAST_WORK else 0.0
+        worst = float(errors(switches([name])).max()) if whole > limit and share >= LEAST_WORK else 0.0
         found.append(Group(name, own, share, worst))
     small = tuple(group for group in found if group.work < LEAST_WORK)
     order = sorted((g for g in found if g.work >= LEAST_WORK), key=lambda g: g.sensitivity**2 / g.work, reverse=True)
 
     def error(dropped: int) -> float:
+        """With as many groups given up."""
         return float(errors(switches([group.name for group in order[dropped:]])).max())
 
     low, high, best = 0, len(order), None  # dropping `high` keeps the limit: nothing is quantised then

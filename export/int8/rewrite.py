@@ -122,7 +122,9 @@ class _Rewrite:
                 self.quantised(layer.weight, *weight, layer.axis, node),
             )
             for index, (plain, value) in enumerate(zip((layer.value, layer.weight), quantised, strict=True)):
-                node.replace_input_with(index, value if self.switches is None else self.switch(number, plain, value, node))
+                node.replace_input_with(
+                    index, value if self.switches is None else self.switch(number, plain, value, node)
+                )
             number += 1
 
     def quantised(

@@ -119,7 +119,9 @@ StageGuidance = Annotated[
 
 # The engine
 Backend = Annotated[str, typer.Option(metavar="NAME", help="auto, openvino, onnxruntime, torch, torch-exact or fake.")]
-Precision = Annotated[str, typer.Option(metavar="NAME", help="auto, fp32, bf16, or fp16 (torch on CUDA).")]
+Precision = Annotated[
+    str, typer.Option(metavar="NAME", help="auto, fp32, bf16, fp16 (torch on CUDA), or int8 (a quantised bundle).")
+]
 
 
 def _bytes(given: str) -> int:
