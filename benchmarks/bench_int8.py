@@ -1,6 +1,6 @@
 """One denoiser pass in fp32, bf16 and INT8 by each engine: `python benchmarks/bench_int8.py BUNDLE [--rows 2] [--size 256]`.
 
-BUNDLE was quantised (`stepforge quantize`). Runners load one after the other, each in a process of its own, in rounds, so that a
+BUNDLE was quantised (`stepforge quantize`). Runners load in turn, each in a process of its own, in rounds, so that a
 drift of the machine's speed hits all alike. Errors first: no speed is printed of a runner whose output is further from
 OpenVINO's fp32 than its precision allows. Inputs are the engine's own at the start, in the middle and at the end of
 a trajectory. What the processor has decides: integers win

@@ -150,7 +150,7 @@ def _choose(
 def _spread(calls: Sequence[Arrays]) -> list[Arrays]:
     """A few rows of a few calls, evenly over the noise levels and with both ends."""
     order = sorted(calls, key=lambda call: -float(call["timestep"].max()))
-    found = []
+    found: list[Arrays] = []
     for index in _evenly(len(order), JUDGED):
         rows = len(order[index]["timestep"])
         at = _evenly(rows, JUDGED_ROWS)

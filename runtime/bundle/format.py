@@ -11,8 +11,8 @@
     vae_decoder/model.onnx      latents -> pixels in [-1, 1]
 
 Weights lie beside each graph as ONNX external data, once; a component may have further graphs over the same weights,
-derived for one engine or for integers (`Component.derived`). A component with a LoRA bank takes further inputs, see `Bank`. A bundle with
-ControlNets has a denoiser that takes `residual_i` too; what is 0 may be given as [1, C, 1, 1].
+derived for one engine or for integers (`Component.derived`). A component with a LoRA bank takes further inputs, see
+`Bank`. A bundle with ControlNets has a denoiser that takes `residual_i` too; what is 0 may be given as [1, C, 1, 1].
 A component has a role, a name and a variant (`ComponentId`), which the manifest states; folders are for people. A variant
 reuses what an earlier step computed: outputs of the network are its inputs (export/graph/rewire.py). It lies in the
 network's folder, shares its weights and reads its banks.

@@ -120,7 +120,7 @@ StageGuidance = Annotated[
 # The engine
 Backend = Annotated[str, typer.Option(metavar="NAME", help="auto, openvino, onnxruntime, torch, torch-exact or fake.")]
 Precision = Annotated[
-    str, typer.Option(metavar="NAME", help="auto, fp32, bf16, fp16 (torch on CUDA), or int8 (a quantised bundle).")
+    str, typer.Option(metavar="NAME", help="auto, fp32, bf16, fp16 (on CUDA), or int8 (quantised bundles).")
 ]
 
 
