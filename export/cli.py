@@ -249,7 +249,7 @@ def quantize_command(
     width: Annotated[int | None, typer.Option(metavar="PIXELS", help="Of the calibration. [default: model's]")] = None,
     height: Annotated[int | None, typer.Option(metavar="PIXELS", help="Of the calibration. [default: model's]")] = None,
     limit: Annotated[
-        float | None, typer.Option(metavar="X", help="Largest error of a network's output at any step. [default: 0.03]")
+        float | None, typer.Option(metavar="X", help="Largest error of a network's output at any step. [default: 0.04]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-GROUP = re.compile(r"(.*\.(?:resnets\.\d+|transformer_blocks\.\d+\.(?:attn1|attn2|ff)))\..*")
+# A residual block's shortcut reads the sum of all before it, which no norm has tamed, and is a group of its own.
+GROUP = re.compile(r"(.*\.resnets\.\d+)\.conv[12]|(.*\.transformer_blocks\.\d+\.(?:attn1|attn2|ff))\..*")
 LEAST_WORK = 1e-3  # share of a network's multiplications below which a group stays float: nothing would be won
 
 Errors = Callable[[NDArray[np.bool_]], NDArray[np.float64]]  # switches of the layers -> error of each call
@@ -52,7 +53,7 @@ class Chosen:
 def choose(paths: Sequence[str], work: Mapping[str, float], errors: Errors, limit: float) -> Chosen | None:
     """paths: layers in the order of `errors`' switches; work: multiplications of each. None: not one group keeps the limit."""
     everything = np.ones(len(paths), np.bool_)
-    names = [match[1] if (match := GROUP.fullmatch(path)) else path for path in paths]
+    names = [match[match.lastindex or 0] if (match := GROUP.fullmatch(path)) else path for path in paths]
     total = sum(work.values())
 
     def switches(groups: Sequence[str]) -> NDArray[np.bool_]:
