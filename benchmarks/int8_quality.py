@@ -2,8 +2,8 @@
 
 BUNDLE is the demo model's, quantised. Every precision draws the same prompts from the same seeds. Judged by the recognition
 rate of emoji_quality.py, by the pairs that one precision draws right and the other wrong, by PSNR between their pictures, and
-by the distance of their latents after each step. Pictures are kept in FOLDER as they are drawn, so that a run that was
-stopped goes on (`--minutes`). The sheet has a row of pairs, float above integers.
+by the distance of their latents after each step. Pictures are kept in FOLDER as they are drawn, so that a run that
+stopped (`--minutes`) goes on when it is called again. The sheet has a row of pairs, float above integers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from emoji_quality import choose, nearest_emoji, score
+from emoji_quality import Picture, choose, nearest_emoji, score
 from harness import machine
 from PIL import Image
 
-from stepforge import Request, load
+from stepforge import Engine, Request, load
 from stepforge.export.parity.measures import psnr, relative_error
 from stepforge.runtime.bundle import read
 
@@ -27,22 +27,25 @@ TRAJECTORIES = 8
 AT_ONCE = 16
 
 
-def draw(args: argparse.Namespace, precision: str, requests: list[Request], until: float) -> np.ndarray | None:
-    """All pictures of a precision, uint8; None if time ran out."""
-    found = []
-    parts = [requests[i : i + AT_ONCE] for i in range(0, len(requests), AT_ONCE)]
-    engine = None
-    for number, part in enumerate(parts):
-        file = args.work / f"{args.backend}-{precision}-{number:03}.npy"
-        if not file.exists():
-            if time.monotonic() > until:
-                return None
-            engine = engine or load(args.bundle, backend=args.backend, precision=precision)
-            np.save(file, np.stack([np.asarray(result.images[0]) for result in engine.generate(part)]))
-        found.append(np.load(file))
-    if engine is not None:
+def draw(args: argparse.Namespace, requests: list[Request]) -> dict[str, np.ndarray]:
+    """Pictures by precision, uint8, of as many requests as the time allows."""
+    until = time.monotonic() + 60 * args.minutes
+    engines: dict[str, Engine] = {}
+    drawn: dict[str, list[np.ndarray]] = {args.float: [], "int8": []}
+    for start in range(0, len(requests), AT_ONCE):
+        files = {precision: args.work / f"{args.backend}-{precision}-{start:03}.npy" for precision in drawn}
+        if time.monotonic() > until and not all(file.exists() for file in files.values()):
+            break
+        for precision, file in files.items():
+            if not file.exists():
+                if precision not in engines:
+                    engines[precision] = load(args.bundle, backend=args.backend, precision=precision)
+                results = engines[precision].generate(requests[start : start + AT_ONCE])
+                np.save(file, np.stack([np.asarray(result.images[0]) for result in results]))
+            drawn[precision].append(np.load(file))
+    for engine in engines.values():
         engine.close()
-    return np.concatenate(found)
+    return {precision: np.concatenate(images) for precision, images in drawn.items()}
 
 
 def latents(args: argparse.Namespace, precision: str, requests: list[Request]) -> list[list[np.ndarray]]:
@@ -53,6 +56,16 @@ def latents(args: argparse.Namespace, precision: str, requests: list[Request]) -
             own: list[np.ndarray] = []
             engine.generate(request, on_step=lambda progress, own=own: own.append(np.array(progress.latents())))
             found.append(own)
+    return found
+
+
+def rates(drawn: dict[str, np.ndarray], asked: list[Picture], trained: int) -> dict[str, Any]:
+    """Recognition rates by precision, of pairs that training showed and of those that it never showed together."""
+    found = {}
+    for name, images in drawn.items():
+        found[f"{name}, trained pairs"] = score(images[:trained], asked[:trained])
+        if trained < len(asked):
+            found[f"{name}, held-out pairs"] = score(images[trained:], asked[trained:])
     return found
 
 
@@ -70,20 +83,15 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + 60 * args.minutes
 
     seen, held_out = choose(args.prompts)
     asked = [*seen, *held_out[: args.held_out]]
     common = {"steps": args.steps, "guidance": 3.0}
     requests = [Request(prompt=p.caption, seed=1000 + i, **common) for i, p in enumerate(asked)]
-    drawn: dict[str, np.ndarray] = {}
-    for precision in (args.float, "int8"):
-        images = draw(args, precision, requests, until)
-        if images is None:
-            print(f"stopped in {precision}; call again to go on")
-            return
-        drawn[precision] = images
+    drawn = draw(args, requests)
     plain, ints = drawn[args.float], drawn["int8"]
+    asked = asked[: len(ints)]
+    trained = min(len(seen), len(asked))
     wanted = np.array([picture.emoji for picture in asked])
     right = {name: nearest_emoji(images)[:, 0] == wanted for name, images in drawn.items()}
     noise = np.array([psnr(a, b) for a, b in zip(ints, plain, strict=True)])
@@ -99,8 +107,7 @@ def main() -> None:
         "backend": args.backend,
         "steps": args.steps,
         "guidance": 3.0,
-        **{f"{name}, trained pairs": score(images[: len(seen)], seen) for name, images in drawn.items()},
-        **{f"{name}, held-out pairs": score(images[len(seen) :], asked[len(seen) :]) for name, images in drawn.items()},
+        **rates(drawn, asked, trained),
         "right in float alone": int((right[args.float] & ~right["int8"]).sum()),
         "right in int8 alone": int((~right[args.float] & right["int8"]).sum()),
         "images": len(asked),
