@@ -34,6 +34,12 @@ RUNNERS = ("openvino fp32", "openvino bf16", "openvino int8", "onnxruntime fp32"
 FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
+def has(flag: str) -> bool:
+    """Whether the processor says that it has instructions of this name."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return flag in next(line for line in lines if line.startswith("flags")).split()
+
+
 def record_inputs(args: argparse.Namespace, scratch: Path) -> None:
     """What the engine feeds the denoiser at the start, in the middle and at the end of a trajectory, as files."""
     bundle = read(args.bundle)
@@ -97,7 +103,6 @@ def summary(
     args: argparse.Namespace, rounds: dict[str, list[dict[str, Any]]], outputs: dict[str, np.ndarray]
 ) -> dict[str, Any]:
     """Errors, and seconds where they are within limits. Ratios are within an engine: against its fp32 and its bf16."""
-    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
     runners: dict[str, Any] = {}
     for runner, reports in rounds.items():
         if "refused" in reports[0]:
@@ -126,8 +131,8 @@ def summary(
         "rows": args.rows,
         "size": args.size,
         "runners": runners,
-        "processor has": [flag for flag in FLAGS if flag in flags],
-        "processor lacks": [flag for flag in FLAGS if flag not in flags],
+        "processor has": [flag for flag in FLAGS if has(flag)],
+        "processor lacks": [flag for flag in FLAGS if not has(flag)],
         "machine": machine(),
     }
 

@@ -152,9 +152,11 @@ def zero_banks(entry: Component) -> dict[str, NDArray[Any]]:
 
 
 def _session(model: ir.Model, graph: Path) -> onnxruntime.InferenceSession:
-    """A graph as it says: ONNX Runtime multiplies no integers here, whatever the processor does with them."""
+    """A graph operator by operator: ONNX Runtime then multiplies no integers, whatever the processor does with them, and holds
+    no second copy of the weights, packed or dequantised."""
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
     options.intra_op_num_threads = available_threads()
     options.enable_mem_pattern = False
     options.log_severity_level = 4
