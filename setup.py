@@ -102,6 +102,7 @@ setup(
         "stepforge.commands": [
             "export=stepforge.export.cli:export_command",
             "verify=stepforge.export.cli:verify_command",
+            "quantize=stepforge.export.cli:quantize_command",
             "lora.convert=stepforge.export.cli:convert_command",
         ],
     },
