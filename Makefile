@@ -40,11 +40,13 @@ quick: $(STAMP)  ## without the slow tests
 test-long: $(STAMP)  ## every family in every precision on every engine, and the demo model from its weights to images
 	$(BIN)/pytest $(PARALLEL) -m long
 
-test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, batches killed, a server overrun; counts into benchmarks/results
+test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, batches killed, mixed requests, a server overrun; counts into benchmarks/results
+	test -d out/emoji.bundle || $(MAKE) demo
 	$(BIN)/python tests/fuzz/soak.py --json benchmarks/results/soak.json
 	$(BIN)/python benchmarks/batch_kills.py --json benchmarks/results/batch_kills.json
 	$(BIN)/python benchmarks/batch_memory.py --json benchmarks/results/batch_memory.json
-	test -d out/emoji.bundle || $(MAKE) demo
+	$(BIN)/python benchmarks/soak_engine.py out/emoji.bundle --adapter poster=$(ADAPTERS)/poster \
+		--adapter thermal=$(ADAPTERS)/thermal --json benchmarks/results/soak_engine.json
 	$(BIN)/python benchmarks/serving_load.py out/emoji.bundle --adapter thermal=$(ADAPTERS)/thermal \
 		--adapter poster=$(ADAPTERS)/poster/pytorch_lora_weights.safetensors --json benchmarks/results/serving_load.json
 

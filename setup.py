@@ -61,7 +61,7 @@ setup(
         ],
         "tensorrt": ["tensorrt>=10.0"],
         "server": SERVER,
-        "ray": ["ray[data,serve]>=2.52"],  # batch jobs, not written yet; 2.52 is the first with token logins
+        "ray": ["ray[serve]>=2.60", *SERVER],  # batches on a cluster; replicas on Ray Serve: 2.60 builds their application late
         "dev": [
             *EXPORT,
             "pytest>=8",  # test runner
@@ -102,6 +102,7 @@ setup(
         "stepforge.commands": [
             "export=stepforge.export.cli:export_command",
             "verify=stepforge.export.cli:verify_command",
+            "quantize=stepforge.export.cli:quantize_command",
             "lora.convert=stepforge.export.cli:convert_command",
         ],
     },

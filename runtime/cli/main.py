@@ -1,4 +1,4 @@
-"""The command line: `stepforge generate | upscale | batch | serve | plan | info | doctor | tune | triton | lora | ...`.
+"""The command line: `stepforge generate | upscale | batch | serve | bench | plan | info | doctor | tune | triton | lora | ...`.
 
 Commands only read arguments, call the rooms and print. Commands of the offline room join through the entry point group
 `stepforge.commands`; `lora.convert` there is the command `convert` of the group `lora`. Exit codes: 0 done, 1 it ran and
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from stepforge.runtime.cli.batch import batch
+from stepforge.runtime.cli.bench import bench
 from stepforge.runtime.cli.doctor import doctor
 from stepforge.runtime.cli.generate import generate
 from stepforge.runtime.cli.info import info
@@ -41,6 +42,7 @@ app.command()(generate)
 app.command()(upscale)
 app.command(short_help="Draw a manifest of jobs, resumable.")(batch)
 app.command(short_help="Answer HTTP with images: OpenAI's image API.")(serve)
+app.command(short_help="Say how fast a bundle draws on this machine.")(bench)
 app.command()(plan)
 app.command()(info)
 app.command()(doctor)

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepforge.runtime.serve.http.errors import ApiError, answer_to
 from stepforge.runtime.serve.http.held import Held
-from stepforge.runtime.serve.http.keys import ANYONE, Caller, Keys
+from stepforge.runtime.serve.http.keys import ANYONE, NOBODY, Caller, Keys
 from stepforge.runtime.serve.http.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Call:
         given = headers.get(b"x-request-id", b"")
         self.id = given.decode() if _ID.fullmatch(given) else uuid.uuid4().hex
         self.headers: dict[bytes, bytes] = headers
-        self.caller: Caller = ANYONE
+        self.caller: Caller = NOBODY
         self.started = time.perf_counter()
         self.status = 0
         self.body_bytes = 0
@@ -111,7 +111,9 @@ class Door:
             raise ApiError(403, "this server does not answer to that Host", "host_refused")
         if call.headers.get(b"sec-fetch-site") in CROSS_SITE and scope["method"] not in ("GET", "HEAD"):
             raise ApiError(403, "calls from other web sites are refused", "cross_site")
-        if self._keys is not None and path not in self._public:
+        if self._keys is None:
+            call.caller = ANYONE
+        elif path not in self._public:
             caller = self._keys.caller(call.headers)
             if caller is None:
                 raise ApiError(

@@ -82,7 +82,7 @@ class Server(uvicorn.Server):
         models = self.service.models
         try:
             await models.load()
-        except BaseException as error:
+        except Exception as error:
             models.failure, models.phase = error, "draining"
             self.should_exit = True
 

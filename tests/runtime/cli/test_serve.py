@@ -1,5 +1,8 @@
 """`stepforge serve`: what it refuses before it listens, and a bundle that cannot be opened."""
 
+import subprocess
+import sys
+
 import pytest
 
 from stepforge.runtime.cli.serve import aliases, named
@@ -30,6 +33,15 @@ def test_refused_in_one_line(refuse, tmp_path, monkeypatch):
 def test_a_bundle_that_cannot_be_opened_ends_the_server(run, capsys, tmp_path):
     assert run("serve", tmp_path, "--port", "0") == 1
     assert "is not a bundle" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_extra_is_named():
+    code = "import sys; sys.modules['uvicorn'] = None; from stepforge.runtime.cli.main import main; main(['serve', 'fake'])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (
+        2,
+        "stepforge: serve needs the package uvicorn; pip install 'stepforge[server]'\n",
+    )
 
 
 def test_names():

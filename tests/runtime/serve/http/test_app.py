@@ -244,11 +244,8 @@ def test_keys(serving, tmp_path, adapter_folder):
 def test_adapters(serving, adapter_folder):
     running = serving(adapter_folder=adapter_folder, max_adapters=2)
     client = running.client
-    assert client.get("/v1/adapters").json()["available"] == [
-        "good.safetensors",
-        "other.safetensors",
-        "wide.safetensors",
-    ]
+    found = ["good.safetensors", "other.safetensors", "peft", "wide.safetensors"]
+    assert client.get("/v1/adapters").json()["available"] == found
     assert client.post("/v1/adapters", json={"file": "good"}).json() | {"sha256": ""} == {
         "id": "good", "object": "adapter", "model": "fake", "file": "good.safetensors", "sha256": "", "layers": 1, "refused": 0,
     }  # fmt: skip
@@ -266,7 +263,7 @@ def test_adapters(serving, adapter_folder):
     assert code(client.delete("/v1/adapters/b"), 404) == "adapter_not_found"
     assert code(running.draw(adapters={"b": 1}), 400) == "invalid_value"
     assert code(client.post("/v1/adapters", json={"file": "wide"}), 400) == "adapter_refused"
-    for file in ("link", "link.safetensors", "notes.txt", "nope"):
+    for file in ("link", "link.safetensors", "leads-out", "notes.txt", "nope"):
         assert code(client.post("/v1/adapters", json={"file": file}), 404) == "adapter_not_found"
     for file in ("../secret", "/etc/passwd", "..", ".", "", "a/../good", "good\x00", "%2e%2e", 5, None, "g" * 200):
         assert code(client.post("/v1/adapters", json={"file": file}), 400) == "invalid_value"
