@@ -61,7 +61,10 @@ setup(
         ],
         "tensorrt": ["tensorrt>=10.0"],
         "server": SERVER,
-        "ray": ["ray[serve]>=2.60", *SERVER],  # batches on a cluster; replicas on Ray Serve: 2.60 builds their application late
+        "ray": [
+            "ray[serve]>=2.60",
+            *SERVER,
+        ],  # batches on a cluster; replicas on Ray Serve: 2.60 builds their application late
         "dev": [
             *EXPORT,
             "pytest>=8",  # test runner

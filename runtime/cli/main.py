@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 
-from stepforge.runtime.cli.batch import batch
 from stepforge.runtime.cli.bench import bench
 from stepforge.runtime.cli.doctor import doctor
 from stepforge.runtime.cli.generate import generate
@@ -23,9 +22,10 @@ from stepforge.runtime.cli.info import info
 from stepforge.runtime.cli.lora import lora
 from stepforge.runtime.cli.output import complain, lost_output, quiet, streams
 from stepforge.runtime.cli.plan import plan
-from stepforge.runtime.cli.serve import serve
+from stepforge.runtime.cli.serving.batch import batch
+from stepforge.runtime.cli.serving.serve import serve
+from stepforge.runtime.cli.serving.triton import triton
 from stepforge.runtime.cli.signals import Stopped, leave, on_signal
-from stepforge.runtime.cli.triton import triton
 from stepforge.runtime.cli.tune import tune
 from stepforge.runtime.cli.upscale import upscale
 from stepforge.runtime.errors import RequestError, StepforgeError

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from stepforge.runtime.cli.serve import aliases, named
+from stepforge.runtime.cli.serving.serve import aliases, named
 from stepforge.runtime.errors import RequestError
 
 REFUSED = [
