@@ -15,7 +15,7 @@ ROOMS = ("kernels", "runtime", "export")
 FLOORS = {
     "runtime": (
         "arrays", "errors", "files", "checks", "grammar", "bundle", "plan", "imaging", "lora", "request", "backends",
-        "engine", "load", "bench", "serve", "tune", "cli", "__main__",
+        "engine", "load", "serve", "tune", "cli", "__main__",
     ),
     "export": (
         "oracle", "models", "memory", "lora", "graph", "parts", "publish", "stages", "expert_source", "experts", "build",
