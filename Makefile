@@ -47,6 +47,7 @@ test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, batch
 	$(BIN)/python benchmarks/batch_memory.py --json benchmarks/results/batch_memory.json
 	$(BIN)/python benchmarks/soak_engine.py out/emoji.bundle --adapter poster=$(ADAPTERS)/poster \
 		--adapter thermal=$(ADAPTERS)/thermal --json benchmarks/results/soak_engine.json
+	$(BIN)/python benchmarks/soak_engine.py fake --backend fake --side 64 --json benchmarks/results/soak_engine_fake.json
 	$(BIN)/python benchmarks/serving_load.py out/emoji.bundle --adapter thermal=$(ADAPTERS)/thermal \
 		--adapter poster=$(ADAPTERS)/poster/pytorch_lora_weights.safetensors --json benchmarks/results/serving_load.json
 

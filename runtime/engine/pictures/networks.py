@@ -118,8 +118,8 @@ class Pictures:
             height, width = leg.size.height // scale, leg.size.width // scale  # of what it reads
             if leg.is_network:
                 assert leg.card is not None
-                sides = (_padded(side, leg.card.size_multiple, leg.card.least) for side in (height, width))
-                self._tile(ComponentId("upscaler", "upscaler", stage=leg.stage), *sides, leg.card.size_multiple)
+                height, width = (_padded(side, leg.card.size_multiple, leg.card.least) for side in (height, width))
+                self._tile(ComponentId("upscaler", "upscaler", stage=leg.stage), height, width, leg.card.size_multiple)
                 continue
             assert model is not None
             if encodes or (leg.card is not None and leg.card.kind == "x2" and not leg.reads_latents):
