@@ -119,6 +119,7 @@ def test_signals_keep_what_is_finished(command, whole, until, tmp_path):
     until(lambda: drawn(tmp_path / "out") >= 3)
     process.terminate()
     out, errors = process.communicate(timeout=120)
+    print(errors)
     report = json.loads(out)
     assert (process.returncode, [line for line in errors.splitlines() if line.startswith("stepforge")][-1]) == (
         143,

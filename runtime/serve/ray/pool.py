@@ -170,7 +170,7 @@ class RayDrawer:
         with _signals():
             try:
                 self._ray.init(**options)
-            except (ConnectionError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
+            except Exception as error:  # some of its own are of no other class
                 raise RequestError(f"no Ray cluster at {printable(cluster.address)}: {printable(error)}") from error
 
     def _hire(self) -> None:
