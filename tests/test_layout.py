@@ -19,7 +19,7 @@ FLOORS = {
     ),
     "export": (
         "oracle", "models", "memory", "lora", "graph", "parts", "publish", "stages", "expert_source", "experts", "build",
-        "parity", "cli",
+        "parity", "int8", "cli",
     ),
 }  # fmt: skip
 RUNTIME_IMPORTS = {"numpy", "ml_dtypes", "PIL", "tokenizers", "safetensors", "typer", "rich", "stepforge"}
