@@ -25,7 +25,7 @@ from typing import Any
 from stepforge.runtime.errors import Cancelled, GenerationError, RequestError, StepforgeError
 from stepforge.runtime.files import printable
 from stepforge.runtime.serve.draw import Ended, Task, settle
-from stepforge.runtime.serve.ray.worker import Setup, Worker, take_over
+from stepforge.runtime.serve.ray.worker import STOPPED, Setup, Worker, take_over
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ SUSPECT = 2  # deaths after which a job is drawn alone, so that it takes no othe
 MOST_IN_A_ROW = 5  # deaths a worker's place has without a job done in between
 STORE_BYTES = 150 << 20  # object store of a local cluster; records pass through it, images do not
 LAST_WORDS = 60.0  # seconds that workers have to write what is finished when the batch stops
-CLOSED = "the batch was stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +121,7 @@ class RayDrawer:
         draw = _Draw(task, Future())
         with self._lock:
             if self._is_stopped:
-                draw.ended.set_exception(self._error or Cancelled(CLOSED))
+                draw.ended.set_exception(self._error or Cancelled(STOPPED))
             else:
                 if not self._waiting and not any(place.busy for place in self._places):
                     self._moved = time.monotonic()
@@ -142,13 +141,13 @@ class RayDrawer:
                 if place.is_ready:
                     place.actor.stop.remote()
         for draw in dropped:
-            draw.ended.set_exception(self._error or Cancelled(CLOSED))
+            draw.ended.set_exception(self._error or Cancelled(STOPPED))
 
     def close(self) -> None:
         """End the workers, and the connection to the cluster if it is ours."""
         self._closing.set()
         self._news.put(None)
-        self._abort(Cancelled(CLOSED))
+        self._abort(Cancelled(STOPPED))
         if self._owns:
             self._ray.shutdown()
 
@@ -242,7 +241,7 @@ class RayDrawer:
             place.busy.add(self._waiting.popleft())
             self._when_done(place.actor.draw.remote(draw.task), partial(self._drawn, place, draw))
 
-    def _drawn(self, place: _Place, draw: _Draw, drawn: Future[Ended]) -> None:
+    def _drawn(self, place: _Place, draw: _Draw, drawn: Future[Ended | None]) -> None:
         error = drawn.exception()
         cause = getattr(error, "cause", None)  # what was raised inside the worker
         with self._lock:
@@ -256,7 +255,7 @@ class RayDrawer:
                 reason, draw.deaths = cause or error, draw.deaths + 1
                 self._bury(place, reason)
                 if self._is_stopped:
-                    cause = self._error or Cancelled(CLOSED)
+                    cause = self._error or Cancelled(STOPPED)
                 elif draw.deaths < MOST_DEATHS:
                     self._waiting.appendleft(draw)
                     return self._pump()
@@ -320,7 +319,7 @@ class RayDrawer:
                 limit = min(LAST_WORDS, self._cluster.stall) if self._is_stopped else self._cluster.stall
                 if not works or time.monotonic() - self._moved < limit:
                     continue
-                error = Cancelled(CLOSED) if self._is_stopped else GenerationError(self._stalled())
+                error = Cancelled(STOPPED) if self._is_stopped else GenerationError(self._stalled())
             self._abort(error)
 
     def _stalled(self) -> str:
