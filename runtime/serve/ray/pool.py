@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -30,6 +31,8 @@ from stepforge.runtime.serve.ray.worker import STOPPED, Setup, Worker, take_over
 log = logging.getLogger(__name__)
 
 LOCAL = "local"  # address of a cluster that is started for the run, in this machine
+AUTO = "auto"  # of the one that this machine belongs to
+CONNECT = 10.0  # seconds for a head to answer
 MOST_DEATHS = 3  # of workers under one job, after which it has failed
 SUSPECT = 2  # deaths after which a job is drawn alone, so that it takes no others along
 MOST_IN_A_ROW = 5  # deaths a worker's place has without a job done in between
@@ -166,6 +169,7 @@ class RayDrawer:
         if cluster.address == LOCAL:
             cores = max(len(os.sched_getaffinity(0)), cluster.workers * (cluster.threads or 1))
             options |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        _check_there(cluster.address)
         with _signals():
             try:
                 self._ray.init(**options)
@@ -345,6 +349,19 @@ def _package() -> Any:
     except ModuleNotFoundError as error:
         raise RequestError("batches on Ray need the package ray; pip install 'stepforge[ray]'") from error
     return ray
+
+
+def _check_there(address: str) -> None:
+    """Raise RequestError where nothing listens: Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address in (LOCAL, AUTO):
+        return
+    if not colon or not port.isdigit():
+        raise RequestError(f"--ray is {printable(address)}; give HOST:PORT, {AUTO} or {LOCAL}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise RequestError(f"no Ray cluster at {printable(address)}: {printable(error)}") from error
 
 
 @contextmanager

@@ -291,3 +291,13 @@ def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RequestError, match=r"pip install 'stepforge\[ray\]'"):
         RayDrawer(Cluster("local", 1))
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [("127.0.0.1:1", "no Ray cluster at 127.0.0.1:1: "), ("head", "--ray is head; give HOST:PORT, auto or local")],
+)
+def test_without_a_cluster(address, reason, ray):
+    ray.is_initialized = lambda: False
+    with pytest.raises(RequestError, match=reason):
+        RayDrawer(Cluster(address, 1))
