@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick test-soak aot test-gpu check bench train clean
+.PHONY: demo test quick test-long test-soak test-interop aot test-gpu check bench train clean
 
 ADAPTERS := examples/emoji/adapters
 CONTROL := --control silhouette=examples/emoji/control/silhouette
@@ -35,11 +35,35 @@ test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest $(PARALLEL)
 
 quick: $(STAMP)  ## without the slow tests
-	$(BIN)/pytest $(PARALLEL) -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not long"
 
-test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, and batches killed; counts into benchmarks/results
+test-long: $(STAMP)  ## every family in every precision on every engine, and the demo model from its weights to images
+	$(BIN)/pytest $(PARALLEL) -m long
+
+test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, batches killed, mixed requests, a server overrun; counts into benchmarks/results
+	test -d out/emoji.bundle || $(MAKE) demo
 	$(BIN)/python tests/fuzz/soak.py --json benchmarks/results/soak.json
 	$(BIN)/python benchmarks/batch_kills.py --json benchmarks/results/batch_kills.json
+	$(BIN)/python benchmarks/batch_memory.py --json benchmarks/results/batch_memory.json
+	$(BIN)/python benchmarks/soak_engine.py out/emoji.bundle --adapter poster=$(ADAPTERS)/poster \
+		--adapter thermal=$(ADAPTERS)/thermal --json benchmarks/results/soak_engine.json
+	$(BIN)/python benchmarks/serving_load.py out/emoji.bundle --adapter thermal=$(ADAPTERS)/thermal \
+		--adapter poster=$(ADAPTERS)/poster/pytorch_lora_weights.safetensors --json benchmarks/results/serving_load.json
+
+# other people's servers clash with each other and with NumPy 2: environments beside the suite's, 2 GB, made when asked for
+INTEROP := ray triton http
+
+test-interop: $(INTEROP:%=.venv-%/.installed)  ## Ray, Ray Serve, MLPerf LoadGen, NVIDIA Triton and schemathesis themselves, on two cores
+	.venv-ray/bin/pytest tests/interop/test_ray.py tests/interop/test_ray_serve.py tests/interop/test_mlperf.py
+	.venv-triton/bin/pytest tests/interop/test_triton.py
+	.venv-http/bin/pytest tests/interop/test_http.py
+
+.venv-%/.installed: setup.py tests/interop/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --upgrade pip
+	.venv-$*/bin/pip install --quiet -r tests/interop/$*.txt
+	.venv-$*/bin/pip install --quiet --editable .
+	touch $@
 
 aot: $(STAMP)  ## every kernel compiled for six architectures, against golden.json (4 minutes on 2 cores)
 	$(BIN)/python -m stepforge.kernels.aot --check
@@ -72,4 +96,4 @@ $(STAMP): setup.py requirements.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info
+	rm -rf $(VENV) .venv-* build dist out *.egg-info

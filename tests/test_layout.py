@@ -15,7 +15,7 @@ ROOMS = ("kernels", "runtime", "export")
 FLOORS = {
     "runtime": (
         "arrays", "errors", "files", "checks", "grammar", "bundle", "plan", "imaging", "lora", "request", "backends",
-        "engine", "load", "serve", "tune", "cli", "__main__",
+        "engine", "load", "bench", "serve", "tune", "cli", "__main__",
     ),
     "export": (
         "oracle", "models", "memory", "lora", "graph", "parts", "publish", "stages", "expert_source", "experts", "build",
@@ -30,7 +30,10 @@ ALSO = {  # beside those, by folder or file of runtime/
     "lora/onnx_adapter.py": {"onnxruntime"},
     "cli/doctor.py": {"openvino"},
     "imaging/preprocess.py": {"cv2"},  # Canny, when asked for
+    "serve/http": {"fastapi", "starlette", "uvicorn", "prometheus_client"},
     "tune/plot.py": {"matplotlib"},  # when asked for
+    "serve/ray": {"ray"},  # when asked for
+    "serve/triton": {"triton_python_backend_utils"},  # Triton's own, inside its Python backend
 }
 BUDGET = 400  # lines a file
 ENTRIES = 16  # a folder of code

@@ -18,8 +18,8 @@ import pytest
 import stepforge
 from stepforge import Cancelled, Engine, GenerationError, QueueFull, Request, RequestError, load
 from stepforge.runtime.backends.fake import Fake, fake_bundle
-from stepforge.runtime.engine import scheduler, stages, worker
-from stepforge.runtime.engine.pictures import decode
+from stepforge.runtime.engine import scheduler, worker
+from stepforge.runtime.engine.pictures import decode, stages
 
 SIZE = 64
 
@@ -223,7 +223,7 @@ def test_stream_gives_results_and_failures_as_they_come():
 
 def test_all_are_checked_before_any_is_queued(engine, monkeypatch):
     queued = []
-    monkeypatch.setattr(engine._scheduler, "submit", lambda job, wait: queued.append(job))
+    monkeypatch.setattr(engine._scheduler, "submit", lambda job, **_: queued.append(job))
     for run in (engine.generate, engine.stream):
         with pytest.raises(RequestError, match="needs a multiple of"):
             run([Request(prompt="x"), Request(prompt="x", width=65)])
@@ -269,6 +269,27 @@ def test_a_process_ends_cleanly_without_close(tiny_sd1_bundle, how, backend):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == ENDS[how][1], done.stderr
     assert done.stderr == "" or "ValueError: mine" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("backend", ["openvino", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+def test_a_forked_child_may_drop_its_parents_engines(tiny_sd1_bundle, backend):
+    """Destroyed in a child, a session of ONNX Runtime waits for its threads, which the child lacks: those of closed engines
+    too, which no thread of ours holds any more."""
+    code = (
+        "import gc, os, stepforge\n"
+        f"load = lambda: stepforge.load({str(tiny_sd1_bundle)!r}, backend={backend!r}, threads=2)\n"
+        "closed, used = load(), load()\n"
+        "for engine in (closed, used): engine.generate('x', steps=1)\n"
+        "closed.close()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    del engine, closed, used\n"
+        "    gc.collect()\n"
+        "    os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), used.generate('x', steps=1).images[0].width)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["7", "32"], done.stderr
 
 
 def test_a_forked_child_is_told_to_load_after_forking(engine):

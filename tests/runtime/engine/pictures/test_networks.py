@@ -1,14 +1,15 @@
 """Feed-forward networks against spandrel's own call, and pictures in tiles, on every engine."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from stepforge import Engine, Init, Request
 from stepforge.runtime.backends import open_backend
 from stepforge.runtime.bundle import Footprint, read
 from stepforge.runtime.engine.pictures.networks import Pictures, Tiling, pad
 from stepforge.runtime.errors import BundleError, CheckpointError, RequestError
-
-ENGINES = ("openvino", "onnxruntime", "torch")
 
 
 def psnr(a, b):
@@ -64,14 +65,14 @@ def bundle(files, tiny_sd1, tmp_path_factory):
     return export_bundle(tiny_sd1, tmp_path_factory.mktemp("bundles") / "sr", upscalers=stages)
 
 
-def test_networks_are_spandrels(files, bundle):
+def test_networks_are_spandrels(files, bundle, backends):
     """A size that needs padding (17 x 22 for multiples of 4) and one that a mirror cannot fill (1 x 2)."""
     import torch
 
     from stepforge.export.models.pixel.feedforward import read_feed_forward
 
     bundle = read(bundle.path)
-    for engine in ENGINES:
+    for engine in backends:
         pictures = Pictures(bundle, open_backend(engine, bundle, precision="fp32"))
         for stage, card in bundle.stages.items():
             reference = read_feed_forward(files / f"{stage}.safetensors").load(torch.float32)
@@ -130,6 +131,38 @@ def test_budgets_and_settings_are_refused():
     if any(entry.footprint is None for key, entry in fake.components.items() if key.role == "vae_decoder"):
         with pytest.raises(BundleError, match="cannot be tiled"):
             Pictures(fake, open_backend("fake", fake), Tiling(1 << 30))
+
+
+@pytest.mark.parametrize(
+    ("network", "request_fields"),
+    [
+        ("vae_decoder", {}),
+        ("vae_encoder", {"init": Init(image=np.zeros((64, 64, 3), np.uint8))}),
+        ("sr/x4/vae_decoder", {"upscale": "x4"}),
+        ("sr/x2/vae_encoder", {"upscale": ["nearest", "x2"]}),
+        ("sr/nearest/upscaler", {"upscale": "nearest"}),
+        ("sr/nearest/upscaler", {"upscale": {"name": "nearest", "image": np.zeros((64, 64, 3), np.uint8)}}),
+    ],
+)
+def test_pictures_without_a_tile_are_refused_when_they_are_submitted(network, request_fields):
+    """By each network on their way whose memory is bounded; with one byte a position they all pass."""
+    from stepforge.runtime.backends.fake import fake_bundle
+
+    fake = fake_bundle()
+    request = Request(prompt="", width=64, height=64, steps=2, **request_fields)
+    for size in (1.0, 1e9):
+        parts = {
+            key: replace(entry, footprint=Footprint(size if str(key) == network else 1.0))
+            for key, entry in fake.components.items()
+        }
+        assert network in map(str, parts)
+        bundle = replace(fake, components=parts)
+        with Engine(bundle, open_backend("fake", bundle), tiling=Tiling(1 << 20)) as engine:
+            if size == 1.0:
+                engine.submit(request).cancel()
+                continue
+            with pytest.raises(RequestError, match=f"tile_memory is 1048576 bytes; {network} needs at least"):
+                engine.submit(request)
 
 
 @pytest.mark.parametrize(
