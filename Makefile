@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick test-soak aot test-gpu check bench train clean
+.PHONY: demo test quick test-long test-soak test-interop aot test-gpu check bench train clean
 
 ADAPTERS := examples/emoji/adapters
 CONTROL := --control silhouette=examples/emoji/control/silhouette
@@ -35,11 +35,29 @@ test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest $(PARALLEL)
 
 quick: $(STAMP)  ## without the slow tests
-	$(BIN)/pytest $(PARALLEL) -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not long"
+
+test-long: $(STAMP)  ## every family in every precision on every engine, and the demo model from its weights to images
+	$(BIN)/pytest $(PARALLEL) -m long
 
 test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, and batches killed; counts into benchmarks/results
 	$(BIN)/python tests/fuzz/soak.py --json benchmarks/results/soak.json
 	$(BIN)/python benchmarks/batch_kills.py --json benchmarks/results/batch_kills.json
+	$(BIN)/python benchmarks/batch_memory.py --json benchmarks/results/batch_memory.json
+
+# other people's servers clash with each other and with NumPy 2: two environments beside the suite's, 1.5 GB, made when asked for
+INTEROP := ray triton
+
+test-interop: $(INTEROP:%=.venv-%/.installed)  ## Ray, Ray Serve, MLPerf LoadGen and NVIDIA Triton themselves, on two cores
+	.venv-ray/bin/pytest tests/interop/test_ray.py tests/interop/test_ray_serve.py tests/interop/test_mlperf.py
+	.venv-triton/bin/pytest tests/interop/test_triton.py
+
+.venv-%/.installed: setup.py tests/interop/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --upgrade pip
+	.venv-$*/bin/pip install --quiet -r tests/interop/$*.txt
+	.venv-$*/bin/pip install --quiet --editable .
+	touch $@
 
 aot: $(STAMP)  ## every kernel compiled for six architectures, against golden.json (4 minutes on 2 cores)
 	$(BIN)/python -m stepforge.kernels.aot --check
@@ -72,4 +90,4 @@ $(STAMP): setup.py requirements.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info
+	rm -rf $(VENV) .venv-* build dist out *.egg-info

@@ -28,6 +28,14 @@ EXPORT = [
     "onnx-ir>=0.1.12",  # graph passes and external data
 ]
 
+SERVER = [  # `stepforge serve`
+    "fastapi>=0.162",  # routes and the description at /openapi.json
+    "starlette>=1.3.1",  # fastapi's base; older ones: CVE-2026-48710 (Host changes the path), -54282 (limits of forms bypassed)
+    "uvicorn>=0.54",  # the server: sockets, HTTP, TLS; BSD
+    "python-multipart>=0.0.31",  # forms; older ones: CVE-2026-53537 to -53540
+    "prometheus_client>=0.21",  # /metrics; Apache-2.0, no dependencies
+]
+
 setup(
     name="stepforge",
     version="0.1.0",
@@ -52,7 +60,7 @@ setup(
             "onnx>=1.19",  # reads the bundle's graphs
         ],
         "tensorrt": ["tensorrt>=10.0"],
-        "server": ["fastapi>=0.115", "uvicorn>=0.30"],  # the HTTP front end, not written yet
+        "server": SERVER,
         "ray": ["ray[data,serve]>=2.52"],  # batch jobs, not written yet; 2.52 is the first with token logins
         "dev": [
             *EXPORT,
@@ -66,6 +74,9 @@ setup(
             "matplotlib>=3.8",  # as in the extra plot; plots of benchmarks
             "opencv-python-headless>=4.10",  # as in the extra control
             "pyarrow>=16",  # as in the extra parquet
+            *SERVER,
+            "openai>=3.50",  # the client that the server is written for; Apache-2.0. Its httpx2 calls applications in tests
+            "celery>=5.4",  # runs the worker of docs/embedding.md; BSD-3-Clause
             "fonttools>=4.50",  # the emoji list of the demo's training recipe
             "ruff>=0.8",  # format and lint
             "mypy>=1.13",  # types
@@ -80,6 +91,7 @@ setup(
     package_data={
         "": ["py.typed"],
         "stepforge.runtime.backends": ["fake_tokenizer.json"],
+        "stepforge.runtime.serve.http": ["page/*"],
         "stepforge.kernels.dispatch": ["table.json"],
         "stepforge.kernels.aot": ["golden.json"],
     },

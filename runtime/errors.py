@@ -2,12 +2,14 @@
 
 StepforgeError            one line that says what was wrong and what is allowed
 ├── RequestError          a request that cannot be run: unknown sampler, bad size, ...
+│   └── EngineClosed      the engine takes no requests any more
 ├── BundleError           a bundle that is damaged, incomplete or of another format
 ├── BackendError          a backend that is unknown, not installed or cannot load the graph
 ├── CheckpointError       a model that the exporter refuses
 ├── AdapterError          a LoRA file that is refused, or does not fit the model
 ├── QueueFull             more requests wait than the engine was told to hold
 ├── Cancelled             a request that was cancelled; the text says by whom
+├── DeadlineExceeded      a request that was not finished by its deadline
 └── GenerationError       a request that failed while it ran (NaN latents, ...)
 """
 
@@ -20,6 +22,10 @@ class StepforgeError(Exception):
 
 class RequestError(StepforgeError, ValueError):
     """A request that cannot be run."""
+
+
+class EngineClosed(RequestError):
+    """The engine was closed, or is being drained, and takes no requests any more."""
 
 
 class BundleError(StepforgeError):
@@ -44,6 +50,10 @@ class QueueFull(StepforgeError):
 
 class Cancelled(StepforgeError, CancelledError):
     """A request was cancelled: by its caller, or because the engine was closed; the text says which."""
+
+
+class DeadlineExceeded(StepforgeError, TimeoutError):
+    """A request was not finished by its deadline, and stops at its next step."""
 
 
 class GenerationError(StepforgeError):

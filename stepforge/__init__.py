@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stepforge.runtime.bundle import Bundle
-    from stepforge.runtime.engine import Engine, Outcome
+    from stepforge.runtime.engine import Engine, EngineStats, Outcome
     from stepforge.runtime.errors import (
         AdapterError,
         BackendError,
         BundleError,
         Cancelled,
         CheckpointError,
+        DeadlineExceeded,
+        EngineClosed,
         GenerationError,
         QueueFull,
         RequestError,
@@ -44,7 +46,10 @@ HOMES = {
     "Cancelled": "errors",
     "CheckpointError": "errors",
     "Control": "request",
+    "DeadlineExceeded": "errors",
     "Engine": "engine",
+    "EngineClosed": "errors",
+    "EngineStats": "engine",
     "GenerationError": "errors",
     "Init": "request",
     "Outcome": "engine",
@@ -69,7 +74,10 @@ __all__ = [
     "Cancelled",
     "CheckpointError",
     "Control",
+    "DeadlineExceeded",
     "Engine",
+    "EngineClosed",
+    "EngineStats",
     "GenerationError",
     "Init",
     "Outcome",

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,13 @@ def build_unet(**options: Any) -> Any:
     return UNet2DConditionModel(**{**common, **options})
 
 
+def _seed_of(*what: Any) -> None:
+    """Equal networks of several models have equal weights, so that they are traced once."""
+    import torch
+
+    torch.manual_seed(zlib.crc32(repr(what).encode()))
+
+
 def build_text_encoder(vocabulary: int, width: int, act: str, *, layers: int = 3, projection: int | None = None) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -65,6 +73,7 @@ def build_text_encoder(vocabulary: int, width: int, act: str, *, layers: int = 3
         num_attention_heads=1, hidden_act=act, projection_dim=projection or width,
         bos_token_id=vocabulary - 2, eos_token_id=2,
     )  # fmt: skip
+    _seed_of("text_encoder", width, act, layers, projection)
     return (CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config)
 
 
@@ -72,6 +81,7 @@ def build_vae(levels: int = 2, **options: Any) -> Any:
     """A latent is 2^(levels − 1) pixels wide."""
     from diffusers import AutoencoderKL
 
+    _seed_of("vae", levels)
     return AutoencoderKL(
         block_out_channels=(32,) * (levels - 1) + (64,), layers_per_block=1, latent_channels=4, sample_size=64,
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, **options,
@@ -126,6 +136,7 @@ def save_pipeline(folder: Path, index: dict[str, Any], parts: dict[str, Any], to
     names = {}
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
+            _seed_of(name)
             with torch.no_grad():  # fresh norms are 1 and fresh biases 0: two of them could be swapped unseen
                 for parameter in part.parameters():
                     parameter += 0.02 * torch.randn_like(parameter)
@@ -547,6 +558,17 @@ def trace_once(config: pytest.Config) -> None:
 
     write.whole = whole
     trace.write = write
+
+
+@pytest.fixture(
+    params=[("onnxruntime",), pytest.param(("openvino", "torch"), marks=pytest.mark.long)],
+    ids=["onnxruntime", "others"],
+)
+def backends(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """Backends on which a test compares: one in the whole suite, where the contract of all is tests/runtime/backends, and the
+    others in the long lane."""
+    found: tuple[str, ...] = request.param
+    return found
 
 
 @pytest.fixture

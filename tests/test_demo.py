@@ -19,6 +19,7 @@ CONTROL = MODEL.parent / "control"
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_demo_model_from_weights_to_images_with_adapters(tmp_path):
     bundle = tmp_path / "emoji.bundle"
     controls = {"silhouette": CONTROL / "silhouette"}

@@ -30,6 +30,7 @@ ALSO = {  # beside those, by folder or file of runtime/
     "lora/onnx_adapter.py": {"onnxruntime"},
     "cli/doctor.py": {"openvino"},
     "imaging/preprocess.py": {"cv2"},  # Canny, when asked for
+    "serve/http": {"fastapi", "starlette", "uvicorn", "prometheus_client"},
     "tune/plot.py": {"matplotlib"},  # when asked for
 }
 BUDGET = 400  # lines a file

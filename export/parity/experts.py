@@ -16,10 +16,11 @@ from transformers import CLIPTextModelWithProjection
 from stepforge.export.expert_source import REFINER, Expert, read_expert
 from stepforge.export.models.source import Source
 from stepforge.export.parity.loaders import FP32, check_complete, quiet
+from stepforge.export.parity.recorder import Call, Recorder, denoiser_calls
 from stepforge.export.parity.reference import Reference, Settings
 from stepforge.export.parity.staging import reason, stage_component, staging
 from stepforge.runtime.arrays import Float32
-from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, Bundle
+from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, Bundle, ComponentId
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.plan.switch import default_switch
 from stepforge.runtime.request import Request
@@ -27,10 +28,11 @@ from stepforge.runtime.request import Request
 
 @dataclass(frozen=True, slots=True)
 class ExpertReference:
-    """The first prompt with the bundle's experts, and the request that asks the engine for the same."""
+    """The first prompt with the bundle's experts, the request that asks the engine for the same, and calls of each expert."""
 
     request: Request
     reference: Reference
+    calls: Sequence[Call]
 
 
 def run_experts(
@@ -64,14 +66,21 @@ def run_experts(
     )  # fmt: skip
     shares = [(share.denoiser, share.low, share.high) for share in switch.shares]
     try:
-        with quiet():
+        with quiet(), Recorder(**networks) as recorder:
             if switch.in_sigma:
-                return ExpertReference(request, _in_sigma(pipeline, networks, shares, bundle, settings))
-            return ExpertReference(request, _one_by_one(pipeline, networks, texts, shares, bundle, settings))
+                reference = _in_sigma(pipeline, networks, shares, bundle, settings)
+            else:
+                reference = _one_by_one(pipeline, networks, texts, shares, bundle, settings)
     except CheckpointError:
         raise
     except Exception as error:  # pipelines raise whatever their settings run into
         raise CheckpointError(f"diffusers' pipelines of the experts do not draw: {reason(error)}") from error
+    calls = [
+        call
+        for name in networks
+        for call in denoiser_calls(ComponentId("denoiser", name), f"expert {name}", recorder.heard[name])
+    ]
+    return ExpertReference(request, reference, calls)
 
 
 def load_expert(path: Path, expert: Expert) -> tuple[Any, Any]:

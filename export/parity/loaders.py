@@ -74,6 +74,8 @@ def load_pipeline(
                 raise CheckpointError(
                     f"{model} is not loaded by diffusers with the configs of {config}: {reason(error)}"
                 ) from error
+            if source.family == "if":
+                raise CheckpointError(f"{model} is not loaded by diffusers: {reason(error)}") from error
             loaded = _from_source(model, source, error)
     loaded.pipeline.set_progress_bar_config(disable=True)
     return loaded

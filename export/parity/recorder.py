@@ -65,13 +65,17 @@ def plain_recorder(pipeline: Any) -> Recorder:
 def plain_calls(pipeline: Any, recorder: Recorder, latents: Float32) -> Iterator[Call]:
     """Text encoders on the prompts, denoiser at start, middle and end, decoder on the last latents [C, h, w]."""
     heard = recorder.heard
-    denoiser = [_denoiser_inputs(call) for call in heard["unet"]]
-    yield from _text_calls(pipeline, recorder, denoiser[0])
-    for index in places(len(denoiser)):
-        inputs, (_, _, output) = denoiser[index], heard["unet"][index]
-        yield Call(UNET, f"denoiser t={inputs['timestep'][0]:g}", inputs, {"prediction": as_array(output[0])})
+    yield from _text_calls(pipeline, recorder, _denoiser_inputs(heard["unet"][0]))
+    yield from denoiser_calls(UNET, "denoiser", heard["unet"])
     pixels = heard["decoder"][-1][2]
     yield Call(VAE_DECODER, VAE_DECODER.label, {"latents": latents[None]}, {"pixels": as_array(pixels)})
+
+
+def denoiser_calls(key: ComponentId, label: str, heard: list[Heard]) -> Iterator[Call]:
+    """A UNet at start, middle and end of what it was asked; nothing if it was not."""
+    for index in places(len(heard)) if heard else ():
+        inputs, (_, _, output) = _denoiser_inputs(heard[index]), heard[index]
+        yield Call(key, f"{label} t={inputs['timestep'][0]:g}", inputs, {"prediction": as_array(output[0])})
 
 
 def _text_calls(pipeline: Any, recorder: Recorder, denoiser: Arrays) -> Iterator[Call]:

@@ -40,10 +40,15 @@ class StageReference:
 
 
 def run_stages(
-    bundle: Bundle, paths: Mapping[str, Path], settings: Settings, progress: Callable[[str], None]
+    bundle: Bundle,
+    text: Mapping[str, Any],
+    paths: Mapping[str, Path],
+    settings: Settings,
+    progress: Callable[[str], None],
 ) -> dict[str, StageReference]:
     """The first prompt through the pipeline of each stage, a picture through feed-forward networks.
 
+    text: text encoder and tokenizer of IF's base model, for stages that read them.
     Raises CheckpointError for stages that the bundle was exported without, with other weights, or whose models are not given.
     """
     if missing := bundle.stages.keys() - paths.keys():
@@ -61,12 +66,10 @@ def run_stages(
         if isinstance(stage, FeedForward):
             found[name] = run_network(name, stage, settings)
             continue
+        pipeline = load_stage(path, stage.source)
         if stage.text_width and not stage.source.text_encoders:
-            raise CheckpointError(
-                f"stage {name!r} reads the base model's text; give a folder that has its text encoder too"
-            )
-        if stage.kind in CALLS:
-            found[name] = run_stage(name, bundle.stages[name], load_stage(path, stage.source), settings)
+            pipeline.register_modules(**text)
+        found[name] = run_stage(name, bundle.stages[name], pipeline, settings)
     return found
 
 
@@ -124,10 +127,19 @@ def run_stage(name: str, card: StageCard, pipeline: Any, settings: Settings) -> 
         except Exception as error:  # a pipeline raises whatever its settings run into
             raise CheckpointError(f"diffusers' pipeline of stage {name!r} does not draw: {reason(error)}") from error
     calls = [
-        replace(call, component=replace(call.component, stage=name), name=f"{name} {call.name}")
+        replace(call, component=_stored(call.component, name, card), name=f"{name} {call.name}")
         for call in CALLS[card.kind](pipeline, recorder, reference.latents[-1])
     ]
     return StageReference(request, reference, calls)
+
+
+def _stored(component: ComponentId, stage: str, card: StageCard) -> ComponentId:
+    """Where the bundle has a network of the stage: text encoders may be the base model's."""
+    assert card.model is not None
+    for encoder in card.model.text_encoders:
+        if component.role == "text_encoder" and encoder.name == component.name:
+            return encoder.component
+    return replace(component, stage=stage)
 
 
 def _run_latent(

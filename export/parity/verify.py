@@ -34,8 +34,9 @@ from stepforge.export.parity.adapters import merge_adapters
 from stepforge.export.parity.components import component_errors
 from stepforge.export.parity.control import exported_controls
 from stepforge.export.parity.experts import ExpertReference, run_experts
-from stepforge.export.parity.loaders import Loaded, load_pipeline
+from stepforge.export.parity.loaders import load_pipeline
 from stepforge.export.parity.measures import psnr, relative_error
+from stepforge.export.parity.pixel import run_base, text_modules
 from stepforge.export.parity.reference import Reference, References, Settings, run_references
 from stepforge.export.parity.stages import StageReference, run_stages
 from stepforge.runtime.arrays import Float32
@@ -117,10 +118,6 @@ def verify(
     """
     bundle, model = read(bundle_path), Path(model_path)
     source = load(model, tokenizer=tokenizer, prediction_type=prediction_type)
-    if source.family == "if":
-        raise CheckpointError(
-            f"{model} is DeepFloyd IF's base model, which verify does not compare; it compares stages on pixels"
-        )
     merged = read_all(source, loras)
     check_origin(bundle, with_adapters(source, merged))
     places = {name: Path(path) for name, path in (controls or {}).items()}
@@ -128,26 +125,25 @@ def verify(
     runs = list(_configurations(bundle, backends, precisions))
     settings = Settings(tuple(prompts), steps, guidance, seed)
 
-    loaded_once: list[Loaded] = []
-
-    def load_reference() -> Loaded:
-        progress("reference: loading")
-        loaded = load_pipeline(
-            model,
-            source,
-            tokenizer=None if tokenizer is None else Path(tokenizer),
-            prediction_type=prediction_type,
-            config=None if config is None else Path(config),
-        )
-        loaded_once.append(loaded.assuming(*merge_adapters(loaded.pipeline, loras, merged)))
-        return loaded_once[0]
-
-    known = run_references(load_reference(), [(net, places[net.name]) for net in nets], bundle, settings, progress)
-    others = {name: Path(path) for name, path in (experts or {}).items()}
-    switched = run_experts(
-        bundle, loaded_once.pop().pipeline, with_adapters(source, merged), others, settings, progress
+    progress("reference: loading")
+    loaded = load_pipeline(
+        model,
+        source,
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+        prediction_type=prediction_type,
+        config=None if config is None else Path(config),
     )
-    staged = run_stages(bundle, {name: Path(path) for name, path in (upscalers or {}).items()}, settings, progress)
+    loaded = loaded.assuming(*merge_adapters(loaded.pipeline, loras, merged))
+    if source.family == "if":
+        known = run_base(loaded, bundle, settings, progress)
+    else:
+        known = run_references(loaded, [(net, places[net.name]) for net in nets], bundle, settings, progress)
+    others = {name: Path(path) for name, path in (experts or {}).items()}
+    switched = run_experts(bundle, loaded.pipeline, with_adapters(source, merged), others, settings, progress)
+    enlarged = {name: Path(path) for name, path in (upscalers or {}).items()}
+    text = text_modules(loaded.pipeline) if source.family == "if" else {}
+    del loaded
+    staged = run_stages(bundle, text, enlarged, settings, progress)
     release()  # SDXL's pipeline and an engine of it do not fit 24 GB together
     checks: list[Check] = []
     for backend, precision in runs:
@@ -203,6 +199,7 @@ def compare(
             name = f"image size {ours.width}x{ours.height}, diffusers {size.width}x{size.height}"
             yield _limited(backend, "setting", name, 0.0 if ours == size else math.inf, 0.0)
         calls = [*references.calls, *(call for stage in stages.values() for call in stage.calls)]
+        calls += experts.calls if experts is not None else []
         for name, error in component_errors(bundle, calls, opened):
             yield _limited(backend, "component", name, error, limits.component)
         for request, reference, name in _requests(references, settings):

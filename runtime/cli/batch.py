@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,17 +17,18 @@ import typer
 
 from stepforge.runtime.checks import choice, whole
 from stepforge.runtime.cli import options
-from stepforge.runtime.cli.inputs import parse_adapters
 from stepforge.runtime.cli.output import complain
 from stepforge.runtime.cli.signals import Stopped, on_signal
 
 if TYPE_CHECKING:
     from stepforge.runtime.serve.batch import Report
+    from stepforge.runtime.serve.ray.pool import RayDrawer
 
 MOST_FAILURES = 20  # lines about failed jobs; all of them are in failures.jsonl
 PAUSE = 30.0  # seconds between lines of progress where no terminal shows a bar
 
 
+@options.grouped
 def batch(
     bundle: options.BundlePath,
     jobs: Annotated[
@@ -34,25 +38,8 @@ def batch(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder of this batch.")],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]FILE[:STRENGTH]",
-            help="Load a LoRA file and use it; jobs that have adapters use those alone. Repeatable.",
-        ),
-    ] = None,
-    negative: Annotated[str, typer.Option(metavar="TEXT", help="Negative prompt.")] = "",
-    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="[default: model's]")] = None,
-    height: Annotated[int | None, typer.Option(metavar="PIXELS", help="[default: model's]")] = None,
-    steps: options.Steps = 20,
-    sampler: options.Sampler = None,
-    schedule: options.Schedule = None,
-    spacing: options.Spacing = None,
-    eta: options.Eta = None,
-    guidance: options.GuidanceText = None,
-    guider: options.GuiderText = None,
-    reuse: options.ReuseText = None,
-    preset: options.PresetName = None,
+    *,
+    asked: options.RequestOptions,
     pictures: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Where the jobs' pictures are, and must be. [default: the folder of JOBS]"),
@@ -63,7 +50,7 @@ def batch(
     shard_size: Annotated[int, typer.Option(metavar="N", help="Jobs in a shard or part.")] = 1000,
     image_format: Annotated[str, typer.Option("--format", metavar="NAME", help="png, webp or jpeg.")] = "png",
     quality: Annotated[int, typer.Option(metavar="N", help="Of WebP and JPEG, 1 to 100.")] = 90,
-    metadata: Annotated[bool, typer.Option(help="Write the request into each PNG.")] = True,
+    metadata: options.Metadata = True,
     max_rows: Annotated[
         int | None, typer.Option(metavar="N", help="Most denoiser rows in a call; 2 draws one image at a time.")
     ] = None,
@@ -73,9 +60,17 @@ def batch(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try jobs again that failed in an earlier run.")
     ] = False,
-    backend: options.Backend = "auto",
-    precision: options.Precision = "auto",
-    threads: options.Threads = None,
+    engine_options: options.EngineOptions,
+    ray_options: options.RayOptions,
+    limit_memory: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BYTES",
+            parser=options.bytes_of("--limit-memory"),
+            help="Memory of jobs between manifest and disk, beside the networks, as 512M or 2G. [default: of 4 * --max-rows "
+            "images]",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin anew; the files of an earlier batch in FOLDER go.")
     ] = False,
@@ -89,28 +84,27 @@ def batch(
     """
     from stepforge.runtime.engine import MAX_ROWS
     from stepforge.runtime.imaging.encode import FORMATS
-    from stepforge.runtime.load import load
+    from stepforge.runtime.load import open_bundle
     from stepforge.runtime.serve.batch import Batch, Settings
+    from stepforge.runtime.serve.draw import Drawer, Encoding, EngineDrawer
     from stepforge.runtime.serve.manifest import Manifest
+    from stepforge.runtime.serve.ray.worker import setup
+    from stepforge.runtime.serve.room import Room
     from stepforge.runtime.serve.store import LAYOUTS, Store
 
-    adapters = parse_adapters(adapter or ())
-    planned = options.plan_fields(
-        steps=steps, sampler=sampler, schedule=schedule, spacing=spacing, timesteps=None, sigmas=None, eta=eta,
-        guidance=guidance, guider=guider, reuse=reuse, preset=preset,
-    )  # fmt: skip
-    strengths = {name: strength for name, (_, strength) in adapters.items()}
     settings = Settings(
-        options={"negative": negative, "width": width, "height": height, "adapters": strengths, **planned},
+        options=asked.fields(),
         layout=choice("--layout", layout, tuple(LAYOUTS)),
-        format=choice("--format", image_format, tuple(FORMATS)),
-        quality=whole("--quality", quality, 1, 100),
-        metadata=metadata,
         shard_size=whole("--shard-size", shard_size, 1, 1_000_000),
+        encoding=Encoding(
+            choice("--format", image_format, tuple(FORMATS)), whole("--quality", quality, 1, 100), metadata
+        ),
+        tiling=(engine_options.tile_memory, engine_options.tiling),
     )
     rows = whole("--max-rows", MAX_ROWS if max_rows is None else max_rows, 2, 1 << 16)
     if max_failures is not None:
         whole("--max-failures", max_failures, 0, 1 << 62)
+    ray_options.check()
     manifest = Manifest(jobs)
     stopped = 0
     told: list[int] = []
@@ -120,17 +114,30 @@ def batch(
             complain(f"{jobs.name}, line {line}: {reason}")
         told.append(line)
 
-    with (
-        load(bundle, backend=backend, precision=precision, threads=threads, max_rows=rows) as engine,
-        _progress() as tick,
-    ):
-        for name, (file, _) in adapters.items():
-            engine.adapters.load(name, file)
-        store = Store(
-            out, layout=settings.layout, kind=settings.format, shard_size=settings.shard_size, overwrite=overwrite
-        )
+    adapters = {name: file for name, (file, _) in asked.adapters().items()}
+    make_store = partial(
+        Store, out, layout=settings.layout, kind=settings.encoding.format, shard_size=settings.shard_size,
+        overwrite=overwrite,
+    )  # fmt: skip
+    with _progress() as tick, ExitStack() as opened:
+        drawer: Drawer
+        if ray_options.ray is None:
+            engine = opened.enter_context(engine_options.load(bundle, max_rows=rows))
+            for name, file in adapters.items():
+                engine.adapters.load(name, file)
+            model, store = engine.bundle, make_store()
+            drawer = opened.enter_context(EngineDrawer(engine, store.files, settings.encoding))
+        else:
+            model = open_bundle(bundle)
+            workers = opened.enter_context(_cluster(ray_options, engine_options, rows))
+            store = make_store()
+            workers.start(
+                setup(bundle, {**asdict(engine_options), "max_rows": rows}, adapters, store.files, settings.encoding)
+            )
+            drawer = workers
+        room = Room(4 * rows * ray_options.workers, model, limit_memory, engine_options.tile_memory)
         work = Batch(
-            engine, manifest, store, settings, pictures=pictures or jobs.parent, window=4 * rows,
+            drawer, manifest, store, settings, pictures=(pictures or jobs.parent).absolute(), room=room,
             max_failures=max_failures, retry_failed=retry_failed, on_failure=failed, on_tick=tick,
         )  # fmt: skip
 
@@ -152,12 +159,23 @@ def batch(
         raise typer.Exit(1)
 
 
+def _cluster(asked: options.RayOptions, engine: options.EngineOptions, rows: int) -> RayDrawer:
+    """Workers to be. Raises RequestError."""
+    from stepforge.runtime.serve.ray.pool import Cluster, RayDrawer
+
+    return RayDrawer(
+        Cluster(asked.ray or "", asked.workers, engine.threads, asked.worker_gpus, depth=rows, stall=asked.stall)
+    )
+
+
 def _tell(report: Report, as_json: bool) -> None:
     """What the run did, on standard output."""
     values: dict[str, Any] = {
         **{name: getattr(report, name) for name in ("jobs", "done", "resumed", "failed", "left", "images")},
         "seconds": round(report.seconds, 3),
         "images_per_second": round(report.rate, 3),
+        "engine_busy": round(report.busy, 4),
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # bytes, of the whole process
         "part_seconds": {part: round(value, 3) for part, value in sorted(report.parts.items())},
     }
     if as_json:
@@ -167,7 +185,10 @@ def _tell(report: Report, as_json: bool) -> None:
         f"{report.done} of {report.jobs} jobs done, {report.resumed} by earlier runs, {report.failed} failed, "
         f"{report.left} left"
     )
-    print(f"{report.images} images in {report.seconds:.1f} s, {report.rate:.2f} images/s")
+    print(
+        f"{report.images} images in {report.seconds:.1f} s, {report.rate:.2f} images/s; the engine worked "
+        f"{min(report.busy, 1):.1%} of the time; at most {values['peak_memory'] >> 20} MiB were in memory"
+    )
     print("seconds of the parts, which overlap: " + ", ".join(f"{p} {v:g}" for p, v in values["part_seconds"].items()))
 
 

@@ -15,14 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepforge.runtime.cli import options
-from stepforge.runtime.cli.inputs import (
-    parse_adapters,
-    parse_controls,
-    parse_init,
-    parse_micro,
-    parse_stages,
-    read_requests,
-)
+from stepforge.runtime.cli.inputs import read_requests
 from stepforge.runtime.cli.output import complain, progress_bar
 from stepforge.runtime.cli.signals import Stopped, on_signal
 from stepforge.runtime.cli.targets import claimed
@@ -30,13 +23,14 @@ from stepforge.runtime.errors import Cancelled, RequestError
 from stepforge.runtime.files import escaped, printable
 
 if TYPE_CHECKING:
-    from stepforge.runtime.engine.engine import Engine, Outcome
+    from stepforge.runtime.engine import Engine, Outcome
     from stepforge.runtime.imaging.sheet import Sheet
     from stepforge.runtime.request import Request, Result
 
 MOST_FAILURES = 20  # lines about failed images
 
 
+@options.grouped
 def generate(
     bundle: options.BundlePath,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="One or more prompts.")] = None,
@@ -51,13 +45,9 @@ def generate(
             help="A JSON-lines file; fields of Request, what is missing comes from the options.",
         ),
     ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]FILE[:STRENGTH]",
-            help="Load a LoRA file and use it; lines of --requests that have adapters use those alone. Repeatable.",
-        ),
-    ] = None,
+    *,
+    asked: options.RequestOptions,
+    seed: Annotated[int, typer.Option(metavar="N", help="Image i of a prompt uses seed + i.")] = 0,
     out: Annotated[
         Path,
         typer.Option(
@@ -67,56 +57,15 @@ def generate(
             help="A .png file for one image, a name with {index} or {seed} in it, or a folder.",
         ),
     ] = Path("out"),
-    negative: Annotated[str, typer.Option(metavar="TEXT", help="Negative prompt.")] = "",
-    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="[default: model's]")] = None,
-    height: Annotated[int | None, typer.Option(metavar="PIXELS", help="[default: model's]")] = None,
-    steps: options.Steps = 20,
-    sampler: options.Sampler = None,
-    schedule: options.Schedule = None,
-    spacing: options.Spacing = None,
-    timesteps: options.Timesteps = None,
-    sigmas: options.Sigmas = None,
-    eta: options.Eta = None,
-    guidance: options.GuidanceText = None,
-    guider: options.GuiderText = None,
-    reuse: options.ReuseText = None,
-    preset: options.PresetName = None,
-    experts: options.ExpertsText = None,
-    micro: options.MicroTexts = None,
-    control: options.ControlTexts = None,
-    preprocessor: options.Preprocessor = "none",
-    control_window: Annotated[
-        str, typer.Option(metavar="A..B", help="Where ControlNets run, in fractions of the steps.")
-    ] = "0..1",
-    guess_mode: Annotated[
-        bool, typer.Option("--guess-mode", help="ControlNets in conditional rows only, weaker where shallow.")
-    ] = False,
-    init: options.InitImage = None,
-    mask: options.InitMask = None,
-    strength: options.InitStrength = None,
-    overlay: options.InitOverlay = False,
-    sr: options.StageNames = None,
-    sr_steps: options.StageSteps = None,
-    noise_level: options.NoiseLevel = None,
-    sr_guidance: options.StageGuidance = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Image i of a prompt uses seed + i.")] = 0,
-    images: Annotated[int, typer.Option(metavar="N", help="Images for each prompt.")] = 1,
-    prompt_syntax: Annotated[
-        str, typer.Option(metavar="NAME", help="a1111: (word:1.3) weights; plain: brackets are text.")
-    ] = "a1111",
-    backend: options.Backend = "auto",
-    precision: options.Precision = "auto",
-    threads: options.Threads = None,
-    tile_memory: options.TileMemory = None,
-    tiling: options.Tiling = "even",
+    engine_options: options.EngineOptions,
     sheet: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write all images as one contact sheet.")
     ] = None,
     columns: Annotated[
         int | None, typer.Option(metavar="N", help="Images in a row of the sheet. [default: about square]")
     ] = None,
-    metadata: Annotated[bool, typer.Option(help="Write the request into each PNG.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    metadata: options.Metadata = True,
+    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """Draw images from prompts.
@@ -127,29 +76,10 @@ def generate(
     Compiled networks are kept in the folder that STEPFORGE_CACHE names, or ~/.cache/stepforge; STEPFORGE_CACHE= keeps none.
     """
     from stepforge.runtime.imaging.save import image_paths
-    from stepforge.runtime.load import load
 
     if columns is not None and sheet is None:
         raise RequestError("--columns needs --sheet")
-    adapters = parse_adapters(adapter or ())
-    planned = options.plan_fields(
-        steps=steps, sampler=sampler, schedule=schedule, spacing=spacing, timesteps=timesteps, sigmas=sigmas, eta=eta,
-        guidance=guidance, guider=guider, reuse=reuse, preset=preset, experts=experts,
-    )  # fmt: skip
-    requests = read_requests(
-        prompts,
-        prompt_file,
-        request_file,
-        {
-            "micro": parse_micro(micro or ()),
-            "negative": negative, "width": width, "height": height, "seed": seed, "images": images,
-            "prompt_syntax": prompt_syntax, **planned,
-            "controls": parse_controls(control or (), preprocessor, control_window, guess_mode),
-            "adapters": {name: strength for name, (_, strength) in adapters.items()},
-            "init": parse_init(init, mask, strength, overlay),
-            "upscale": parse_stages(sr or (), sr_steps, noise_level, sr_guidance),
-        },
-    )  # fmt: skip
+    requests = read_requests(prompts, prompt_file, request_file, {**asked.fields(), "seed": seed})
     singles = [
         (index, replace(request, images=1, seed=request.seed + i))
         for index, request in enumerate(requests)
@@ -157,13 +87,8 @@ def generate(
     ]
     paths = image_paths(out, [(index, request.seed) for index, request in singles])
     targets = {"--out": paths, "--sheet": [sheet] if sheet else []}
-    with (
-        claimed(targets, overwrite=overwrite),
-        load(
-            bundle, backend=backend, precision=precision, threads=threads, tile_memory=tile_memory, tiling=tiling
-        ) as engine,
-    ):
-        for name, (file, _) in adapters.items():
+    with claimed(targets, overwrite=overwrite), engine_options.load(bundle) as engine:
+        for name, (file, _) in asked.adapters().items():
             engine.adapters.load(name, file)
         drawing = Drawing(paths, metadata=metadata, overwrite=overwrite, quiet=as_json)
         if sheet is not None:

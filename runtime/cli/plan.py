@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from stepforge.runtime.cli import options
-from stepforge.runtime.cli.inputs import parse_init, parse_stages
+from stepforge.runtime.cli.inputs import parse_init
 from stepforge.runtime.cli.output import print_table
 from stepforge.runtime.files import printable
 
@@ -14,27 +14,15 @@ if TYPE_CHECKING:
     from stepforge.runtime.plan import Plan
 
 
+@options.grouped
 def plan(
     bundle: options.BundlePath,
-    steps: options.Steps = 20,
-    sampler: options.Sampler = None,
-    schedule: options.Schedule = None,
-    spacing: options.Spacing = None,
-    timesteps: options.Timesteps = None,
-    sigmas: options.Sigmas = None,
-    eta: options.Eta = None,
-    guidance: options.GuidanceText = None,
-    guider: options.GuiderText = None,
-    reuse: options.ReuseText = None,
-    preset: options.PresetName = None,
-    experts: options.ExpertsText = None,
+    *,
+    asked: options.PlanOptions,
     init: options.InitImage = None,
     mask: options.InitMask = None,
     strength: options.InitStrength = None,
-    sr: options.StageNames = None,
-    sr_steps: options.StageSteps = None,
-    noise_level: options.NoiseLevel = None,
-    sr_guidance: options.StageGuidance = None,
+    stages: options.StageOptions,
     as_json: options.Json = False,
 ) -> None:
     """Print the table of numbers that a request becomes."""
@@ -44,25 +32,21 @@ def plan(
     from stepforge.runtime.request import Request
     from stepforge.runtime.request.presets import resolve
 
-    fields = options.plan_fields(
-        steps=steps, sampler=sampler, schedule=schedule, spacing=spacing, timesteps=timesteps, sigmas=sigmas, eta=eta,
-        guidance=guidance, guider=guider, reuse=reuse, preset=preset, experts=experts,
-    )  # fmt: skip
     request = Request(
         prompt="",
         init=parse_init(init, mask, strength),
-        upscale=parse_stages(sr or (), sr_steps, noise_level, sr_guidance),
-        **fields,
+        upscale=stages.stages(),
+        **asked.fields(),
     )
     opened = open_bundle(bundle, check=False)
     compiled = compile_plan(resolve(request, opened), opened.scheduler, blends=not opened.reads_mask)
     check_variants(compiled, opened)
-    stages = [(upscale.name, compile_stage(upscale, opened)) for upscale in request.upscale]
+    enlarging = [(upscale.name, compile_stage(upscale, opened)) for upscale in request.upscale]
     if as_json:
-        told = {"stages": [{"stage": name, **_told(stage, name)} for name, stage in stages]} if stages else {}
+        told = {"stages": [{"stage": name, **_told(stage, name)} for name, stage in enlarging]} if enlarging else {}
         print(json.dumps({**_told(compiled), **told}, indent=1))
         return
-    for name, each in (("", compiled), *stages):
+    for name, each in (("", compiled), *enlarging):
         if name:
             print(f"\nstage {printable(name)}")
         if not each.steps:

@@ -8,26 +8,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import queue
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, overload
 
 from stepforge.runtime.backends import Backend
 from stepforge.runtime.bundle import Bundle, Size
+from stepforge.runtime.checks import whole
 from stepforge.runtime.engine.adapters import Adapters
-from stepforge.runtime.engine.future import RequestFuture
+from stepforge.runtime.engine.jobs.deadlines import Deadlines, check_seconds
+from stepforge.runtime.engine.jobs.future import RequestFuture
+from stepforge.runtime.engine.jobs.intake import Intake, Outcome
+from stepforge.runtime.engine.jobs.statistics import EngineStats
 from stepforge.runtime.engine.legs import legs_of
 from stepforge.runtime.engine.pictures.networks import WHOLE, Tiling
-from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
+from stepforge.runtime.engine.scheduler import Scheduler
 from stepforge.runtime.engine.state import Job, Leg, OnStep
+from stepforge.runtime.engine.warm_up import short_jobs
 from stepforge.runtime.engine.worker import Worker
-from stepforge.runtime.errors import Cancelled, QueueFull, RequestError
+from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.compile import Rows, check_variants, compile_plan
 from stepforge.runtime.request import Request, Result
@@ -39,18 +42,9 @@ log = logging.getLogger(__name__)
 MAX_ROWS = 8  # denoiser rows in one call; on a CPU more rows cost memory and gain nothing (reference: measured.md)
 MAX_PIXELS = 8 << 20  # pixels of all rows of a call: eight of 1024×1024
 QUEUE_LIMIT = 1024  # waiting requests
+MAX_PRIORITY = 10  # levels above and below 0
 
 Asked = Request | str
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one request of `Engine.stream`: a result, or the error that ended it."""
-
-    index: int  # among the requests that were given
-    request: Request
-    result: Result | None
-    error: BaseException | None
 
 
 class Engine:
@@ -82,15 +76,22 @@ class Engine:
                 raise RequestError(f"{name} is {value!r}; it must be a whole number of at least {least}")
         self.bundle, self.backend, self.max_rows = bundle, backend, max_rows
         self.scheduler_card = bundle.scheduler
-        self.adapters = Adapters(bundle, backend)
+        self._adapters = Adapters(bundle, backend)
         self._scheduler = Scheduler(max_rows=max_rows, max_pixels=max_pixels, queue_limit=queue_limit)
-        self._worker = Worker(bundle, backend, self._scheduler, self.adapters, tiling)
+        self._intake = Intake(self._scheduler)
+        self._worker = Worker(bundle, backend, self._scheduler, self._adapters, tiling)
         self._warned_of_guidance = False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._worker.run, name="stepforge-engine", daemon=True)
         self._thread.start()
         # also at the interpreter's exit: an engine library that is called while the interpreter goes aborts the process
-        self._end = weakref.finalize(self, _end, self._pid, self._scheduler, self._thread)
+        self._end = weakref.finalize(self, _end, self._pid, self._scheduler, self._intake.deadlines, self._thread)
+
+    @property
+    def adapters(self) -> Adapters:
+        """LoRA files by name: `load`, `list` and `unload` them. Raises RequestError in a forked child."""
+        self._check_process()
+        return self._adapters
 
     def plan(self, request: Asked, **options: Any) -> Plan:
         """The plan that `generate` would run, of the base model. Raises RequestError."""
@@ -111,31 +112,49 @@ class Engine:
         request: Asked,
         *,
         on_step: OnStep | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
         rows: Rows | None = None,
         wait: bool = False,
+        timeout: float | None = None,
         **options: Any,
     ) -> Future[Result]:
         """Queue a request, or a prompt with fields of `Request` as options; cancel its future to stop it at the next step.
 
         on_step: called on the engine's thread after each step of each image with a `Progress`; while it runs, nothing else
-        does. It must not wait for the engine. rows: steps of the caller's own in place of the request's sampler, see
-        `plan.compile.compile_plan`. wait: for room, if the queue is full.
-        Raises RequestError at once if the request is bad, QueueFull if `queue_limit` requests wait.
+        does. It must not wait for the engine. priority: from -10 to 10, the higher first; a level is worth 30 s of waiting,
+        so that no request waits for ever, and those of one level go in the order they came. deadline: seconds from now, by
+        which waiting and running must have ended; the future then fails with DeadlineExceeded at once, and the work stops
+        at the next step. rows: steps of the caller's own in place of the request's sampler, see `plan.compile.compile_plan`.
+        wait: for room, if the queue is full, for `timeout` seconds at most.
+        Raises RequestError at once if the request is bad, EngineClosed if the engine takes none any more, and QueueFull if
+        `queue_limit` requests wait.
         """
-        job = self._job(Request.of(request, **options), on_step, rows)
+        check_seconds("timeout", timeout)
+        job = self._job(Request.of(request, **options), on_step, rows, priority, deadline)
         if wait:
             self._check_wait()
-        self._scheduler.submit(job, wait=wait)
+        self._intake.put(job, wait=wait, timeout=timeout)
         return job.future
 
     @overload
-    def generate(self, request: Asked, *, on_step: OnStep | None = None, **options: Any) -> Result: ...
+    def generate(
+        self,
+        request: Asked,
+        *,
+        on_step: OnStep | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        **options: Any,
+    ) -> Result: ...
     @overload
     def generate(
         self,
         request: Sequence[Asked],
         *,
         on_step: OnStep | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
         return_exceptions: bool = False,
         **options: Any,
     ) -> list[Result]: ...
@@ -144,6 +163,8 @@ class Engine:
         request: Asked | Sequence[Asked],
         *,
         on_step: OnStep | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
         return_exceptions: bool = False,
         **options: Any,
     ) -> Result | list[Result]:
@@ -151,13 +172,14 @@ class Engine:
 
         Of several, all are checked before any is queued. return_exceptions: a request that fails has its error in its
         place, as in asyncio.gather; otherwise the first failure is raised and the rest is cancelled.
-        Raises RequestError, Cancelled or GenerationError.
+        on_step, priority, deadline: see `submit`. Raises RequestError, Cancelled, DeadlineExceeded or GenerationError.
         """
         self._check_wait()
+        more = {"on_step": on_step, "priority": priority, "deadline": deadline, **options}
         if isinstance(request, Request | str):
-            return self.submit(request, on_step=on_step, wait=True, **options).result()
+            return self.submit(request, wait=True, **more).result()
         found: dict[int, Any] = {}
-        outcomes = self.stream(request, on_step=on_step, **options)
+        outcomes = self.stream(request, **more)
         for outcome in outcomes:
             if outcome.error is not None and not return_exceptions:
                 outcomes.close()
@@ -173,59 +195,128 @@ class Engine:
         prompt: str = "",
         seed: int = 0,
         on_step: OnStep | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
         **options: Any,
     ) -> Result:
         """Enlarge a picture by one stage of the bundle; `generate` with an `Upscale` that has an image.
 
-        options: further fields of `Upscale`. Raises RequestError, Cancelled or GenerationError.
+        options: further fields of `Upscale`. Raises what `generate` raises.
         """
-        asked = {"name": stage, "image": image, **options}
-        return self.generate(Request(prompt=prompt, seed=seed, upscale=asked), on_step=on_step)
+        asked = Request(prompt=prompt, seed=seed, upscale={"name": stage, "image": image, **options})
+        return self.generate(asked, on_step=on_step, priority=priority, deadline=deadline)
 
     def stream(
-        self, requests: Iterable[Asked], *, on_step: OnStep | None = None, **options: Any
+        self,
+        requests: Iterable[Asked],
+        *,
+        on_step: OnStep | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        **options: Any,
     ) -> Generator[Outcome, None, None]:
         """Run several requests; an iterator of their outcomes, results and failures, as they end.
 
         All are checked before any is queued: RequestError is raised here. Closing the iterator cancels what is unfinished.
+        on_step, priority, deadline: of each, see `submit`; deadlines count from the iterator's first step.
         """
         self._check_wait()
-        return self._outcomes([self._job(Request.of(request, **options), on_step, None) for request in requests])
+        asked = [Request.of(request, **options) for request in requests]
+        return self._intake.outcomes([self._job(request, on_step, None, priority, deadline) for request in asked])
 
-    async def agenerate(self, request: Asked, *, on_step: OnStep | None = None, **options: Any) -> Result:
+    async def asubmit(
+        self,
+        request: Asked,
+        *,
+        on_step: OnStep | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        wait: bool = False,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> Future[Result]:
+        """`submit` for asyncio: the request is checked on a thread of its own, and the event loop is never blocked.
+
+        `await asyncio.wrap_future(...)` of what it returns is the result; cancelling either stops the request.
+        """
+        check_seconds("timeout", timeout)
+        asked = Request.of(request, **options)
+        job = await asyncio.to_thread(self._job, asked, on_step, None, priority, deadline)
+        await self._intake.aput(job, timeout if wait else 0.0)
+        return job.future
+
+    async def agenerate(
+        self,
+        request: Asked,
+        *,
+        on_step: OnStep | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        **options: Any,
+    ) -> Result:
         """`generate` for asyncio; cancelling the task cancels the request. The event loop is never blocked."""
-        job = await asyncio.to_thread(self._job, Request.of(request, **options), on_step, None)
-        await self._enqueue(job)
-        return await asyncio.wrap_future(job.future)
+        more = {"on_step": on_step, "priority": priority, "deadline": deadline, **options}
+        return await asyncio.wrap_future(await self.asubmit(request, wait=True, **more))
 
     async def astream(
-        self, requests: Iterable[Asked], *, on_step: OnStep | None = None, **options: Any
+        self,
+        requests: Iterable[Asked],
+        *,
+        on_step: OnStep | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        **options: Any,
     ) -> AsyncGenerator[Outcome, None]:
         """`stream` for asyncio. RequestError is raised before the first outcome."""
         asked = [Request.of(request, **options) for request in requests]
-        jobs = await asyncio.to_thread(lambda: [self._job(request, on_step, None) for request in asked])
+        jobs = await asyncio.to_thread(
+            lambda: [self._job(request, on_step, None, priority, deadline) for request in asked]
+        )
+        async for outcome in self._intake.aoutcomes(jobs):
+            yield outcome
 
-        async def run(index: int, job: Job) -> Outcome:
-            await self._enqueue(job)
-            await asyncio.wait([asyncio.wrap_future(job.future)])
-            return _outcome(index, job)
+    def warm_up(self, *requests: Asked, images: int | None = None) -> None:
+        """Run the networks that these requests use once in each batch size, so that the first of them need not open, compile
+        or tune anything; without requests, one of the model's own size.
 
-        tasks = [asyncio.ensure_future(run(index, job)) for index, job in enumerate(jobs)]
-        try:
-            for ended in asyncio.as_completed(tasks):
-                yield await ended
-        finally:
-            for job, task in zip(jobs, tasks, strict=True):
-                job.future.cancel()
-                task.cancel()
+        A warm-up makes as few steps as show each network once, of 1 to `images` images together; by default of as many as
+        `max_rows` and `max_pixels` let share a call. Stages run in the batches that their images come in. It waits in the
+        queue, and counts in no statistics.
+        Raises what `generate` raises.
+        """
+        self._check_wait()
+        for request in requests or ("",):
+            whole_job = self._job(Request.of(request), None, None, 0, None)
+            for job in short_jobs(whole_job, images, self.max_rows, self._scheduler.max_pixels):
+                self._scheduler.submit(job, wait=True)
+                job.future.result()
 
-    def close(self) -> None:
-        """Stop after the current step. Images that have made all their steps are still decoded; what is unfinished fails
-        with Cancelled."""
-        if threading.current_thread() in (self._thread, self._worker.decoding.thread):
+    def stats(self) -> EngineStats:
+        """Counts of the work so far, and what waits and runs now."""
+        self._check_process()
+        return self._intake.statistics.snapshot(queue_limit=self._scheduler.queue_limit, **self._scheduler.counts())
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the engine takes no requests any more: it was closed, is being drained, or has failed."""
+        return self._scheduler.is_draining
+
+    def close(self, *, drain: bool = False, timeout: float | None = None) -> bool:
+        """Take no more requests, and end. Any number of threads may call it, any number of times.
+
+        drain: finish what waits and runs first, for `timeout` seconds at most. What is then unfinished stops after the
+        current step and fails with Cancelled; images that have made all their steps are still decoded. Futures and stream
+        iterators stay valid. Gives whether no request was aborted so.
+        """
+        if threading.current_thread() in self._threads():
             raise RequestError("close() was called inside a callback of this engine, which would wait for itself")
+        check_seconds("timeout", timeout)
+        if drain and os.getpid() == self._pid:
+            self._scheduler.drain()
+            self._thread.join(timeout)
         self._end()
         self._thread.join()  # also where another thread closes it
+        return os.getpid() != self._pid or not self._intake.statistics.ended("aborted")
 
     def __enter__(self) -> Engine:
         return self
@@ -243,9 +334,13 @@ class Engine:
     def _legs(self, request: Request, rows: Rows | None) -> list[Leg]:
         return legs_of(request, self.bundle, partial(self._plan, request, rows))
 
-    def _job(self, request: Request, on_step: OnStep | None, rows: Rows | None) -> Job:
+    def _job(
+        self, request: Request, on_step: OnStep | None, rows: Rows | None, priority: object, deadline: object
+    ) -> Job:
         """A request that can be run. Raises RequestError for one that cannot."""
         self._check_process()
+        level = whole("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
+        seconds = check_seconds("deadline", deadline)
         if rows is not None and request.experts is not None:
             raise RequestError("steps of the caller's own name their denoisers; leave experts out")
         request = resolve(request, self.bundle)
@@ -253,8 +348,8 @@ class Engine:
         legs = self._legs(request, rows)
         self._warn(request)
         return Job(
-            request, legs, RequestFuture(self._check_wait),
-            on_step=on_step, adapters=self.adapters.choose(request.adapters),
+            request, legs, RequestFuture(self._check_wait), on_step=on_step, adapters=self._adapters.choose(request.adapters),
+            priority=level, deadline=seconds, statistics=self._intake.statistics,
         )  # fmt: skip
 
     def _warn(self, request: Request) -> None:
@@ -269,61 +364,25 @@ class Engine:
                 "runs the unconditional row alone" if w == 0.0 else "leans to the negative prompt",
             )
 
-    def _outcomes(self, jobs: Sequence[Job]) -> Generator[Outcome, None, None]:
-        """Queue jobs while there is room, and yield them as they end."""
-        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
-        queued = yielded = 0
-        try:
-            while yielded < len(jobs):
-                while queued < len(jobs):
-                    try:
-                        # with nothing of ours on its way, others fill the queue: wait for them
-                        self._scheduler.submit(jobs[queued], wait=queued == yielded)
-                    except QueueFull:
-                        break
-                    except RequestError:  # the engine was closed: what has ended is still told
-                        jobs[queued].future.settle(Cancelled(CLOSED))
-                    jobs[queued].future.add_done_callback(lambda _, index=queued: ended.put(index))  # type: ignore[misc]
-                    queued += 1
-                index = ended.get()
-                yielded += 1
-                yield _outcome(index, jobs[index])
-        finally:
-            for job in jobs:
-                job.future.cancel()
-
-    async def _enqueue(self, job: Job) -> None:
-        """Queue a job as soon as there is room."""
-        pause = 0.005
-        while True:
-            try:
-                return self._scheduler.submit(job, wait=False)
-            except QueueFull:
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 0.25)
-
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise RequestError("this engine was loaded before the process forked; load the engine after forking")
 
+    def _threads(self) -> tuple[threading.Thread | None, ...]:
+        """The engine's own, on which callbacks run."""
+        return self._thread, self._worker.decoding.thread, self._intake.deadlines.thread
+
     def _check_wait(self) -> None:
         """Refuse waits that would never end."""
         self._check_process()
-        if threading.current_thread() in (self._thread, self._worker.decoding.thread):
+        if threading.current_thread() in self._threads():
             raise RequestError("a callback of this engine cannot wait for it; submit the request and return")
 
 
-def _outcome(index: int, job: Job) -> Outcome:
-    """Of a job whose future is done."""
-    try:
-        return Outcome(index, job.request, job.future.result(), None)
-    except BaseException as error:
-        return Outcome(index, job.request, None, error)
-
-
-def _end(pid: int, scheduler: Scheduler, thread: threading.Thread) -> None:
+def _end(pid: int, scheduler: Scheduler, deadlines: Deadlines, thread: threading.Thread) -> None:
     """Close an engine. A forked child has its parent's engine without the thread: nothing ends there."""
     if os.getpid() == pid:
         scheduler.close()
         if thread is not threading.current_thread():
             thread.join()
+        deadlines.close()

@@ -9,11 +9,13 @@ from stepforge.runtime.bundle import VAE_ENCODER, Bundle, ModelCard, Size
 from stepforge.runtime.checks import shown
 from stepforge.runtime.engine.state import Leg
 from stepforge.runtime.errors import RequestError
-from stepforge.runtime.imaging.read import image_size
+from stepforge.runtime.imaging.read import MAX_SIDE, image_size
 from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.compile import check_text
 from stepforge.runtime.plan.stages import compile_stage
 from stepforge.runtime.request import Request
+
+MAX_MADE = 4 * MAX_SIDE  # pixels a side of what stages make: the largest image that is read, through x4
 
 
 def legs_of(request: Request, bundle: Bundle, base: Callable[[], Plan]) -> list[Leg]:
@@ -46,6 +48,8 @@ def legs_of(request: Request, bundle: Bundle, base: Callable[[], Plan]) -> list[
         reads_latents = card.kind == "x2" and last is not None and _same_latents(last, card.model)
         size = Size(size.width * card.scale, size.height * card.scale)
         what = f"stage {shown(upscale.name)}"
+        if max(size.width, size.height) > MAX_MADE:
+            raise RequestError(f"{what} would make {size.width}x{size.height}; a side has at most {MAX_MADE} pixels")
         if card.model is not None:
             check_text(plan, card.model)
             try:

@@ -15,8 +15,9 @@ from stepforge.runtime.arrays import Float32
 from stepforge.runtime.bundle import Size, StageCard
 from stepforge.runtime.engine.adapters import NONE, AdapterSet
 from stepforge.runtime.engine.conditions.text import Condition
-from stepforge.runtime.engine.future import RequestFuture
-from stepforge.runtime.errors import BackendError, GenerationError, StepforgeError
+from stepforge.runtime.engine.jobs.future import RequestFuture
+from stepforge.runtime.engine.jobs.statistics import Statistics
+from stepforge.runtime.errors import BackendError, Cancelled, GenerationError, StepforgeError
 from stepforge.runtime.files import printable
 from stepforge.runtime.imaging.read import Picture
 from stepforge.runtime.plan import Plan
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 Texts = tuple[Condition | None, Condition | None]
 OnStep = Callable[[Progress], None]
+
+PRIORITY_SECONDS = 30.0  # of waiting that a level of priority is worth, so that no request waits for ever
 
 
 class Leg:
@@ -78,7 +81,11 @@ class Leg:
 
 
 class Job:
-    """A submitted request and what has become of it so far. legs: in the order in which its images pass them."""
+    """A submitted request and what has become of it so far.
+
+    legs: in the order in which its images pass them. priority: levels before others that come at the same time. deadline:
+    seconds. statistics: of the engine.
+    """
 
     def __init__(
         self,
@@ -88,11 +95,17 @@ class Job:
         *,
         on_step: OnStep | None = None,
         adapters: AdapterSet | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         # set when the request is submitted
         self.request, self.legs, self.future = request, tuple(legs), future
         self.on_step, self.adapters = on_step, adapters
         self.submitted = time.perf_counter()
+        self.rank = self.submitted - PRIORITY_SECONDS * priority  # the lowest is next
+        self.deadline = deadline
+        self.statistics = statistics or Statistics()
         # set when it is admitted
         self.is_prepared = False
         self.init: Given | None = None  # the request's init image, encoded
@@ -102,7 +115,7 @@ class Job:
         self.latents: list[Float32 | None] = [None] * request.images
         self.pixels: list[NDArray[np.uint8] | None] = [None] * request.images
         self.rows: dict[str, int] = {}
-        self.seconds = {"prompt": 0.0, "denoise": 0.0, "decode": 0.0}
+        self.seconds = {"queue": 0.0, "prompt": 0.0, "denoise": 0.0, "decode": 0.0}
         self.seconds |= {f"{leg.stage}/denoise": 0.0 for leg in self.legs if leg.stage and not leg.is_network}
         self.calls = 0
 
@@ -113,8 +126,13 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Cancelled by the caller, or failed: its remaining work is dropped."""
+        """Cancelled by the caller, late, or failed: its remaining work is dropped."""
         return self.future.done()
+
+    def go_on(self) -> None:
+        """Between two parts of its work. Raises Cancelled if it is over."""
+        if self.is_over:
+            raise Cancelled("the request has ended")
 
     @property
     def is_decoded(self) -> bool:
@@ -126,11 +144,15 @@ class Job:
 
     def count(self, label: str, rows: int) -> None:
         self.rows[label] = self.rows.get(label, 0) + rows
+        self.statistics.count(label, rows)
 
     def spend(self, leg: Leg, what: str, seconds: float) -> None:
         """Add to the seconds of a leg: "denoise" or "decode" of the base model, "x4/denoise" of a stage."""
-        label = f"{leg.stage}/{what}" if leg.stage else what
+        self.add_seconds(f"{leg.stage}/{what}" if leg.stage else what, seconds)
+
+    def add_seconds(self, label: str, seconds: float) -> None:
         self.seconds[label] = self.seconds.get(label, 0.0) + seconds
+        self.statistics.spend(label, seconds)
 
 
 def failure(stage: str, error: BaseException) -> GenerationError:

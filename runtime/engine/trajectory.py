@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -89,6 +90,7 @@ class Trajectory:
                 self.table[k, self.num_x + (k - j) % self.num_p] = coefficient
             self.table[k, -1] = step.noise
         self.guide = leg.guider.start()
+        self.preview: Future[Any] | None = None  # the last one asked for
         self._kept: dict[str, tuple[list[bool], Float32]] = {}
         self._means: dict[str, Float32] = {}
         self._drawn = -1  # the evaluation that the noise in `state` is for

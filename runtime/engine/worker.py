@@ -13,7 +13,10 @@ from __future__ import annotations
 import logging
 import math
 import time
+from concurrent.futures import Future
 from functools import partial
+
+from PIL import Image
 
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Backend, is_out_of_memory
@@ -22,11 +25,11 @@ from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.conditions.text import Conditioner
 from stepforge.runtime.engine.denoise import Denoisers
 from stepforge.runtime.engine.noise import Generator
-from stepforge.runtime.engine.pictures.decode import Decoder
+from stepforge.runtime.engine.pictures.decode import Decoder, Preview
 from stepforge.runtime.engine.pictures.inits import Inits, from_init
 from stepforge.runtime.engine.pictures.networks import WHOLE, Pictures, Tiling
+from stepforge.runtime.engine.pictures.stages import Stage
 from stepforge.runtime.engine.scheduler import CLOSED, Scheduler
-from stepforge.runtime.engine.stages import Stage
 from stepforge.runtime.engine.starts import from_noise, from_picture
 from stepforge.runtime.engine.state import Job, Leg, failure, stage
 from stepforge.runtime.engine.trajectory import Batch, Start, Trajectory, Waypoint
@@ -45,17 +48,20 @@ class Worker:
     ) -> None:
         self._bundle, self._backend, self._scheduler, self._adapters = bundle, backend, scheduler, adapters
         self._encoders = Pictures(bundle, backend, tiling)  # the decoder has its own, on another thread
-        self._inits = Inits(bundle, self._encode)
+        self._inits = Inits(bundle)
         self.conditioner = Conditioner(bundle, backend, adapters)
         self.denoisers = Denoisers(bundle, backend, adapters)
         self._decoder = Decoder(bundle, backend, scheduler.resume, tiling)
-        self.decoding: Stage[Waypoint] = Stage("stepforge-decode", self._decode)
+        self.decoding: Stage[Waypoint | Preview] = Stage("stepforge-decode", self._decode)
 
-    def _decode(self, image: Waypoint) -> None:
+    def _decode(self, image: Waypoint | Preview) -> None:
         """On the decoding stage's thread."""
+        if isinstance(image, Preview):
+            if self._decoder.preview(image):
+                image.job.statistics.add(previews=1)
+            return
         self._decoder(image)
-        if not image.done:
-            self._scheduler.returned()
+        self._scheduler.returned(image)
 
     def check(self, request: Request) -> None:
         """Refuse, on the caller's thread, unreadable prompts and images, and ControlNets that the bundle lacks."""
@@ -72,7 +78,7 @@ class Worker:
                     check_image(image)
 
     def run(self) -> None:
-        """Until the scheduler is closed. However it ends, every job is settled and no new one is taken."""
+        """Until the scheduler is closed or drained. However it ends, every job is settled and no new one is taken."""
         ending: BaseException = Cancelled(CLOSED)
         try:
             while self._scheduler.has_work():
@@ -99,20 +105,22 @@ class Worker:
             started = time.perf_counter()
             job = asked if isinstance(asked, Job) else asked.job
             try:
-                if not job.is_prepared and not self._prepare(job):
+                if isinstance(asked, Job) and not self._has_slot(job):
                     return
+                if not job.is_prepared:
+                    self._prepare(job)
                 self._start(asked)
             except BaseException as error:
                 job.fail("start", error)
                 self._scheduler.drop(job)
             self._scheduler.took(asked)
-            job.seconds["prompt"] += time.perf_counter() - started
+            job.add_seconds("prompt", time.perf_counter() - started)
 
     def _start(self, asked: Waypoint | Job) -> None:
         """Set an image of a job, or one between two legs, on its way."""
-        image = asked
+        image, job = asked, asked if isinstance(asked, Job) else asked.job
         if isinstance(image, Job):
-            job, index = image, image.started
+            index = image.started
             if job.given is None:
                 leg = job.legs[0]
                 start = self._first(job, leg, job.request.seed + index)
@@ -121,10 +129,15 @@ class Worker:
             image = Waypoint(job, index, 0, Generator(job.request.seed + index), picture=read_picture(job.given))
         assert image.next is not None
         if image.next.is_network:
-            self.decoding.submit(image)
-            self._scheduler.lend()
+            self._hand_over(image)
         else:
-            self._run(image.job, image.index, image.next, from_picture(image.next, image, self._encode))
+            start = from_picture(image.next, image, partial(self._encoders.encode, go_on=job.go_on))
+            self._run(image.job, image.index, image.next, start)
+
+    def _hand_over(self, image: Waypoint) -> None:
+        """To the decoding stage."""
+        self.decoding.submit(image)
+        self._scheduler.lend(image)
 
     def _first(self, job: Job, leg: Leg, seed: int) -> Start:
         """Start of an image in the base model."""
@@ -134,33 +147,40 @@ class Worker:
         reads_mask = self._bundle.reads_mask
         return from_init(leg, job.init, init, seed, scaling=card.scaling_factor, reads_mask=reads_mask)
 
-    def _encode(self, picture: Float32, stage: str) -> Float32:
-        """Moments of a picture, by the VAE encoder of a stage."""
-        return self._encoders.encode(picture, stage)
-
     def _run(self, job: Job, index: int, leg: Leg, start: Start) -> None:
         rings = self.denoisers.rings(leg) if start.is_plain else None
         self._scheduler.start(Trajectory(job, index, leg, start, rings))
 
-    def _prepare(self, job: Job) -> bool:
-        """What a job needs once: a bank slot, its prompts, its hints. False if no bank slot is free."""
-        with stage("prompt"):
-            if job.adapters is not None:
-                used = {trajectory.job.bank_slot for trajectory in self._scheduler.running()}
+    def _has_slot(self, job: Job) -> bool:
+        """Find a bank slot for the adapters of a job that starts an image; False if none is free.
+
+        The slot is another one if others have taken it, between two images of the job, for want of an image that ran.
+        """
+        if job.adapters is not None:
+            used = {trajectory.job.bank_slot for trajectory in self._scheduler.running()}
+            with stage("prompt"):
                 slot = self._adapters.acquire(job.adapters, used)
-                if slot is None:
-                    return False
-                job.bank_slot = slot
+            if slot is None:
+                return False
+            job.bank_slot = slot
+        return True
+
+    def _prepare(self, job: Job) -> None:
+        """What a job needs once: its prompts, its hints, its init image."""
+        job.add_seconds("queue", time.perf_counter() - job.submitted)
+        job.future.start()
+        with stage("prompt"):
             self.conditioner.prepare(job)
+        job.go_on()
         with stage("hint encoder"):
             self.denoisers.controls.prepare(job)
+        job.go_on()
         if job.request.init is not None:
+            encode = partial(self._encoders.encode, go_on=job.go_on)
             with stage("VAE encoder"):
-                job.init, runs = self._inits(job.request.init, job.legs[0].size)
+                job.init, runs = self._inits(job.request.init, job.legs[0].size, encode)
             job.count(VAE_ENCODER.label, runs)
-        job.future.start()
         job.is_prepared = True
-        return True
 
     def _denoise(self, batch: Batch) -> None:
         """One call of the networks, then guidance and update of every trajectory.
@@ -183,6 +203,8 @@ class Worker:
             job.count(batch.network.label, rows)
             job.spend(trajectory.leg, "denoise", share * rows)
             job.calls += 1
+            job.statistics.add(steps=1)
+        batch.trajectories[0].job.statistics.add(calls=1)
         for trajectory, span in zip(batch.trajectories, batch.spans, strict=True):
             try:
                 if prediction is None:
@@ -226,7 +248,7 @@ class Worker:
         k, steps = trajectory.k, len(trajectory.table)
         progress = Progress(
             trajectory.index, k, steps, partial(self._latents, trajectory, k), partial(self._estimate, trajectory, k),
-            trajectory.leg.stage,
+            partial(self._preview, trajectory, k), trajectory.leg.stage,
         )  # fmt: skip
         try:
             job.on_step(progress)
@@ -244,6 +266,16 @@ class Worker:
         self._bring(trajectory, k)
         return trajectory.denoised()
 
+    def _preview(self, trajectory: Trajectory, k: int) -> Future[Image.Image]:
+        """The clean estimate as a picture, made on the decoding stage. One that was asked for before and is not yet begun is
+        cancelled: slow decoders drop previews."""
+        preview = Preview(trajectory.job, trajectory.leg, self._estimate(trajectory, k))
+        if trajectory.preview is not None:
+            trajectory.preview.cancel()
+        trajectory.preview = preview.future
+        self.decoding.submit(preview)
+        return preview.future
+
     def _bring(self, trajectory: Trajectory, k: int) -> None:
         """The state of step k on the host. Raises RequestError once the trajectory has moved on."""
         if trajectory.k != k:
@@ -259,6 +291,6 @@ class Worker:
                 if image.next is not None and image.next.reads_latents:
                     self._scheduler.resume(image)
                 else:
-                    self.decoding.submit(image)
+                    self._hand_over(image)
             except BaseException as error:  # no thread to be had, or the engine was closed
                 trajectory.job.fail("decoder", error)

@@ -23,10 +23,14 @@ def to_uint8(decoded: NDArray[np.float32]) -> NDArray[np.uint8]:
 
     Rounds as diffusers' VaeImageProcessor does: half to even, in float32. Raises GenerationError for NaN.
     """
-    unit = np.clip(np.asarray(decoded, np.float32) * np.float32(0.5) + np.float32(0.5), 0, 1)
+    unit = np.asarray(decoded, np.float32) * np.float32(0.5)
+    unit += np.float32(0.5)
+    np.clip(unit, 0, 1, out=unit)  # in place: 75 MB less at 2048²
     if np.isnan(unit.max(initial=0)):
         raise GenerationError("the decoded image contains NaN; run the model in a higher precision")
-    return np.ascontiguousarray(np.rint(unit * np.float32(255)).astype(np.uint8).transpose(0, 2, 3, 1))
+    unit *= np.float32(255)
+    np.rint(unit, out=unit)
+    return np.ascontiguousarray(unit.astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def to_pil(pixels: NDArray[np.uint8]) -> list[Image.Image]:

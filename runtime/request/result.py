@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,9 @@ class Progress:
     steps: int  # network evaluations in all
     latents: Callable[[], NDArray[np.float32]]  # x_{k+1}, [C, h, w]; call it inside the callback
     denoised: Callable[[], NDArray[np.float32]]  # estimate of the clean latents so far, [C, h, w]
+    preview: Callable[
+        [], Future[Image.Image]
+    ]  # that estimate as a small picture, made beside the steps; cancelled if late
     stage: str = ""  # super-resolution stage that made the step; empty for the base model
 
 

@@ -1,57 +1,53 @@
 """A batch: jobs of a manifest through an engine into files, each drawn once however often the process is killed.
 
-read → submit (a bounded window) → the engine → encode, write (threads) → names, journal, shards (one thread)
+read → submit (within `Room`) → a `Drawer`: engine, encode, write (its threads) → names, journal, shards (one thread)
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import queue
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stepforge.runtime.engine import Engine
-from stepforge.runtime.engine.scheduler import CLOSED
-from stepforge.runtime.errors import Cancelled, GenerationError, RequestError
+from stepforge.runtime.errors import Cancelled, RequestError
 from stepforge.runtime.files import printable
-from stepforge.runtime.imaging.encode import encode
-from stepforge.runtime.imaging.metadata import describe_image
-from stepforge.runtime.request import Request, Result
+from stepforge.runtime.serve.draw import Drawer, Encoding, Ended, Task, failed, reason
 from stepforge.runtime.serve.journal import Journal
 from stepforge.runtime.serve.manifest import Manifest, Row, own_seed, request_of, split, with_pictures
+from stepforge.runtime.serve.room import Need, Room
 from stepforge.runtime.serve.store import Store
 
-ENCODERS = 4  # threads; they wait for the disk most of the time
 TOGETHER = 32  # most jobs that share a wait for the disk
 WAIT = 0.2  # seconds between looks at signals
+OURS = ("encode", "write", "publish")  # parts that are not the engine's
+ONE = Need(1)  # of a job that cannot be drawn
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What decides the bytes of a batch, beside bundle and manifest."""
+    """What decides the bytes of a batch, beside bundle, adapters and manifest."""
 
     options: Mapping[str, Any]  # fields of the requests that a job leaves out
     layout: str  # "files", "webdataset" or "parquet"
-    format: str  # "png", "webp" or "jpeg"
-    quality: int  # of WebP and JPEG
-    metadata: bool  # text chunks in PNG
     shard_size: int
+    encoding: Encoding
+    tiling: tuple[int | None, str] = (None, "even")  # as of `load`
 
-    def facts(self, engine: Engine) -> dict[str, Any]:
-        values = {
-            **{name: getattr(self, name) for name in ("layout", "format", "quality", "metadata", "shard_size")},
-            "options": self.options,
-            "adapters": {name: adapter.sha256 for name, adapter in engine.adapters.list().items()},
-            "backend": engine.backend.name,
-            "precision": engine.backend.precision,
-        }
-        found: dict[str, Any] = json.loads(json.dumps(values))
+    def facts(self, drawer: Drawer) -> dict[str, Any]:
+        """As JSON; a picture among the options is told by its digest. Raises RequestError if that cannot be read."""
+        encoding = {name: getattr(self.encoding, name) for name in ("format", "quality", "metadata")}
+        values = {"layout": self.layout, "shard_size": self.shard_size, **encoding, "tiling": self.tiling}
+        rest = {name: value for name, value in drawer.facts.items() if name != "bundle"}
+        found: dict[str, Any] = json.loads(json.dumps({**values, "options": self.options, **rest}, default=_digest))
         return found
 
 
@@ -73,36 +69,37 @@ class Report:
         return self.images / self.seconds if self.seconds else 0.0
 
     @property
+    def busy(self) -> float:
+        """Share of the time that the busier of the engine's threads worked, the one that denoises or the one that decodes:
+        1 is the engine's own rate. Beyond 1 with several engines."""
+        threads: dict[bool, float] = {True: 0.0, False: 0.0}
+        for part, seconds in self.parts.items():
+            if part not in OURS:
+                threads[part.endswith(("prompt", "denoise"))] += seconds
+        return max(threads.values()) / self.seconds if self.seconds else 0.0
+
+    @property
     def left(self) -> int:
         """Jobs that nobody has done."""
         return self.jobs - self.done - self.resumed - self.failed
 
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """A job on its way to the disk."""
-
-    record: dict[str, Any]
-    room: int
-    seconds: Mapping[str, float]
-
-
 class Batch:
     """One run of a batch.
 
-    pictures: folder that pictures of jobs must lie in. window: most images that are between reading and the disk, or one
-    job's. on_failure: told of each failed job: line, reason. on_tick: called on the thread of `run` as long as it waits.
+    pictures: folder that pictures of jobs must lie in. room: what jobs may hold between reading and the disk. on_failure: told
+    of each failed job: line, reason. on_tick: called on the thread of `run` as long as it waits.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        drawer: Drawer,
         manifest: Manifest,
         store: Store,
         settings: Settings,
         *,
         pictures: Path,
-        window: int,
+        room: Room,
         max_failures: int | None = None,
         retry_failed: bool = False,
         on_failure: Callable[[int, str], None] = lambda line, reason: None,
@@ -110,18 +107,16 @@ class Batch:
     ) -> None:
         if retry_failed and settings.layout != "files":
             raise RequestError("--retry-failed needs single files; a shard that is written stays as it is")
-        self._engine, self._manifest, self._store, self._settings = engine, manifest, store, settings
-        self._pictures, self._window = pictures, window
+        self._drawer, self._manifest, self._store, self._settings = drawer, manifest, store, settings
+        self._pictures, self._room = pictures, room
         self._max_failures, self._retry_failed = max_failures, retry_failed
         self._on_failure, self._on_tick = on_failure, on_tick
         self.report = Report(manifest.total)
         self.error: BaseException | None = None  # why nothing more is written
         self.gave_up = False  # more jobs failed than were allowed
         self._stopping = threading.Event()
-        self._room = threading.Condition()
-        self._used = 0  # images in the window
-        self._ended: queue.SimpleQueue[_Ended | None] = queue.SimpleQueue()
-        facts = {"bundle": engine.bundle.digest, "manifest": manifest.digest, "settings": settings.facts(engine)}
+        self._ended: queue.SimpleQueue[tuple[Ended, Need] | None] = queue.SimpleQueue()
+        facts = {"bundle": drawer.facts["bundle"], "manifest": manifest.digest, "settings": settings.facts(drawer)}
         self._journal = Journal(store.journal, facts, manifest.total)
         self._missing: Counter[int] = Counter()  # shard -> jobs that have not ended
 
@@ -134,19 +129,19 @@ class Batch:
         started = time.perf_counter()
         writer = threading.Thread(target=self._write_all, name="stepforge-write")
         try:
+            self._store.sweep()
             self._resume()
-            with ThreadPoolExecutor(ENCODERS, "stepforge-encode") as encoders:
-                writer.start()
-                try:
-                    for row in self._manifest.rows():
-                        if row.index not in self._journal:
-                            self._start(row, encoders)
-                        if self._stopping.is_set():
-                            break
-                finally:
-                    self._wait(lambda: self._used == 0)
-                    self._ended.put(None)
-                    writer.join()
+            writer.start()
+            try:
+                for row in self._manifest.rows():
+                    if row.index not in self._journal:
+                        self._start(row)
+                    if self._stopping.is_set():
+                        break
+            finally:
+                self._wait(lambda: self._room.is_empty)
+                self._ended.put(None)
+                writer.join()
             self.report.seconds = time.perf_counter() - started
             if self.error is not None:
                 raise self.error
@@ -181,93 +176,57 @@ class Batch:
         if sharded:
             self._pack([s for s in range(store.shard(len(journal) - 1) + 1) if not self._missing[s]])
 
-    def _start(self, row: Row, encoders: ThreadPoolExecutor) -> None:
-        """Hand a job to the engine, as soon as there is room in the window."""
-        name, request, reason = "", None, ""
+    def _start(self, row: Row) -> None:
+        """Hand a job over as soon as there is room for it."""
+        task, need = self._task(row)
+        self._wait(lambda: self._stopping.is_set() or self._room.fits(need))
+        if self._stopping.is_set():
+            return
+        self._room.enter(need)
+        if isinstance(task, Ended):
+            self._ended.put((task, need))
+        else:
+            self._drawer.submit(task).add_done_callback(partial(self._take, need))
+
+    def _task(self, row: Row) -> tuple[Task | Ended, Need]:
+        """A job as a request, or why it is none, and the room that it needs."""
+        name = ""
         try:
             name, fields = split(row.values())
             fields.setdefault("seed", own_seed(row.index, name, fields))
             request = request_of(with_pictures(fields, self._pictures, self._pictures), self._settings.options)
-        except ValueError as error:
-            reason = _reason(error)
-        room = request.images if request else 1
-        if not self._enter(room):
+            return Task(row.index, row.line, name, request), self._room.need(request)
+        except (ValueError, MemoryError) as error:
+            return failed(row.index, row.line, name, reason(error)), ONE
+
+    def _take(self, need: Need, drawn: Future[Ended]) -> None:
+        """On the drawer's thread: a task's end to the writer, or the end of all."""
+        try:
+            self._ended.put((drawn.result(), need))
             return
-        if request is not None:
-            try:
-                future = self._engine.submit(request, wait=True)
-                future.add_done_callback(lambda done: self._hand_on(encoders, row, name, request, done))
-                return
-            except RequestError as error:
-                reason = _reason(error)
-        if reason == CLOSED:  # of itself: it failed as a whole, and said so in the log
-            self._give_up(GenerationError("the engine failed; what is finished is written, run the command again"))
-        if self._stopping.is_set():
-            self._leave(room)
-        else:
-            self._ended.put(_Ended(_failed(row, name, reason), room, {}))
-
-    def _hand_on(
-        self, encoders: ThreadPoolExecutor, row: Row, name: str, request: Request, done: Future[Result]
-    ) -> None:
-        try:
-            encoders.submit(self._encode, row, name, request, done)
-        except BaseException as error:  # no thread to be had
-            self._give_up(error)
-            self._leave(request.images)
-
-    def _encode(self, row: Row, name: str, request: Request, done: Future[Result]) -> None:
-        """On an encoder's thread: an outcome as the bytes of files."""
-        images: list[tuple[str, bytes, dict[str, Any]]] = []
-        seconds: dict[str, float] = {}
-        started = time.perf_counter()
-        try:
-            result = done.result()
-            images = [self._encoded(row, name, result, index) for index in range(len(result.images))]
-            seconds = {part: value for part, value in result.stats.seconds.items() if part != "total"}
         except Cancelled:  # the batch stops
-            self._leave(request.images)
-            return
+            pass
         except BaseException as error:
-            record = _failed(row, name, _reason(error))
-        else:
-            encoded = time.perf_counter()
-            seconds["encode"] = encoded - started
-            try:
-                record = {**_named(row, name), "files": [self._store.write(*image) for image in images]}
-            except BaseException as error:
-                self._give_up(error)
-                self._leave(request.images)
-                return
-            seconds["write"] = time.perf_counter() - encoded
-        self._ended.put(_Ended(record, request.images, seconds))
-
-    def _encoded(self, row: Row, name: str, result: Result, index: int) -> tuple[str, bytes, dict[str, Any]]:
-        """An image's name, bytes, and what there is to say of it."""
-        settings, about = self._settings, describe_image(result, index)
-        data = encode(
-            result.images[index], settings.format, quality=settings.quality,
-            metadata=about if settings.metadata else None,
-        )  # fmt: skip
-        return self._store.name(row.index, name, index, len(result.images)), data, about
+            self._give_up(error)
+        self._room.leave([need])
 
     def _write_all(self) -> None:
         """The writer's thread. After an error nothing more is written; a later run goes on from there."""
-        ended: list[_Ended | None] = []
+        ended: list[tuple[Ended, Need] | None] = []
         while not ended or ended[-1] is not None:
             ended = [self._ended.get()]
             while ended[-1] is not None and len(ended) < TOGETHER and not self._ended.empty():
                 ended.append(self._ended.get())
-            jobs = [job for job in ended if job is not None]
+            pairs = [pair for pair in ended if pair is not None]
             try:
-                if jobs and self.error is None:
-                    self._write(jobs)
+                if pairs and self.error is None:
+                    self._write([job for job, _ in pairs])
             except BaseException as error:
                 self._give_up(error)
             finally:
-                self._leave(sum(job.room for job in jobs))
+                self._room.leave([need for _, need in pairs])
 
-    def _write(self, jobs: list[_Ended]) -> None:
+    def _write(self, jobs: list[Ended]) -> None:
         started = time.perf_counter()
         report = self.report
         self._store.publish(job.record for job in jobs)
@@ -300,41 +259,26 @@ class Batch:
                 self._journal.append([self._store.pack(shard, records)])
                 self._store.unstage(records)
 
-    def _enter(self, images: int) -> bool:
-        """Wait for room in the window; False if the batch stops."""
-        self._wait(lambda: not self._used or self._used + images <= self._window or self._stopping.is_set())
-        if self._stopping.is_set():
-            return False
-        with self._room:
-            self._used += images
-        return True
-
-    def _leave(self, images: int) -> None:
-        with self._room:
-            self._used -= images
-            self._room.notify()
-
     def _wait(self, ready: Callable[[], bool]) -> None:
+        """Until something is so, with an eye on signals."""
         while True:
             if self._stopping.is_set():
-                self._engine.close()
+                self._drawer.stop()
             self._on_tick(self.report)
-            with self._room:
-                if self._room.wait_for(ready, WAIT):
-                    return
+            if self._room.wait_for(ready, WAIT):
+                return
 
     def _give_up(self, error: BaseException) -> None:
         self.error = self.error or error
         self._stopping.set()
 
 
-def _named(row: Row, name: str) -> dict[str, Any]:
-    return {"job": row.index, "line": row.line, **({"id": name} if name else {})}
-
-
-def _failed(row: Row, name: str, reason: str) -> dict[str, Any]:
-    return {**_named(row, name), "error": printable(reason, 1000)}
-
-
-def _reason(error: BaseException) -> str:
-    return "out of memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
+def _digest(picture: object) -> str:
+    """What the journal says of an option that is not JSON: a file, by its content."""
+    if not isinstance(picture, Path):
+        raise TypeError(f"{type(picture).__name__} is no option of a batch")
+    try:
+        with picture.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RequestError(f"image {printable(picture)} cannot be read: {error.strerror}") from error

@@ -9,7 +9,8 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,28 @@ SIDECAR, FAILURES = "images.jsonl", "failures.jsonl"
 LAYOUTS = {"files": "", "webdataset": "shard-{:06d}.tar", "parquet": "part-{:06d}.parquet"}
 
 
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Images on their way to `Store.publish`: complete and on disk, without their names yet. For any thread or process that
+    sees the folder."""
+
+    partial: Path
+    ending: str
+
+    def name(self, job: int, name: str, image: int, images: int) -> str:
+        """Of an image's file: no two jobs share one, whatever their ids are."""
+        parts = [f"{job:08d}", *([name] if name else ()), *([str(image)] if images > 1 else ())]
+        return f"{'-'.join(parts)}.{self.ending}"
+
+    def write(self, name: str, data: bytes, about: Mapping[str, Any]) -> dict[str, Any]:
+        """Put an image on disk; what the journal says of it. Raises OSError."""
+        with (self.partial / name).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return {"name": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "about": about}
+
+
 class Store:
     """The folder of a batch. layout: one of `LAYOUTS`; shard_size: jobs in a shard, which are neighbours in the manifest.
 
@@ -32,9 +55,9 @@ class Store:
 
     def __init__(self, out: Path, *, layout: str, kind: str, shard_size: int, overwrite: bool) -> None:
         self.out, self.layout, self.shard_size = out, layout, shard_size
-        self.ending = FORMATS[kind]
         self.own = out / OWN
         self._partial, self._staging = self.own / "partial", self.own / "staging"
+        self.files = Files(self._partial, FORMATS[kind])
         self.journal = self.own / "journal.jsonl"
         if layout == "parquet":
             pyarrow("parquet")  # refused before anything is drawn
@@ -45,11 +68,13 @@ class Store:
             self._clear()
         elif not self.own.is_dir() and any(out.iterdir()):
             raise RequestError(f"{printable(out)} holds other files; give an empty folder, or --overwrite")
-        self.own.mkdir(exist_ok=True)
-        if self._partial.exists():
-            shutil.rmtree(self._partial)  # of a process that was killed
-        self._partial.mkdir()
-        self._staging.mkdir(exist_ok=True)
+        for folder in (self.own, self._partial, self._staging):
+            folder.mkdir(exist_ok=True)
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed has left half written. For whoever has the journal's lock alone."""
+        for partial in self._partial.iterdir():
+            partial.unlink()
 
     @property
     def images(self) -> Path:
@@ -58,19 +83,6 @@ class Store:
 
     def shard(self, job: int) -> int:
         return job // self.shard_size
-
-    def name(self, job: int, name: str, image: int, images: int) -> str:
-        """Of an image's file: no two jobs share one, whatever their ids are."""
-        parts = [f"{job:08d}", *([name] if name else ()), *([str(image)] if images > 1 else ())]
-        return f"{'-'.join(parts)}.{self.ending}"
-
-    def write(self, name: str, data: bytes, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Put an image on disk, for `publish`; what the journal says of it. For any number of threads."""
-        with (self._partial / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return {"name": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "about": about}
 
     def publish(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Give images their names."""
@@ -162,18 +174,20 @@ class Store:
 
     def _clear(self) -> None:
         """Remove what the journal of an earlier batch tells of, and what belongs to it."""
-        with suppress(FileNotFoundError), self.journal.open("rb") as file:
-            lock(file.fileno(), self.journal)
-            for line in file:
-                with suppress(ValueError, RecursionError):
-                    record = json.loads(line)
-                    if is_record(record, 1 << 62):
-                        for stored in record.get("files", []):
-                            (self.out / stored["name"]).unlink(missing_ok=True)
-        for name in (SIDECAR, FAILURES):
-            (self.out / name).unlink(missing_ok=True)
-        if self.own.exists():
-            shutil.rmtree(self.own)
+        with ExitStack() as held:
+            if self.journal.exists():
+                file = held.enter_context(self.journal.open("rb"))
+                lock(file.fileno(), self.journal)
+                for line in file:
+                    with suppress(ValueError, RecursionError):
+                        record = json.loads(line)
+                        if is_record(record, 1 << 62):
+                            for stored in record.get("files", []):
+                                (self.out / stored["name"]).unlink(missing_ok=True)
+            for name in (SIDECAR, FAILURES):
+                (self.out / name).unlink(missing_ok=True)
+            if self.own.exists():
+                shutil.rmtree(self.own)
 
 
 def _samples(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -34,12 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
         "width": 42, "height": 34,
     },
 }  # fmt: skip
-SLOW = pytest.mark.slow
-MATRIX = [
-    pytest.param("sd1", "fp32", marks=SLOW), pytest.param("sd1", "fp16", marks=SLOW),
-    pytest.param("sd2v", "fp32", marks=SLOW), pytest.param("sd2v", "fp16", marks=SLOW),
-    pytest.param("sdxl", "fp32", marks=SLOW), ("sdxl", "fp16"),
-]  # fmt: skip
+MATRIX = [(family, precision) for family in ("sd1", "sd2v", "sdxl") for precision in ("fp32", "fp16")]
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +84,6 @@ def test_draws_the_same_on_every_engine(family, precision, engine, drawn):
         assert error <= LIMITS[precision].trajectory, f"{name} on {engine}: {error:.1e}"
 
 
-@SLOW
 @pytest.mark.parametrize("family", ["sd1", "sd2v", "sdxl"])
 def test_fp16_draws_what_fp32_draws(family, drawn):
     wide, half = drawn(family, "fp32", ENGINES[0]), drawn(family, "fp16", ENGINES[0])
@@ -96,8 +91,7 @@ def test_fp16_draws_what_fp32_draws(family, drawn):
         assert 0 < relative_error(result.latents, wide[name].latents) <= LIMITS["fp16"].trajectory, name
 
 
-@SLOW
-@pytest.mark.parametrize(("family", "precision"), [tuple(getattr(row, "values", row)) for row in MATRIX])
+@pytest.mark.parametrize(("family", "precision"), MATRIX)
 def test_verifies_on_every_engine(family, precision, request, tiny_full):
     bundle = tiny_full(family, precision)
     folders = request.getfixturevalue(f"tiny_{family}_controls")
@@ -110,7 +104,6 @@ def test_verifies_on_every_engine(family, precision, request, tiny_full):
     assert {check["backend"] for check in verdict["checks"]} == set(ENGINES)
 
 
-@SLOW
 def test_plain_bundles_in_fp16(tiny_fp16):
     """Without banks, control and reuse the graphs are others, whatever the family: no probes, no bank inputs."""
     bundle = tiny_fp16("sd1")

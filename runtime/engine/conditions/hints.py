@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Graph
 from stepforge.runtime.bundle import ComponentId, Size
-from stepforge.runtime.errors import RequestError
+from stepforge.runtime.errors import GenerationError, RequestError
 from stepforge.runtime.files import printable
 from stepforge.runtime.imaging.preprocess import Recipe, hint_of
 from stepforge.runtime.imaging.read import Picture
@@ -49,6 +50,8 @@ class Hints:
             return self._digests[drawing], self._encoded[key], False
         image = self._draw(control, drawing)
         hint = np.array(self._open(ComponentId("control_hint", control.name))({"image": image[None]})["hint"][0])
+        if not math.isfinite(float(hint.sum())):  # never kept: the next request may fare better
+            raise GenerationError(f"what the hint encoder of {control.name} made is not finite")
         self._encoded[key] = hint
         while sum(hint.nbytes for hint in self._encoded.values()) > CACHED_BYTES:
             self._encoded.popitem(last=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from stepforge.runtime.engine.conditions.prompts import (
     warn_of_tags,
 )
 from stepforge.runtime.engine.conditions.t5 import T5Tokenizer
+from stepforge.runtime.errors import GenerationError
 
 if TYPE_CHECKING:
     from stepforge.runtime.engine.state import Job
@@ -39,6 +41,10 @@ class Condition:
     @property
     def nbytes(self) -> int:
         return self.context.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
+    @property
+    def is_finite(self) -> bool:
+        return all(math.isfinite(float(part.sum())) for part in (self.context, self.pooled) if part is not None)
 
 
 NO_TEXT = Condition(np.zeros((0, 0), np.float32))  # of models that read no text
@@ -72,6 +78,7 @@ class Conditioner:
         request, before = job.request, self.rows
         warn_of_tags(f"{request.prompt}\n{request.negative}")
         for leg in job.legs:
+            job.go_on()
             if self._bundle.model(leg.stage) is None:
                 continue
             prompt = request.prompt if leg.prompt is None else leg.prompt
@@ -149,6 +156,8 @@ class Conditioner:
                 pooled = np.array(outputs["pooled"][0])
             self.rows += len(chunks.ids)
         condition = Condition(np.concatenate(contexts, axis=-1), pooled)
+        if not condition.is_finite:  # never kept: the next request may fare better
+            raise GenerationError("what the text encoder made of the prompt is not finite")
         self._keep(key, condition)
         return condition
 

@@ -39,21 +39,22 @@ class Given:
 
 
 class Inits:
-    """encode: the VAE encoder, on the engine's thread, which alone calls this."""
+    """Encoded images. Only the engine's thread calls it."""
 
-    def __init__(self, bundle: Bundle, encode: Encode) -> None:
-        self._card, self._encode = bundle.card, encode
+    def __init__(self, bundle: Bundle) -> None:
+        self._card = bundle.card
         self._cache: OrderedDict[tuple[str, str, Size], Given] = OrderedDict()
 
-    def __call__(self, init: Init, size: Size) -> tuple[Given, int]:
-        """The image in a size, and how often the encoder ran for it. Raises RequestError for images that cannot be read."""
+    def __call__(self, init: Init, size: Size, encode: Encode) -> tuple[Given, int]:
+        """The image in a size, and how often the VAE encoder ran for it. Raises RequestError for images that cannot be
+        read."""
         key = image_digest(init.image), "" if init.mask is None else image_digest(init.mask), size
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key], 0
         picture = sized_picture(init.image, size.width, size.height)
         digests = tuple(digest for digest in key[:2] if digest)
-        given, runs = Given(self._encode(picture, "").copy(), digests=digests), 1
+        given, runs = Given(encode(picture, "").copy(), digests=digests), 1
         if init.mask is not None:
             mask = sized_mask(init.mask, size.width, size.height)
             small = latent_mask(mask, self._card.vae_scale)
@@ -61,7 +62,7 @@ class Inits:
                 raise RequestError(
                     f"the mask is so small that it falls between latents of {self._card.vae_scale} pixels; draw it larger"
                 )
-            masked = self._encode(picture * (mask < 0.5), "").copy()
+            masked = encode(picture * (mask < 0.5), "").copy()
             given, runs = Given(given.moments, masked, small, digests), 2
         self._cache[key] = given
         while sum(each.nbytes for each in self._cache.values()) > CACHED_BYTES and len(self._cache) > 1:

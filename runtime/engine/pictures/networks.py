@@ -14,6 +14,8 @@ from stepforge.runtime.bundle import VAE_DECODER, VAE_ENCODER, Bundle, Component
 from stepforge.runtime.engine.pictures.tiles import Ratio, Tile, as_diffusers, even
 from stepforge.runtime.errors import BundleError, GenerationError, RequestError
 
+GoOn = Callable[[], None]
+
 TILINGS = ("even", "diffusers")
 LEAST_TILE = 32  # positions a side; smaller tiles would be overlap alone
 OVERLAP = 16  # positions that neighbours share, at least; a quarter of larger tiles, as diffusers has it
@@ -68,7 +70,8 @@ WHOLE = Tiling()
 class Pictures:
     """A bundle's VAEs and feed-forward networks. One thread at a time calls it.
 
-    Pictures are [3, H, W] in -1..1, or in 0..1 for `upscale`. Raises GenerationError for what is not finite.
+    Pictures are [3, H, W] in -1..1, or in 0..1 for `upscale`. go_on: called before each network call; what it raises ends the
+    work. Raises GenerationError for what is not finite.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, tiling: Tiling = WHOLE) -> None:
@@ -79,23 +82,23 @@ class Pictures:
                 if key.role in ("vae_decoder", "vae_encoder", "upscaler") and entry.footprint is None:
                     raise BundleError(f"the bundle does not say what memory {key} takes, so that it cannot be tiled")
 
-    def decode(self, latents: Float32, stage: str = "") -> Float32:
+    def decode(self, latents: Float32, stage: str = "", *, go_on: GoOn = lambda: None) -> Float32:
         """Latents [C, h, w], as the sampler leaves them, to a picture."""
         key, ratio = replace(VAE_DECODER, stage=stage), Ratio(up=self._scale(stage))
-        return self._run(key, latents, "latents", "pixels", ratio)
+        return self._run(key, latents, "latents", "pixels", ratio, go_on)
 
-    def encode(self, picture: Float32, stage: str = "") -> Float32:
+    def encode(self, picture: Float32, stage: str = "", *, go_on: GoOn = lambda: None) -> Float32:
         """A picture to the moments of its latents, [2C, h, w]. Tiles blend moments, as diffusers does."""
         key, ratio = replace(VAE_ENCODER, stage=stage), Ratio(down=self._scale(stage))
-        return self._run(key, picture, "pixels", "moments", ratio)
+        return self._run(key, picture, "pixels", "moments", ratio, go_on)
 
-    def upscale(self, image: Float32, stage: str) -> Float32:
+    def upscale(self, image: Float32, stage: str, *, go_on: GoOn = lambda: None) -> Float32:
         """An image in 0..1 through a feed-forward network, clipped to 0..1."""
         card = self._bundle.stages[stage]
         height, width = image.shape[1:]
         padded = pad(image, card.size_multiple, card.least)
         key = ComponentId("upscaler", "upscaler", stage=stage)
-        made = self._run(key, padded, "image", "pixels", Ratio(up=card.scale), card.size_multiple)
+        made = self._run(key, padded, "image", "pixels", Ratio(up=card.scale), go_on, card.size_multiple)
         found: Float32 = np.clip(made[:, : height * card.scale, : width * card.scale], 0.0, 1.0)
         return found
 
@@ -111,12 +114,13 @@ class Pictures:
         return model.vae_scale
 
     def _run(
-        self, key: ComponentId, values: Float32, reads: str, makes: str, ratio: Ratio, multiple: int = 1
+        self, key: ComponentId, values: Float32, reads: str, makes: str, ratio: Ratio, go_on: GoOn, multiple: int = 1
     ) -> Float32:
         graph = self.open(key)
         height, width = values.shape[1:]
 
         def run(part: Float32) -> Float32:
+            go_on()
             made: Float32 = graph({reads: np.ascontiguousarray(part[None], np.float32)})[makes][0]
             return made
 

@@ -17,7 +17,7 @@ from stepforge.export.parity.measures import psnr, relative_error
 from stepforge.export.parity.stages import load_stage
 from stepforge.export.parity.verify import LIMITS, verify
 
-ENGINES = ("openvino", "onnxruntime", "torch")
+ENGINES = ("onnxruntime", *(pytest.param(name, marks=pytest.mark.long) for name in ("openvino", "torch")))
 PICTURE = np.random.default_rng(4).integers(0, 255, (16, 24, 3), dtype=np.uint8)
 BASE: dict[str, Any] = {"steps": 3, "guidance": 4.0, "sampler": "euler_a", "width": 32, "height": 48}
 PROMPT, NEGATIVE = "a cat", "a dog"
@@ -49,9 +49,9 @@ def reference(pipeline: Any, generator: torch.Generator, image: Any, **options: 
     return latents[-1][0].numpy(), (made.images[0] * 255).round().astype(np.uint8)
 
 
-def test_verify_covers_every_stage(tiny_stages_bundle, tiny_sd1, tiny_x4, tiny_x2):
+def test_verify_covers_every_stage(tiny_stages_bundle, tiny_sd1, tiny_x4, tiny_x2, backends):
     verdict = verify(
-        tiny_stages_bundle, tiny_sd1, upscalers={"x4": tiny_x4, "x2": tiny_x2}, backends=ENGINES, precisions=["fp32"],
+        tiny_stages_bundle, tiny_sd1, upscalers={"x4": tiny_x4, "x2": tiny_x2}, backends=backends, precisions=["fp32"],
         prompts=[PROMPT], steps=3, store=False,
     )  # fmt: skip
     assert verdict["passed"], [check for check in verdict["checks"] if not check["passed"]]

@@ -120,8 +120,8 @@ def test_a_hostile_graph_is_refused_in_one_line(bundle, name):
     assert str(caught.value).isprintable()
 
 
-def test_exports_pass(tiny_sd1_control_bundle, tiny_sdxl_control_bundle):
-    for path in (tiny_sd1_control_bundle, tiny_sdxl_control_bundle):
+def test_exports_pass(tiny_sd1_control_bundle, tiny_sdxl_bundle):
+    for path in (tiny_sd1_control_bundle, tiny_sdxl_bundle):
         found = read(path)
         for key, entry in found.components.items():
             for graph in (entry.graph, *entry.derived.values()):

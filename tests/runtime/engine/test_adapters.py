@@ -29,7 +29,10 @@ CPU += [
     pytest.param(*other, marks=pytest.mark.slow)
     for other in (("onnxruntime", "fp32"), ("torch", "fp32"), ("torch-exact", "bf16"))
 ]
-BACKENDS = ["openvino", *(pytest.param(name, marks=pytest.mark.slow) for name in ("onnxruntime", "torch"))]
+BACKENDS = [
+    "openvino",
+    *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in ("onnxruntime", "torch")),
+]
 LAYERS = r".*(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out|conv[12]?|conv_shortcut|time_emb_proj|linear_1)"
 TEXT = r".*(q_proj|v_proj|out_proj|fc1|fc2)"
 

@@ -24,7 +24,7 @@ from stepforge.runtime.backends import open_backend
 from stepforge.runtime.bundle import ComponentId, read
 from stepforge.runtime.request import Control
 
-REAL = ("openvino", "onnxruntime", "torch")
+REAL = ("openvino", *(pytest.param(name, marks=pytest.mark.long) for name in ("onnxruntime", "torch")))
 STEPS, GUIDANCE, SEED, PROMPT = 6, 4.0, 3, "a cat"
 EVALUATIONS = STEPS + 1  # PNDM's
 
@@ -131,25 +131,25 @@ def compare(ours: Any, theirs: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_parity_with_diffusers(engines, pipeline, tiny_sd1_controls, case):
+def test_parity_with_diffusers(engines, pipeline, tiny_sd1_controls, case, backends):
     controls, names, images, options = CASES[case]
     theirs = reference(pipeline, nets(tiny_sd1_controls, names), images if len(images) > 1 else images[0], **options)
-    for backend in REAL:
+    for backend in backends:
         compare(engines("sd1", backend).generate(ask(*controls)), theirs)
-    plain = engines("sd1", REAL[0]).generate(ask())
+    plain = engines("sd1", backends[0]).generate(ask())
     assert psnr(np.asarray(plain.images[0]), theirs[1]) < 40  # else the comparison could not fail
     assert relative_error(plain.latents[0], theirs[0]) > 1e-2
 
 
 @pytest.mark.slow
-def test_parity_at_another_size(engines, pipeline, tiny_sd1_controls):
+def test_parity_at_another_size(engines, pipeline, tiny_sd1_controls, backends):
     theirs = reference(pipeline, nets(tiny_sd1_controls, "a"), HINTS[0], size=(96, 48))
-    for backend in REAL:
+    for backend in backends:
         compare(engines("sd1", backend).generate(ask(A, width=96, height=48)), theirs)
 
 
 @pytest.mark.slow
-def test_parity_at_sides_that_no_level_divides(engines, pipeline, tiny_sd1_controls, tmp_path, monkeypatch):
+def test_parity_at_sides_that_no_level_divides(engines, pipeline, tiny_sd1_controls, tmp_path, monkeypatch, backends):
     """Latents of 33 x 45, as 1080 pixels are 135 latents, with a ControlNet and an adapter on layers that change the size."""
     layers = {
         name: pipeline.unet.get_submodule(name).weight
@@ -186,7 +186,7 @@ def test_parity_at_sides_that_no_level_divides(engines, pipeline, tiny_sd1_contr
     finally:
         for name, weight in layers.items():
             weight.data.copy_(saved[name])
-    for backend in REAL:
+    for backend in backends:
         engine = engines("sd1", backend)
         engine.adapters.load("change", file)
         compare(engine.generate(request), theirs)
@@ -205,18 +205,19 @@ XL_CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", XL_CASES)
-def test_parity_with_diffusers_xl(engines, xl_pipeline, tiny_sdxl_controls, case):
+def test_parity_with_diffusers_xl(engines, xl_pipeline, tiny_sdxl_controls, case, backends):
     control, name, options = XL_CASES[case]
     theirs = reference(xl_pipeline, nets(tiny_sdxl_controls, name), HINTS[0], **options)
-    for backend in REAL:
+    for backend in backends:
         compare(engines("sdxl", backend).generate(ask(control)), theirs)
-    assert relative_error(engines("sdxl", REAL[0]).generate(ask()).latents[0], theirs[0]) > 1e-3
+    assert relative_error(engines("sdxl", backends[0]).generate(ask()).latents[0], theirs[0]) > 1e-3
 
 
 @pytest.fixture(scope="module")
-def lora(tiny_sd1: Path, engines: Callable[[str, str], Engine], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LoRA of the UNet's attention, as diffusers saves it; loaded as "style" in both engines."""
+def lora(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LoRA of the UNet's attention, as diffusers saves it."""
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig, get_peft_model
     from peft.utils import get_peft_model_state_dict
@@ -227,20 +228,24 @@ def lora(tiny_sd1: Path, engines: Callable[[str, str], Engine], tmp_path_factory
     state = {k.removeprefix("base_model.model."): 0.5 * v for k, v in get_peft_model_state_dict(network).items()}
     file = tmp_path_factory.mktemp("lora") / "style.safetensors"
     StableDiffusionPipeline.save_lora_weights(file.parent, unet_lora_layers=state, weight_name=file.name)
-    for backend in REAL:
-        engines("sd1", backend).adapters.load("style", file)
     return file
 
 
+def styled(engine: Engine, lora: Path) -> Engine:
+    if "style" not in engine.adapters.list():
+        engine.adapters.load("style", lora)
+    return engine
+
+
 @pytest.mark.slow
-def test_parity_with_a_lora_in_the_denoiser(engines, tiny_sd1, tiny_sd1_controls, lora):
+def test_parity_with_a_lora_in_the_denoiser(engines, tiny_sd1, tiny_sd1_controls, lora, backends):
     adapted = source_pipeline(load_model(tiny_sd1))
     adapted.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="style")
     adapted.set_adapters(["style"], [0.8])
     theirs = reference(adapted, nets(tiny_sd1_controls, "a"), HINTS[0])
-    for backend in REAL:
-        compare(engines("sd1", backend).generate(ask(A, adapters={"style": 0.8})), theirs)
-    assert relative_error(engines("sd1", REAL[0]).generate(ask(A)).latents[0], theirs[0]) > 1e-3
+    for backend in backends:
+        compare(styled(engines("sd1", backend), lora).generate(ask(A, adapters={"style": 0.8})), theirs)
+    assert relative_error(engines("sd1", backends[0]).generate(ask(A)).latents[0], theirs[0]) > 1e-3
 
 
 class Recorder:
@@ -346,7 +351,7 @@ MIXED = [
 @pytest.mark.parametrize("backend", REAL)
 def test_batch_mates_do_not_change_an_image(engines, lora, backend):
     """Within 1e-5: summation order may change with the number of rows."""
-    engine = engines("sd1", backend)
+    engine = styled(engines("sd1", backend), lora)
     remembered = Counter({"text_encoder": 9, "control/a/hint": 9, "control/b/hint": 9})  # run for whoever asks first
     alone = [engine.generate(request) for request in MIXED]
     together = engine.generate(MIXED)

@@ -19,7 +19,7 @@ from stepforge.runtime.backends.torch import loop as torch_loop
 from stepforge.runtime.bundle import read
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.engine.device_loop import step_table
-from stepforge.runtime.engine.future import RequestFuture
+from stepforge.runtime.engine.jobs.future import RequestFuture
 from stepforge.runtime.errors import Cancelled, GenerationError
 from stepforge.runtime.request import Control
 

@@ -18,8 +18,8 @@ import pytest
 import stepforge
 from stepforge import Cancelled, Engine, GenerationError, QueueFull, Request, RequestError, load
 from stepforge.runtime.backends.fake import Fake, fake_bundle
-from stepforge.runtime.engine import scheduler, stages, worker
-from stepforge.runtime.engine.pictures import decode
+from stepforge.runtime.engine import scheduler, worker
+from stepforge.runtime.engine.pictures import decode, stages
 
 SIZE = 64
 
@@ -223,7 +223,7 @@ def test_stream_gives_results_and_failures_as_they_come():
 
 def test_all_are_checked_before_any_is_queued(engine, monkeypatch):
     queued = []
-    monkeypatch.setattr(engine._scheduler, "submit", lambda job, wait: queued.append(job))
+    monkeypatch.setattr(engine._scheduler, "submit", lambda job, **_: queued.append(job))
     for run in (engine.generate, engine.stream):
         with pytest.raises(RequestError, match="needs a multiple of"):
             run([Request(prompt="x"), Request(prompt="x", width=65)])

@@ -9,7 +9,7 @@ import pytest
 from stepforge import Cancelled, Engine, GenerationError, Request, RequestError, load
 from stepforge.runtime.backends.fake import Fake, fake_bundle
 from stepforge.runtime.bundle import Size
-from stepforge.runtime.engine.future import RequestFuture
+from stepforge.runtime.engine.jobs.future import RequestFuture
 from stepforge.runtime.engine.starts import from_noise
 from stepforge.runtime.engine.state import Job, Leg
 from stepforge.runtime.engine.trajectory import Trajectory

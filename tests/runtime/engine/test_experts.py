@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -76,13 +77,8 @@ def last(engine: stepforge.Engine, request: Request) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def opened(refined: Path):
-    @cache
-    def make(backend: str) -> stepforge.Engine:
-        return stepforge.load(refined, backend=backend, precision="fp32")
-
-    yield make
-    for backend in ("openvino", "onnxruntime", "torch"):
-        make(backend).close()
+    with ExitStack() as stack:
+        yield cache(lambda name: stack.enter_context(stepforge.load(refined, backend=name, precision="fp32")))
 
 
 def changed_unet(model: Path, out: Path) -> Path:
@@ -109,17 +105,19 @@ def noisy(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], tmp_path_factory: 
 
 
 @pytest.mark.slow
-def test_expert_of_one_architecture(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], noisy: Path):
+def test_expert_of_one_architecture(
+    tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], noisy: Path, backends: tuple[str, ...]
+):
     """One trajectory whose network changes, as diffusers with its UNet replaced; on disk the changed layer alone is added."""
     bundle = read(noisy)
     own = bundle.files["denoiser/unet/high.data"][0]
     assert 0 < own < 0.2 * bundle.files["denoiser/unet/model.onnx.data"][0]
     verdict = verify(
-        noisy, tiny_sd1, experts={"high": noisy.with_name("high")}, backends=["onnxruntime", "openvino", "torch"],
+        noisy, tiny_sd1, experts={"high": noisy.with_name("high")}, backends=backends,
         precisions=["fp32"], prompts=[PROMPT], steps=8, store=False, controls={"a": tiny_sd1_controls["a"]},
     )  # fmt: skip
-    checks = [check for check in verdict["checks"] if check["name"].startswith("experts")]
-    assert {check["level"] for check in checks} == {"step", "trajectory", "image"}
+    checks = [check for check in verdict["checks"] if check["name"].startswith("expert")]
+    assert {check["level"] for check in checks} == {"component", "step", "trajectory", "image"}
     assert all(check["passed"] for check in verdict["checks"]), verdict["checks"]
 
 
@@ -154,7 +152,9 @@ SCORES = {"aesthetic_score": 7.0, "negative_aesthetic_score": 1.5}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "torch"])
+@pytest.mark.parametrize(
+    "backend", ["onnxruntime", *(pytest.param(name, marks=pytest.mark.long) for name in ("openvino", "torch"))]
+)
 def test_base_and_refiner_are_diffusers_two_pipelines(backend: str, opened, pipelines):
     """Hand-over, the refiner's own text, scores, guidance of each, and micro-conditioning."""
     from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler

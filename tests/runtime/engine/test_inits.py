@@ -30,6 +30,11 @@ SCHEDULERS = {
     "kdpm2": ("KDPM2DiscreteScheduler", {}),
     "deis": ("DEISMultistepScheduler", {}),
 }
+# those whose cut differs: the others' plans alone are compared in the whole suite (plan/test_truncate.py)
+SAMPLERS = [
+    pytest.param(name, marks=[] if name in ("pndm", "ddim", "euler_a", "heun") else pytest.mark.long)
+    for name in SCHEDULERS
+]
 
 
 def picture(width=72, height=56):
@@ -94,7 +99,7 @@ def engine(tiny_sd1_bundle):
         yield found
 
 
-@pytest.mark.parametrize("sampler", SCHEDULERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_img2img(engine, tiny_sd1, sampler):
     """PNDM too, whose list diffusers cuts one entry early (first repeated entry, and beyond)."""
     made = pipeline("StableDiffusionImg2ImgPipeline", tiny_sd1, sampler)
@@ -104,7 +109,7 @@ def test_img2img(engine, tiny_sd1, sampler):
         assert psnr(ours(engine, sampler, Init(image=image, strength=strength)), expected) >= LIMIT
 
 
-@pytest.mark.parametrize("sampler", [name for name in SCHEDULERS if name != "unipc"])
+@pytest.mark.parametrize("sampler", [param for param in SAMPLERS if param.values != ("unipc",)])
 def test_inpainting_by_blending(engine, tiny_sd1, sampler):
     made = pipeline("StableDiffusionInpaintPipeline", tiny_sd1, sampler)
     size = {"width": 72, "height": 56}
@@ -124,7 +129,7 @@ def test_pictures_are_resized_as_diffusers_does(engine, tiny_sd1):
     assert psnr(ours(engine, "ddim", Init(image=odd, mask=hole(90, 40), strength=0.7), **size), expected) >= LIMIT
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("onnxruntime", marks=pytest.mark.long)])
 def test_other_backends(tiny_sd1, tiny_sd1_bundle, backend):
     """On torch img2img runs in the backend's loop, inpainting on the host."""
     bundle = read(tiny_sd1_bundle)

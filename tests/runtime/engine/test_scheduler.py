@@ -25,12 +25,14 @@ class Job:
     submitted: float = 0.0
     is_network: bool = False
     is_over: bool = False
+    priority: int = 0
     request: SimpleNamespace = field(init=False)
     legs: list = field(init=False)
 
     def __post_init__(self):
         self.request = SimpleNamespace(images=self.images)
         self.legs = [SimpleNamespace(pixels=self.side**2, is_network=self.is_network)]
+        self.rank = self.submitted - 30 * self.priority
 
 
 @dataclass(eq=False)
@@ -137,11 +139,12 @@ def test_given_images_of_networks_are_read_as_others_end():
     scheduler = make(max_rows=2)
     for _ in range(4):
         scheduler.submit(Job(is_network=True), wait=False)
+    image = Waypoint(Job(), 0, 0, None)
     for _ in range(2):
         scheduler.took(scheduler.admissible())
-        scheduler.lend()
+        scheduler.lend(image)
     assert scheduler.admissible() is None
-    threading.Timer(0.05, scheduler.returned).start()
+    threading.Timer(0.05, scheduler.returned, [image]).start()
     assert scheduler.has_work()  # waits until one is back
     assert scheduler.admissible() is not None
 

@@ -24,7 +24,7 @@ from stepforge.runtime.plan import Plan, Step
 from stepforge.runtime.plan.compile import compile_plan
 from stepforge.runtime.plan.reuse import Reuse, recordings, variants
 
-REAL = ("openvino", "onnxruntime", "torch")
+REAL = ("openvino", *(pytest.param(name, marks=pytest.mark.long) for name in ("onnxruntime", "torch")))
 D, T = "deepcache", "tgate"
 
 
@@ -228,7 +228,14 @@ def eager(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path]) -> Callable[[Any],
 
 @pytest.fixture(scope="module")
 def engines(tiny_sd1_control_bundle: Path) -> Iterator[dict[str, Engine]]:
-    opened = {name: load(tiny_sd1_control_bundle, backend=name, precision="fp32", max_rows=16) for name in REAL}
+    """Engines by backend, opened when they are asked for."""
+
+    class Opened(dict[str, Engine]):
+        def __missing__(self, name: str) -> Engine:
+            self[name] = load(tiny_sd1_control_bundle, backend=name, precision="fp32", max_rows=16)
+            return self[name]
+
+    opened = Opened()
     yield opened
     for engine in opened.values():
         engine.close()
@@ -261,14 +268,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_images_are_those_of_the_eager_algorithm(engines, eager, case):
+def test_images_are_those_of_the_eager_algorithm(engines, eager, case, backends):
     """The limit is parity's: the same arithmetic in another order, amplified over the steps.
 
     A random network hardly reads its prompt, so that T-GATE moves the latents by less than that: the error must also be a
     small part of what reuse changes.
     """
     request = Request(**{**COMMON, **CASES[case]})
-    for engine in engines.values():
+    for engine in map(engines.__getitem__, backends):
         ours = engine.generate(request)
         assert {step.reuse for step in ours.plan.steps} > {""}
         theirs = eager().run(ours.plan, request, contexts(engine, request), pixels(request))
@@ -278,7 +285,7 @@ def test_images_are_those_of_the_eager_algorithm(engines, eager, case):
 
 
 @pytest.mark.slow
-def test_reuse_with_a_lora(engines, eager, tiny_sd1, tmp_path):
+def test_reuse_with_a_lora(engines, eager, tiny_sd1, tmp_path, backends):
     """In the layers that a variant runs and in those that it does not; the reference has it merged by diffusers."""
     from peft import LoraConfig, get_peft_model
     from peft.utils import get_peft_model_state_dict
@@ -302,7 +309,7 @@ def test_reuse_with_a_lora(engines, eager, tiny_sd1, tmp_path):
     unet = eager(merge)
     save_file({key: value.contiguous() for key, value in states[0].items()}, tmp_path / "style.safetensors")
     request = Request(**{**COMMON, "reuse": "deepcache(2)+tgate(0.5)", "controls": [A], "adapters": {"style": 1.0}})
-    for engine in engines.values():
+    for engine in map(engines.__getitem__, backends):
         engine.adapters.load("style", tmp_path / "style.safetensors")
         ours = engine.generate(request)
         theirs = unet.run(ours.plan, request, contexts(engine, request), pixels(request))

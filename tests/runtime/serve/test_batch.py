@@ -1,10 +1,8 @@
 """Batches: what is drawn, what a killed run leaves, and what becomes of bad jobs and bad disks."""
 
 import errno
-import hashlib
 import io
 import json
-import os
 import random
 import signal
 import subprocess
@@ -18,8 +16,7 @@ import pytest
 from PIL import Image
 
 import stepforge
-from stepforge.runtime.cli.main import main
-from stepforge.runtime.serve.batch import Settings
+from stepforge.runtime.serve.draw import facts_of
 from stepforge.runtime.serve.manifest import own_seed
 from stepforge.runtime.serve.store import OWN, Store
 
@@ -27,47 +24,11 @@ SMALL = {"steps": 2, "width": 64, "height": 64}
 PROMPTS = [{"prompt": f"cat {i}", "seed": i} for i in range(12)]
 
 
-@pytest.fixture
-def jobs(tmp_path):
-    """Write a manifest of JSON lines; values that are text stand there as they are."""
-
-    def write(*lines, name="jobs.jsonl") -> Path:
-        file = tmp_path / name
-        texts = [line if isinstance(line, str) else json.dumps({**SMALL, **line}) for line in lines]
-        file.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-        return file
-
-    return write
-
-
-@pytest.fixture
-def batch(capsys, tmp_path):
-    """Run `stepforge batch fake`; returns exit code, report, and the lines on standard error."""
-
-    def batch(manifest, *arguments, out="out"):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([*map(str, ("batch", "fake", manifest, "-o", tmp_path / out, "--json", *arguments))])
-        text = capsys.readouterr()
-        return caught.value.code, json.loads(text.out) if text.out else None, text.err.splitlines()
-
-    return batch
-
-
-def files(folder: Path) -> dict[str, str]:
-    """What a batch has made: sha256 of each file by its name, the journal's folder left out."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and OWN not in path.parts
-    }
-
-
 def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_images_are_those_of_generate(batch, jobs, tmp_path):
+def test_images_are_those_of_generate(batch, jobs, tmp_path, files):
     """Same pixels as the engine's own, with the request in the file and a line in the sidecar; images=2 makes two files."""
     manifest = jobs(*PROMPTS[:3], {"prompt": "two", "seed": 7, "images": 2, "id": "a-b_C"})
     code, report, _ = batch(manifest)
@@ -87,22 +48,48 @@ def test_images_are_those_of_generate(batch, jobs, tmp_path):
                 assert json.loads(image.info["stepforge"])["prompt"] == line["prompt"]
 
 
-def test_images_depend_on_their_job_alone(batch, jobs, tmp_path):
-    """Not on batch size nor on order; a job without seed has one of its fields and its id or place."""
-    given = [*PROMPTS[:5], {"prompt": "x", "id": "x"}, {"prompt": "x", "id": "y"}]
-    batch(jobs(*given), out="a")
-    batch(jobs(*given), "--max-rows", 2, out="b")
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+def test_same_seeds_give_the_same_images_whatever_batch_size_order_workers_and_resume_point(
+    batch, jobs, tmp_path, monkeypatch, files
+):
+    """Byte for byte; a job without a seed has one of its fields and its id or place. Networks whose roundings depend on the
+    rows of a call: `test_kinds.py`."""
+    mixed = [{"width": 96, "images": 2}, {"steps": 5, "sampler": "euler_a"}, {"upscale": "nearest"}, {"guidance": 1}]
+    given = [{**job, **mixed[i % 4]} for i, job in enumerate(PROMPTS)]
+    given += [{"prompt": "x", "id": "x"}, {"prompt": "x", "id": "y"}]
+    manifest = jobs(*given)
+    batch(manifest, out="whole")
+    whole = files(tmp_path / "whole")
+    for rows, threads, encoders, together in ((2, 1, 1, 1), (3, 2, 8, 2), (64, 1, 2, 32)):
+        monkeypatch.setattr("stepforge.runtime.serve.draw.ENCODERS", encoders)
+        monkeypatch.setattr("stepforge.runtime.serve.batch.TOGETHER", together)
+        batch(manifest, "--max-rows", rows, "--threads", threads, out=f"rows{rows}")
+        assert files(tmp_path / f"rows{rows}") == whole
+    publish, left = Store.publish, [1, 2, 5]
+
+    def failing(*arguments):
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(errno.EIO, "gone")
+        publish(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "publish", failing)
+        patch.setattr("stepforge.runtime.serve.batch.TOGETHER", 1)
+        while left:  # three resume points, each with other rows
+            assert batch(manifest, "--max-rows", 1 + 2 * len(left), out="resumed")[0] == 1
+            del left[0]
+    assert batch(manifest, out="resumed")[1]["resumed"] == 5
+    assert files(tmp_path / "resumed") == whole
     batch(jobs(*reversed(given)), out="c")
-    drawn = [{line["sha256"] for line in lines(tmp_path / name / "images.jsonl")} for name in "ac"]
+    drawn = [{line["sha256"] for line in lines(tmp_path / name / "images.jsonl")} for name in ("whole", "c")]
     assert drawn[0] == drawn[1]
-    assert len(drawn[0]) == len(given)  # x and y differ by their ids
+    assert len(drawn[0]) == len(given) + 3  # x and y differ by their ids; three jobs have two images
     fields = {**SMALL, "prompt": "x"}
-    assert lines(tmp_path / "a/images.jsonl")[5]["seed"] == own_seed(5, "x", fields) == own_seed(0, "x", fields)
+    assert lines(tmp_path / "whole/images.jsonl")[-1]["seed"] == own_seed(13, "y", fields) == own_seed(0, "y", fields)
     assert own_seed(0, "", fields) != own_seed(1, "", fields)
 
 
-def test_bad_jobs_stop_nobody(batch, jobs, tmp_path):
+def test_bad_jobs_stop_nobody(batch, jobs, tmp_path, files):
     inside, outside = tmp_path / "in.png", tmp_path.parent / "outside.png"
     for path in (inside, outside):
         Image.new("RGB", (8, 8)).save(path)
@@ -160,7 +147,7 @@ def test_other_formats(kind, ending, batch, jobs, tmp_path):
         assert (image.format, image.size) == (kind.upper(), (64, 64))
 
 
-def test_shards_hold_neighbours(batch, jobs, tmp_path):
+def test_shards_hold_neighbours(batch, jobs, tmp_path, files):
     """WebDataset: KEY.json before KEY.png, no times; a shard of failed jobs alone has no file."""
     manifest = jobs(*PROMPTS[:5], "{", "{", "{", {"prompt": "two", "images": 2}, "{")
     options = ("--layout", "webdataset", "--shard-size", 3)
@@ -187,7 +174,7 @@ def test_shards_hold_neighbours(batch, jobs, tmp_path):
     assert list(files(tmp_path / "b")) == ["failures.jsonl", "shard-000001.tar"]
 
 
-def test_parquet_in_and_out(batch, tmp_path):
+def test_parquet_in_and_out(batch, tmp_path, files):
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{**SMALL, "prompt": f"p{i}", "seed": None if i == 1 else i, "guidance": None} for i in range(4)]
     parquet.write_table(pa.Table.from_pylist([*rows, {**SMALL, "prompt": None}]), tmp_path / "jobs.parquet")
@@ -213,7 +200,7 @@ def test_parquet_without_pyarrow(batch, jobs, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_batches_are_refused(batch, jobs, tmp_path):
+def test_other_batches_are_refused(batch, jobs, tmp_path, files):
     """Another manifest, other options, another bundle's journal, a folder of other things; --overwrite begins anew."""
     first, out = jobs(*PROMPTS[:2]), tmp_path / "out"
     batch(first)
@@ -241,14 +228,15 @@ def test_other_batches_are_refused(batch, jobs, tmp_path):
 
 def test_another_file_of_an_adapter_is_another_batch():
     with stepforge.load("fake") as engine:
-        settings = Settings({"steps": 2}, "files", "png", 90, True, 10)
         adapter = stepforge.Adapter("style", "ab12", {}, [], [])
-        told = SimpleNamespace(backend=engine.backend, adapters=SimpleNamespace(list=lambda: {"style": adapter}))
-        assert settings.facts(told) == {**settings.facts(engine), "adapters": {"style": "ab12"}}
+        told = SimpleNamespace(
+            bundle=engine.bundle, backend=engine.backend, adapters=SimpleNamespace(list=lambda: {"style": adapter})
+        )
+        assert facts_of(told) == {**facts_of(engine), "adapters": {"style": "ab12"}}
 
 
 @pytest.mark.parametrize("change", ["cut", "gone", "longer"])
-def test_files_that_differ_are_drawn_again(change, batch, jobs, tmp_path):
+def test_files_that_differ_are_drawn_again(change, batch, jobs, tmp_path, files):
     manifest, image = jobs(*PROMPTS[:3]), tmp_path / "out/00000001.png"
     batch(manifest)
     before = files(tmp_path / "out")
@@ -256,50 +244,6 @@ def test_files_that_differ_are_drawn_again(change, batch, jobs, tmp_path):
     image.unlink() if change == "gone" else image.write_bytes(data[:-1] if change == "cut" else data + b"\0")
     assert batch(manifest)[1]["done"] == 1
     assert files(tmp_path / "out") == before
-
-
-FAULTS = {  # calls that meet a full disk, by the number of the call that does
-    "write": (os, "write", errno.ENOSPC),
-    "fsync": (os, "fsync", errno.EIO),
-    "replace": (Path, "replace", errno.EROFS),
-}
-
-
-@pytest.mark.parametrize("layout", ["files", "webdataset"])
-@pytest.mark.parametrize("fault", FAULTS)
-def test_full_disks_end_a_run_in_one_line(fault, layout, batch, jobs, tmp_path, monkeypatch):
-    """The journal is cut short, a file cannot be closed or renamed: what was finished stays, and a later run goes on."""
-    options = ("--layout", layout, "--shard-size", 5)
-    manifest = jobs(*PROMPTS)
-    batch(manifest, *options, out="whole")
-    owner, name, number = FAULTS[fault]
-    original, calls = getattr(owner, name), []
-
-    def failing(*arguments, **keywords):
-        calls.append(1)
-        if len(calls) > 4:
-            if name == "write":
-                original(arguments[0], bytes(arguments[1])[:7])  # a torn line
-            raise OSError(number, os.strerror(number), "somewhere")
-        return original(*arguments, **keywords)
-
-    monkeypatch.setattr("stepforge.runtime.serve.batch.TOGETHER", 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, failing)
-        code, report, errors = batch(manifest, *options)
-    assert (code, report, errors) == (1, None, [f"stepforge: somewhere: {os.strerror(number)}"])
-    code, report, _ = batch(manifest, *options)
-    assert code == 0
-    assert report["resumed"] + report["done"] == len(PROMPTS)
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
-
-
-def test_folders_that_cannot_be_written(batch, jobs, monkeypatch):
-    def refuse(*_, **__):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "out")
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    assert batch(jobs(PROMPTS[0])) == (1, None, ["stepforge: out: Read-only file system"])
 
 
 KILLED = """
@@ -316,13 +260,12 @@ def deadly(original):
         return original(*given, **keywords)
     return call
 os.fsync, Path.replace, os.write, Path.unlink = map(deadly, (os.fsync, Path.replace, os.write, Path.unlink))
-from stepforge.runtime.cli.main import main
 main(["batch", "fake", *arguments, "--json", "--layout", layout, "--shard-size", "5"])
 """
 
 
 @pytest.mark.parametrize("layout", ["files", "webdataset"])
-def test_killed_runs_lose_and_double_nothing(layout, batch, jobs, tmp_path):
+def test_killed_runs_lose_and_double_nothing(layout, batch, jobs, tmp_path, files):
     """SIGKILL at a random one of the calls that change the disk, twice over one folder."""
     manifest = jobs(*PROMPTS, "{")
     batch(manifest, "--layout", layout, "--shard-size", 5, out="whole")

@@ -8,8 +8,6 @@ from stepforge.runtime.bundle import Footprint, read
 from stepforge.runtime.engine.pictures.networks import Pictures, Tiling, pad
 from stepforge.runtime.errors import BundleError, CheckpointError, RequestError
 
-ENGINES = ("openvino", "onnxruntime", "torch")
-
 
 def psnr(a, b):
     return -10 * np.log10(np.mean((np.asarray(a, np.float64) - b) ** 2) + 1e-30)
@@ -64,14 +62,14 @@ def bundle(files, tiny_sd1, tmp_path_factory):
     return export_bundle(tiny_sd1, tmp_path_factory.mktemp("bundles") / "sr", upscalers=stages)
 
 
-def test_networks_are_spandrels(files, bundle):
+def test_networks_are_spandrels(files, bundle, backends):
     """A size that needs padding (17 x 22 for multiples of 4) and one that a mirror cannot fill (1 x 2)."""
     import torch
 
     from stepforge.export.models.pixel.feedforward import read_feed_forward
 
     bundle = read(bundle.path)
-    for engine in ENGINES:
+    for engine in backends:
         pictures = Pictures(bundle, open_backend(engine, bundle, precision="fp32"))
         for stage, card in bundle.stages.items():
             reference = read_feed_forward(files / f"{stage}.safetensors").load(torch.float32)

@@ -19,7 +19,7 @@ class RequestFuture(Future[Result]):
 
     def __init__(self, check_wait: Callable[[], None]) -> None:
         super().__init__()
-        self._check_wait = check_wait
+        self.check_wait = check_wait
         self._transition = threading.RLock()  # reentrant: done callbacks may cancel
         self._started = False
 
@@ -53,7 +53,7 @@ class RequestFuture(Future[Result]):
     def result(self, timeout: float | None = None) -> Result:
         """Raises Cancelled, GenerationError or the callback's own error; TimeoutError."""
         if not self.done():
-            self._check_wait()
+            self.check_wait()
         try:
             return super().result(timeout)
         except Cancelled:
@@ -63,7 +63,7 @@ class RequestFuture(Future[Result]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         if not self.done():
-            self._check_wait()
+            self.check_wait()
         try:
             return super().exception(timeout)
         except CancelledError:
