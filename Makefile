@@ -40,17 +40,23 @@ quick: $(STAMP)  ## without the slow tests
 test-long: $(STAMP)  ## every family in every precision on every engine, and the demo model from its weights to images
 	$(BIN)/pytest $(PARALLEL) -m long
 
-test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, and batches killed; counts into benchmarks/results
+test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, batches killed, mixed requests, a server overrun; counts into benchmarks/results
+	test -d out/emoji.bundle || $(MAKE) demo
 	$(BIN)/python tests/fuzz/soak.py --json benchmarks/results/soak.json
 	$(BIN)/python benchmarks/batch_kills.py --json benchmarks/results/batch_kills.json
 	$(BIN)/python benchmarks/batch_memory.py --json benchmarks/results/batch_memory.json
+	$(BIN)/python benchmarks/soak_engine.py out/emoji.bundle --adapter poster=$(ADAPTERS)/poster \
+		--adapter thermal=$(ADAPTERS)/thermal --json benchmarks/results/soak_engine.json
+	$(BIN)/python benchmarks/serving_load.py out/emoji.bundle --adapter thermal=$(ADAPTERS)/thermal \
+		--adapter poster=$(ADAPTERS)/poster/pytorch_lora_weights.safetensors --json benchmarks/results/serving_load.json
 
-# other people's servers clash with each other and with NumPy 2: two environments beside the suite's, 1.5 GB, made when asked for
-INTEROP := ray triton
+# other people's servers clash with each other and with NumPy 2: environments beside the suite's, 2 GB, made when asked for
+INTEROP := ray triton http
 
-test-interop: $(INTEROP:%=.venv-%/.installed)  ## Ray, Ray Serve, MLPerf LoadGen and NVIDIA Triton themselves, on two cores
+test-interop: $(INTEROP:%=.venv-%/.installed)  ## Ray, Ray Serve, MLPerf LoadGen, NVIDIA Triton and schemathesis themselves, on two cores
 	.venv-ray/bin/pytest tests/interop/test_ray.py tests/interop/test_ray_serve.py tests/interop/test_mlperf.py
 	.venv-triton/bin/pytest tests/interop/test_triton.py
+	.venv-http/bin/pytest tests/interop/test_http.py
 
 .venv-%/.installed: setup.py tests/interop/%.txt
 	$(PYTHON) -m venv .venv-$*

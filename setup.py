@@ -61,7 +61,10 @@ setup(
         ],
         "tensorrt": ["tensorrt>=10.0"],
         "server": SERVER,
-        "ray": ["ray[data,serve]>=2.52"],  # batch jobs, not written yet; 2.52 is the first with token logins
+        "ray": [
+            "ray[serve]>=2.60",
+            *SERVER,
+        ],  # batches on a cluster; replicas on Ray Serve: 2.60 builds their application late
         "dev": [
             *EXPORT,
             "pytest>=8",  # test runner
@@ -78,6 +81,7 @@ setup(
             "openai>=3.50",  # the client that the server is written for; Apache-2.0. Its httpx2 calls applications in tests
             "celery>=5.4",  # runs the worker of docs/embedding.md; BSD-3-Clause
             "fonttools>=4.50",  # the emoji list of the demo's training recipe
+            "playwright>=1.50",  # the demo page's test drives Debian's Chromium; Apache-2.0, its own browsers are not needed
             "ruff>=0.8",  # format and lint
             "mypy>=1.13",  # types
             "build>=1.2",  # wheel and sdist, as a user would build them
@@ -91,7 +95,7 @@ setup(
     package_data={
         "": ["py.typed"],
         "stepforge.runtime.backends": ["fake_tokenizer.json"],
-        "stepforge.runtime.serve.http": ["page/*"],
+        "stepforge.runtime.serve.http.page": ["*.html", "*.css", "*.js"],
         "stepforge.kernels.dispatch": ["table.json"],
         "stepforge.kernels.aot": ["golden.json"],
     },
@@ -101,6 +105,7 @@ setup(
         "stepforge.commands": [
             "export=stepforge.export.cli:export_command",
             "verify=stepforge.export.cli:verify_command",
+            "quantize=stepforge.export.cli:quantize_command",
             "lora.convert=stepforge.export.cli:convert_command",
         ],
     },

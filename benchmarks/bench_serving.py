@@ -23,6 +23,7 @@ import base64
 import http.client
 import io
 import json
+import os
 import random
 import socket
 import statistics
@@ -30,7 +31,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = HERE.parent / "examples/emoji/prompts.txt"
+STEPFORGE = (sys.executable, "-m", "stepforge.runtime")
 PATIENCE = 300.0  # seconds that a caller waits for an answer
 Body = dict[str, Any]
 
@@ -58,14 +62,22 @@ def bodies(mix: str, adapters: list[str], seed: int) -> Iterator[Body]:
         yield body
 
 
-class Server:
-    """A server process, asked through loopback."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    data: bytes  # the picture's file; of other statuses the body
+    retry_after: str | None
 
-    def __init__(self, command: Callable[[int], list[str]]) -> None:
+
+class Server:
+    """A server process, asked through loopback. log: where its standard error goes."""
+
+    def __init__(self, command: Callable[[int], list[str]], log: Path | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.process = subprocess.Popen(command(self.port), stderr=subprocess.DEVNULL)
+        with open(os.devnull if log is None else log, "wb") as errors:
+            self.process = subprocess.Popen(command(self.port), stderr=errors)
         end = time.monotonic() + PATIENCE
         while not self._ready():
             if self.process.poll() is not None or time.monotonic() > end:
@@ -74,24 +86,29 @@ class Server:
 
     def _ready(self) -> bool:
         try:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-            connection.request("GET", "/health/ready")
-            return connection.getresponse().status == 200
+            self.get("/health/ready")
         except OSError:
             return False
+        return True
 
-    def ask(self, body: Body) -> tuple[int, bytes]:
-        """Status, and the picture's file if there is one."""
+    def get(self, path: str) -> bytes:
+        """Raises OSError for a status that is not 200."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as response:
+            data: bytes = response.read()
+        return data
+
+    def ask(self, body: Body) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         try:
-            connection.request("POST", "/v1/images/generations", json.dumps(body), {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/images/generations", json.dumps(body), headers)
             response = connection.getresponse()
-            text = response.read()
+            data = response.read()
         finally:
             connection.close()
-        if response.status != 200:
-            return response.status, text
-        return 200, base64.b64decode(json.loads(text)["data"][0]["b64_json"])
+        if response.status == 200:
+            data = base64.b64decode(json.loads(data)["data"][0]["b64_json"])
+        return Answer(response.status, data, response.headers.get("Retry-After"))
 
     def close(self) -> None:
         self.process.terminate()
@@ -119,7 +136,7 @@ def closed(server: Server, asked: Iterator[Body], callers: int, seconds: float) 
             with lock:
                 body = next(asked)
             started = time.monotonic()
-            status, _ = server.ask(body)
+            status = server.ask(body).status
             with lock:
                 taken.append((status, started, time.monotonic()))
 
@@ -142,9 +159,9 @@ def offered(server: Server, asked: Iterator[Body], rate: float, seconds: float, 
     chance, lock, taken = random.Random(seed), threading.Lock(), []
 
     def call(body: Body, due: float) -> None:
-        status, _ = server.ask(body)
+        answer = server.ask(body)
         with lock:
-            taken.append((status, time.monotonic() - due))
+            taken.append((answer, time.monotonic() - due))
 
     threads = []
     begun = due = time.monotonic()
@@ -155,10 +172,10 @@ def offered(server: Server, asked: Iterator[Body], rate: float, seconds: float, 
     for thread in threads:
         thread.join()
     took = time.monotonic() - begun
-    done = [latency for status, latency in taken if status == 200]
+    done = [latency for answer, latency in taken if answer.status == 200]
     return {
         "rate": round(rate, 3), "arrivals": len(threads), "answers": len(done),
-        "refused": sum(status == 429 for status, _ in taken), "images_per_second": round(len(done) / took, 3),
+        "refused": sum(answer.status == 429 for answer, _ in taken), "images_per_second": round(len(done) / took, 3),
         **percentiles(done),
     }  # fmt: skip
 
@@ -168,10 +185,10 @@ def quality(ours: Server, peer: Server, asked: list[Body]) -> dict[str, float]:
     for body in asked:
         pair = []
         for server in (ours, peer):
-            status, data = server.ask(body)
-            if status != 200:
-                raise SystemExit(f"{status}: {data[:300]!r}")
-            pair.append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float64))
+            answer = server.ask(body)
+            if answer.status != 200:
+                raise SystemExit(f"{answer.status}: {answer.data[:300]!r}")
+            pair.append(np.asarray(Image.open(io.BytesIO(answer.data)).convert("RGB"), np.float64))
         error = float(np.mean((pair[0] - pair[1]) ** 2))
         found.append(10 * np.log10(255**2 / error) if error else 99.0)
     return {"pictures": len(found), "least_db": round(min(found), 1), "median_db": round(statistics.median(found), 1)}
@@ -231,7 +248,7 @@ def peer_command(model: Path, dtype: str, adapters: list[str]) -> Callable[[int]
 def our_command(bundle: Path, adapters: list[str], options: list[str]) -> Callable[[int], list[str]]:
     more = [word for adapter in adapters for word in ("--adapter", adapter)]
     return lambda port: [
-        sys.executable, "-m", "stepforge.runtime", "serve", str(bundle), "--port", str(port), *more, *options,
+        *STEPFORGE, "serve", str(bundle), "--port", str(port), *more, *options,
     ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from stepforge.runtime.bundle import NAME
-from stepforge.runtime.cli.inputs import file_and_strength
+from stepforge.runtime.cli.inputs import file_and_strength, read_lines
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.files import printable
 
@@ -234,6 +234,48 @@ def outcome(verdict: Mapping[str, Any]) -> str:
     count = len(verdict["reference"]["assumed"])
     said = f" (with {count} assumed setting{'s' * (count > 1)})" if count else ""
     return ("PASSED" if verdict["passed"] else "FAILED") + said
+
+
+def quantize_command(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory with fp32 weights.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="BUNDLE", help="Write a copy here. [default: add to BUNDLE]")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts to calibrate on, one a line, like those of your users.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", "-n", help="Denoising steps of the calibration.")] = 20,
+    guidance: Annotated[float, typer.Option("--guidance", "-g", help="Guidance weight of the calibration.")] = 7.5,
+    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="Of the calibration. [default: model's]")] = None,
+    height: Annotated[int | None, typer.Option(metavar="PIXELS", help="Of the calibration. [default: model's]")] = None,
+    limit: Annotated[
+        float | None, typer.Option(metavar="X", help="Largest error of a network's output at any step. [default: 0.04]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Add INT8 networks to a bundle: `--precision int8` runs them, on a CPU."""
+    from stepforge.export.int8.quantize import LIMIT, Calibration, quantize_bundle
+    from stepforge.export.parity.verify import PROMPTS
+
+    texts = PROMPTS if prompts is None else [line for _, line in read_lines(prompts)]
+    if not texts:
+        raise RequestError(f"{printable(prompts)} has no prompts; write one a line")
+    calibration = Calibration(texts, steps, guidance, width, height)
+    done, chosen = quantize_bundle(
+        bundle,
+        calibration,
+        out=out,
+        limit=LIMIT if limit is None else limit,
+        progress=lambda stage: print(stage, file=sys.stderr),
+    )
+    if as_json:
+        print(json.dumps({"bundle": str(done.path), "digest": done.digest, "networks": done.source["int8"]}, indent=1))
+        return
+    for key, one in chosen.items():
+        print(f"{key.label}: {100 * one.work:.1f} % of its multiplications in integers, error {one.error:.1e}")
+        for group in one.kept:
+            print(f"    float: {group.name}, {100 * group.work:.1f} %, alone {group.sensitivity:.1e}")
+    print(f"{printable(done.path)}: digest {done.digest[:16]}; its verdict is gone, `stepforge verify` judges it anew")
 
 
 def convert_command(

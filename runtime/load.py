@@ -24,8 +24,9 @@ def load(
 ) -> Engine:
     """Check a bundle, open its networks and start the engine.
 
-    backend: "auto" or a name from backends.BACKENDS; precision: "auto", "fp32", "bf16" or "fp16"; threads: processor
-    threads, all that the process may use by default, at most four a core; max_rows, max_pixels, queue_limit: see `Engine`.
+    backend: "auto" or a name from backends.BACKENDS; precision: "auto", "fp32", "bf16", "fp16" or, of a quantised bundle,
+    "int8", which "auto" never comes to; threads: processor threads, all that the process may use by default, at most four a
+    core; max_rows, max_pixels, queue_limit: see `Engine`.
     tile_memory: bytes that the values inside a VAE or a feed-forward network may take in one call: larger pictures pass in
     tiles, None: in one piece; tiling: "even", or "diffusers" for VAEs as diffusers tiles them (docs/tiling.md).
     The bundle "fake" is a test model without files, for the fake backend.

@@ -15,11 +15,11 @@ ROOMS = ("kernels", "runtime", "export")
 FLOORS = {
     "runtime": (
         "arrays", "errors", "files", "checks", "grammar", "bundle", "plan", "imaging", "lora", "request", "backends",
-        "engine", "load", "serve", "tune", "cli", "__main__",
+        "engine", "load", "bench", "serve", "tune", "cli", "__main__",
     ),
     "export": (
         "oracle", "models", "memory", "lora", "graph", "parts", "publish", "stages", "expert_source", "experts", "build",
-        "parity", "cli",
+        "parity", "int8", "cli",
     ),
 }  # fmt: skip
 RUNTIME_IMPORTS = {"numpy", "ml_dtypes", "PIL", "tokenizers", "safetensors", "typer", "rich", "stepforge"}
@@ -32,6 +32,8 @@ ALSO = {  # beside those, by folder or file of runtime/
     "imaging/preprocess.py": {"cv2"},  # Canny, when asked for
     "serve/http": {"fastapi", "starlette", "uvicorn", "prometheus_client"},
     "tune/plot.py": {"matplotlib"},  # when asked for
+    "serve/ray": {"ray"},  # when asked for
+    "serve/triton": {"triton_python_backend_utils"},  # Triton's own, inside its Python backend
 }
 BUDGET = 400  # lines a file
 ENTRIES = 16  # a folder of code

@@ -115,7 +115,7 @@ def pixel_calls(pipeline: Any, recorder: Recorder, latents: Float32) -> Iterator
     """T5 on both prompts, if there is one; the denoiser at start, middle and end."""
     for args, kwargs, output in recorder.heard["text_encoder"][:2]:
         inputs = {"input_ids": as_array(args[0]), "attention_mask": as_array(kwargs["attention_mask"])}
-        yield Call(TEXT_ENCODERS[0], "text_encoder", inputs, {"hidden_states": as_array(output[0])})
+        yield Call(TEXT_ENCODERS[0], "text_encoder", inputs, {"hidden_states": as_array(output["last_hidden_state"])})
     heard = recorder.heard["unet"]
     for index in places(len(heard)):
         (sample, t), kwargs, output = heard[index]

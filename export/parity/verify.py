@@ -41,7 +41,7 @@ from stepforge.export.parity.reference import Reference, References, Settings, r
 from stepforge.export.parity.stages import StageReference, run_stages
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend, Graph, open_backend, runnable
-from stepforge.runtime.bundle import Bundle, ComponentId, Size, read, update
+from stepforge.runtime.bundle import INT8, Bundle, ComponentId, Size, read, update
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.errors import BackendError, CheckpointError
 from stepforge.runtime.request import Control, Progress, Request
@@ -67,6 +67,13 @@ LIMITS = {
     ),
     "fp16": Limits(
         1e-2, 1e-2, 5e-2, 30.0, "weights and activations rounded to 11 bits: 5e-4 an operation, over some 1,000 of them"
+    ),
+    INT8: Limits(
+        6e-2,
+        6e-2,
+        3e-1,
+        20.0,
+        "activations rounded to 8 bits of one range for all steps; judged by what is drawn, see docs",
     ),
     "bf16": Limits(
         5e-2, 5e-2, 1e-1, 30.0, "activations rounded to 8 bits: 4e-3 an operation; the image is the same to the eye"
@@ -167,8 +174,9 @@ def check_origin(bundle: Bundle, source: Source) -> None:
 def _configurations(bundle: Bundle, backends: Sequence[str], precisions: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Backends and precisions to check: all that were asked for, or all that this machine can run."""
     found = False
+    quantised = (INT8,) * any(entry.has_int8 for entry in bundle.components.values())
     for backend in backends or runnable():
-        for precision in precisions or ("fp32", "bf16"):
+        for precision in precisions or ("fp32", "bf16", *quantised):
             try:
                 open_backend(backend, bundle, precision=precision)
             except BackendError:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends.gpu import torch_on_gpu
-from stepforge.runtime.bundle import Bundle, ComponentId, Role
+from stepforge.runtime.bundle import INT8, Bundle, ComponentId, Role
 from stepforge.runtime.checks import whole
 from stepforge.runtime.errors import BackendError, RequestError
 from stepforge.runtime.files import printable
@@ -33,8 +33,12 @@ BACKENDS = {
     "fake": "stepforge.runtime.backends.fake:Fake",
 }
 AUTO = ("torch", "openvino", "onnxruntime")  # best first; torch on a GPU only (benchmarks/bench_denoiser.py)
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")  # arithmetic; weights have `bundle.WEIGHT_PRECISIONS`
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", INT8)  # arithmetic; weights have `bundle.WEIGHT_PRECISIONS`
 FP16 = ("torch", "torch-exact")  # backends that compute in fp16
+INT8_BACKENDS = (
+    "openvino",
+    "onnxruntime",
+)  # backends that multiply integers, of bundles that `stepforge quantize` wrote
 THREADS_PER_CORE = 4  # most that a caller may ask for; engine libraries start every one of them
 # Text encoders cost nothing beside the denoiser, and every step depends on them.
 ALWAYS_FP32: tuple[Role, ...] = ("text_encoder",)
@@ -127,7 +131,7 @@ class Backend(Protocol):
     """An engine library that can open a bundle's components."""
 
     name: str
-    precision: str  # "fp32", "bf16" or "fp16": what the networks compute in
+    precision: str  # "fp32", "bf16", "fp16" or "int8": what the networks compute in
     versions: dict[str, str]
 
     def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
@@ -203,6 +207,8 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
         raise BackendError(f"backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
     if precision == "fp16" and name not in FP16:
         raise BackendError(f"backend {name!r} does not compute in fp16; use fp32 or bf16, or one of {', '.join(FP16)}")
+    if precision == INT8:
+        _check_int8(name, bundle)
     module, cls = BACKENDS[name].split(":")
     try:
         opened: Backend = getattr(importlib.import_module(module), cls)(
@@ -213,6 +219,13 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
     except (ImportError, OSError) as error:  # a library that lacks one of the system's
         raise BackendError(f"backend {name!r} cannot be loaded: {reason(error)}") from error
     return opened
+
+
+def _check_int8(name: str, bundle: Bundle) -> None:
+    if name not in INT8_BACKENDS:
+        raise BackendError(f"backend {name!r} does not compute in int8; use one of {', '.join(INT8_BACKENDS)}")
+    if not any(entry.has_int8 for entry in bundle.components.values()):
+        raise BackendError(f"{printable(bundle.path)} has no int8 networks; `stepforge quantize` makes them")
 
 
 def reason(error: BaseException, line: int = 0) -> str:

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, fp32."""
+"""ONNX Runtime on the CPU, fp32 or int8."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class OnnxRuntime:
         if precision == "bf16":
             raise BackendError("onnxruntime has no bf16 kernels for a CPU; use precision fp32, or backend openvino")
         self._bundle = bundle
-        self.precision = "fp32"
+        self.precision = "fp32" if precision == "auto" else precision
         self.versions = {"onnxruntime": onnxruntime.__version__}
         self._threads = threads
 
@@ -41,7 +41,7 @@ class OnnxRuntime:
 
     def open(self, component: ComponentId, banks: Arrays | None = None) -> _Graph:
         entry = self._bundle.components[component]
-        graph = entry.derived.get(self.name, entry.graph)
+        graph = entry.graph_for(self.name, self.precision)
         path = checked_graph(self._bundle, component, graph)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: fp32 or bf16, dynamic shapes, compiled networks cached between processes."""
+"""OpenVINO on the CPU: fp32, bf16 or int8, dynamic shapes, compiled networks cached between processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepforge.runtime.backends import ALWAYS_FP32, Arrays, loading, message, re
 from stepforge.runtime.backends.compile_cache import CompileCache
 from stepforge.runtime.backends.graph_file import checked_graph
 from stepforge.runtime.backends.signature import Signature
-from stepforge.runtime.bundle import Bundle, ComponentId
+from stepforge.runtime.bundle import INT8, Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
 PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
@@ -47,18 +47,20 @@ def why(error: Exception) -> str:
 
 
 class OpenVino:
-    """`precision="auto"` is bf16 where the processor computes it natively, else fp32."""
+    """`precision="auto"` is bf16 where the processor computes it natively, else fp32; so is what "int8" leaves in float."""
 
     name = "openvino"
 
     def __init__(self, bundle: Bundle, *, precision: str, threads: int) -> None:
         self._bundle = bundle
         has_bf16 = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        native = "bf16" if has_bf16 else "fp32"
         if precision == "auto":
-            precision = "bf16" if has_bf16 else "fp32"
+            precision = native
         if precision == "bf16" and not has_bf16:
             raise BackendError("this processor has no native bf16; use precision fp32")
         self.precision = precision
+        self._float = native if precision == INT8 else precision
         self.versions = {"openvino": openvino.get_version().split("-")[0]}
         self._threads = threads
         layers = max(len(entry.modules) for entry in bundle.components.values())
@@ -69,7 +71,8 @@ class OpenVino:
         return np.uint16 if self._precision_of(component) == "bf16" else np.float32
 
     def _precision_of(self, component: ComponentId) -> str:
-        return "fp32" if component.role in ALWAYS_FP32 else self.precision
+        """What a component's floats are."""
+        return "fp32" if component.role in ALWAYS_FP32 else self._float
 
     def open(self, component: ComponentId, banks: Arrays | None = None) -> _Graph:
         entry = self._bundle.components[component]
@@ -81,8 +84,9 @@ class OpenVino:
             "PERFORMANCE_HINT": "LATENCY",
             "CPU_RUNTIME_CACHE_CAPACITY": self._entries,
         }
-        path = checked_graph(self._bundle, component, entry.graph)
-        with loading("openvino", entry.graph, why):
+        graph = entry.graph_for(self.name, self.precision)
+        path = checked_graph(self._bundle, component, graph)
+        with loading("openvino", graph, why):
             # The key has the precision: OpenVINO takes a network compiled for f32 out of its cache for bf16 (2026.4.1,
             # LOADED_FROM_CACHE on the first bf16 compilation), whose results are then NaN, or the process ends. It has the
             # path and its time because OpenVINO's own has.

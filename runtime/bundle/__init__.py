@@ -1,6 +1,7 @@
 """The bundle: a model compiled to graphs, in a directory. `format` says what lies where, `read` checks, `store` writes."""
 
 from stepforge.runtime.bundle.format import (
+    INT8,
     MANIFEST,
     NAME,
     TEXT_ENCODERS,
@@ -29,6 +30,7 @@ from stepforge.runtime.bundle.read import read, sha256
 from stepforge.runtime.bundle.store import locked, update, write_manifest
 
 __all__ = [
+    "INT8",
     "MANIFEST",
     "NAME",
     "TEXT_ENCODERS",

@@ -11,8 +11,8 @@
     vae_decoder/model.onnx      latents -> pixels in [-1, 1]
 
 Weights lie beside each graph as ONNX external data, once; a component may have further graphs over the same weights,
-derived for one engine (`Component.derived`). A component with a LoRA bank takes further inputs, see `Bank`. A bundle with
-ControlNets has a denoiser that takes `residual_i` too; what is 0 may be given as [1, C, 1, 1].
+derived for one engine or for integers (`Component.derived`). A component with a LoRA bank takes further inputs, see
+`Bank`. A bundle with ControlNets has a denoiser that takes `residual_i` too; what is 0 may be given as [1, C, 1, 1].
 A component has a role, a name and a variant (`ComponentId`), which the manifest states; folders are for people. A variant
 reuses what an earlier step computed: outputs of the network are its inputs (export/graph/rewire.py). It lies in the
 network's folder, shares its weights and reads its banks.
@@ -41,6 +41,7 @@ MANIFEST = "bundle.json"
 FAMILIES = ("sd1", "sd2", "sdxl", "x4", "x2", "if")  # x4, x2: the upscalers of SD; if: pixels as latents
 STAGE_KINDS = ("network", "x4", "x2", "pixel")
 WEIGHT_PRECISIONS = ("fp32", "fp16")  # precisions of a bundle's weights
+INT8 = "int8"  # precision of a run, and name of derived graphs
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 SIZE = re.compile(r"[A-Za-z_]\w*|[1-9]\d{0,3}\*[A-Za-z_]\w*|[A-Za-z_]\w*/[1-9]\d{0,3}", re.ASCII)
@@ -187,10 +188,21 @@ class Component:
     graph: File
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    derived: Mapping[Word, File] = field(default_factory=dict)  # backend name -> graph
+    derived: Mapping[Word, File] = field(default_factory=dict)  # backend name, "int8" or "int8-<backend>" -> graph
     modules: tuple[Module, ...] = ()
     bank: Bank | None = None
     footprint: Footprint | None = None
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether `stepforge quantize` gave it a graph with integer products."""
+        return INT8 in self.derived
+
+    def graph_for(self, backend: str, precision: str) -> File:
+        """The graph that a backend opens: its own, else the standard one; in int8 the quantised one where there is one."""
+        if precision == INT8 and self.has_int8:
+            return self.derived.get(f"{INT8}-{backend}", self.derived[INT8])
+        return self.derived.get(backend, self.graph)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The command line: `stepforge generate | upscale | batch | serve | plan | info | doctor | tune | triton | lora | ...`.
+"""The command line: `stepforge generate | upscale | batch | serve | bench | plan | info | doctor | tune | triton | lora | ...`.
 
 Commands only read arguments, call the rooms and print. Commands of the offline room join through the entry point group
 `stepforge.commands`; `lora.convert` there is the command `convert` of the group `lora`. Exit codes: 0 done, 1 it ran and
@@ -15,16 +15,17 @@ from typing import Annotated, Any
 
 import typer
 
-from stepforge.runtime.cli.batch import batch
+from stepforge.runtime.cli.bench import bench
 from stepforge.runtime.cli.doctor import doctor
 from stepforge.runtime.cli.generate import generate
 from stepforge.runtime.cli.info import info
 from stepforge.runtime.cli.lora import lora
 from stepforge.runtime.cli.output import complain, lost_output, quiet, streams
 from stepforge.runtime.cli.plan import plan
-from stepforge.runtime.cli.serve import serve
+from stepforge.runtime.cli.serving.batch import batch
+from stepforge.runtime.cli.serving.serve import serve
+from stepforge.runtime.cli.serving.triton import triton
 from stepforge.runtime.cli.signals import Stopped, leave, on_signal
-from stepforge.runtime.cli.triton import triton
 from stepforge.runtime.cli.tune import tune
 from stepforge.runtime.cli.upscale import upscale
 from stepforge.runtime.errors import RequestError, StepforgeError
@@ -41,6 +42,7 @@ app.command()(generate)
 app.command()(upscale)
 app.command(short_help="Draw a manifest of jobs, resumable.")(batch)
 app.command(short_help="Answer HTTP with images: OpenAI's image API.")(serve)
+app.command(short_help="Say how fast a bundle draws on this machine.")(bench)
 app.command()(plan)
 app.command()(info)
 app.command()(doctor)

@@ -150,7 +150,9 @@ StageGuidance = Annotated[
 
 # The engine
 Backend = Annotated[str, typer.Option(metavar="NAME", help="auto, openvino, onnxruntime, torch, torch-exact or fake.")]
-Precision = Annotated[str, typer.Option(metavar="NAME", help="auto, fp32, bf16, or fp16 (torch on CUDA).")]
+Precision = Annotated[
+    str, typer.Option(metavar="NAME", help="auto, fp32, bf16, fp16 (on CUDA), or int8 (quantised bundles).")
+]
 
 
 def bytes_of(option: str) -> Callable[[str], int]:

@@ -21,6 +21,7 @@ from stepforge.runtime.bundle import Bundle, Size
 from stepforge.runtime.checks import whole
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.jobs.deadlines import Deadlines, check_seconds
+from stepforge.runtime.engine.jobs.fork import keep_in_children
 from stepforge.runtime.engine.jobs.future import RequestFuture
 from stepforge.runtime.engine.jobs.intake import Intake, Outcome
 from stepforge.runtime.engine.jobs.statistics import EngineStats
@@ -84,6 +85,7 @@ class Engine:
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._worker.run, name="stepforge-engine", daemon=True)
         self._thread.start()
+        keep_in_children(self)
         # also at the interpreter's exit: an engine library that is called while the interpreter goes aborts the process
         self._end = weakref.finalize(self, _end, self._pid, self._scheduler, self._intake.deadlines, self._thread)
 
@@ -221,8 +223,7 @@ class Engine:
         on_step, priority, deadline: of each, see `submit`; deadlines count from the iterator's first step.
         """
         self._check_wait()
-        asked = [Request.of(request, **options) for request in requests]
-        return self._intake.outcomes([self._job(request, on_step, None, priority, deadline) for request in asked])
+        return self._intake.outcomes(self._jobs(requests, on_step, priority, deadline, options))
 
     async def asubmit(
         self,
@@ -268,10 +269,7 @@ class Engine:
         **options: Any,
     ) -> AsyncGenerator[Outcome, None]:
         """`stream` for asyncio. RequestError is raised before the first outcome."""
-        asked = [Request.of(request, **options) for request in requests]
-        jobs = await asyncio.to_thread(
-            lambda: [self._job(request, on_step, None, priority, deadline) for request in asked]
-        )
+        jobs = await asyncio.to_thread(self._jobs, list(requests), on_step, priority, deadline, options)
         async for outcome in self._intake.aoutcomes(jobs):
             yield outcome
 
@@ -280,8 +278,8 @@ class Engine:
         or tune anything; without requests, one of the model's own size.
 
         A warm-up makes as few steps as show each network once, of 1 to `images` images together; by default of as many as
-        `max_rows` and `max_pixels` let share a call. Stages run in the batches that their images come in. It waits in the
-        queue, and counts in no statistics.
+        `max_rows` and `max_pixels` let share a call, of which one passes the stages too. It waits in the queue, and counts in
+        no statistics.
         Raises what `generate` raises.
         """
         self._check_wait()
@@ -346,11 +344,23 @@ class Engine:
         request = resolve(request, self.bundle)
         self._worker.check(request)  # unreadable prompts, unknown ControlNets
         legs = self._legs(request, rows)
+        self._worker.check_tiles(legs, request)
         self._warn(request)
         return Job(
             request, legs, RequestFuture(self._check_wait), on_step=on_step, adapters=self._adapters.choose(request.adapters),
             priority=level, deadline=seconds, statistics=self._intake.statistics,
         )  # fmt: skip
+
+    def _jobs(
+        self,
+        requests: Iterable[Asked],
+        on_step: OnStep | None,
+        priority: int,
+        deadline: float | None,
+        options: dict[str, Any],
+    ) -> list[Job]:
+        asked = [Request.of(request, **options) for request in requests]
+        return [self._job(request, on_step, None, priority, deadline) for request in asked]
 
     def _warn(self, request: Request) -> None:
         """Once an engine: constant guidance below 1 is not what diffusers makes of it."""

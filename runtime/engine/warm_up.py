@@ -15,7 +15,8 @@ from stepforge.runtime.request.request import MAX_IMAGES
 
 
 def short_jobs(job: Job, images: int | None, max_rows: int, max_pixels: int) -> Iterator[Job]:
-    """Jobs of every number of images that can share a call, the most first: what needs most memory is asked for first.
+    """Jobs of every number of images that can share a call, the most first: what needs most memory is asked for first. One
+    image passes all legs, the others the first one alone.
 
     images: most of them; None: as many as the first leg's rows and pixels let. Raises RequestError.
     """
@@ -25,7 +26,7 @@ def short_jobs(job: Job, images: int | None, max_rows: int, max_pixels: int) -> 
     if images is not None:
         most = whole("images", images, 1, MAX_IMAGES)
     for count in range(most, 0, -1):
-        legs = [_short(leg) for leg in job.legs]
+        legs = [_short(leg) for leg in (job.legs if count == 1 else job.legs[:1])]
         future = RequestFuture(job.future.check_wait)
         yield Job(replace(job.request, images=count), legs, future, adapters=job.adapters)
 

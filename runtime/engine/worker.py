@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -76,6 +77,10 @@ class Worker:
             for image in (request.init.image, request.init.mask):
                 if image is not None:
                     check_image(image)
+
+    def check_tiles(self, legs: Sequence[Leg], request: Request) -> None:
+        """Refuse pictures that the memory of tiles has no tile for."""
+        self._encoders.check(legs, encodes=request.init is not None)
 
     def run(self) -> None:
         """Until the scheduler is closed or drained. However it ends, every job is settled and no new one is taken."""

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from stepforge.runtime.engine import Engine
-from stepforge.runtime.engine.scheduler import CLOSED
-from stepforge.runtime.errors import Cancelled, GenerationError, RequestError
+from stepforge.runtime.errors import Cancelled, EngineClosed, GenerationError, RequestError
 from stepforge.runtime.files import printable
 from stepforge.runtime.imaging.encode import encode
 from stepforge.runtime.imaging.metadata import describe_image
@@ -21,6 +20,7 @@ from stepforge.runtime.request import Request, Result
 from stepforge.runtime.serve.store import Files
 
 ENCODERS = 4  # threads; they wait for the disk most of the time
+WAITS = ("total", "queue")  # of a result's seconds, what is no work
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +98,16 @@ class EngineDrawer:
         ended: Future[Ended] = Future()
         try:
             drawn = self._engine.submit(task.request, wait=True)
-        except RequestError as error:
-            if str(error) != CLOSED:
-                ended.set_result(task.failed(reason(error)))
-            elif self._is_stopped:
-                ended.set_exception(Cancelled(CLOSED))
+        except EngineClosed as error:
+            if self._is_stopped:
+                ended.set_exception(Cancelled(str(error)))
             else:  # of itself: it failed as a whole, and said so in the log
                 text = "the engine failed; what is finished is written, run the command again"
                 ended.set_exception(GenerationError(text))
+        except (RequestError, MemoryError) as error:
+            ended.set_result(task.failed(reason(error)))
+        except Exception as error:  # a defect of ours
+            ended.set_exception(error)
         else:
             drawn.add_done_callback(lambda done: self._hand_on(task, done, ended))
         return ended
@@ -141,7 +143,7 @@ class EngineDrawer:
             return task.failed(reason(error))
         encoded = time.perf_counter()
         stored = [self._files.write(*image) for image in zip(names, images, abouts, strict=True)]
-        seconds = {part: value for part, value in result.stats.seconds.items() if part != "total"}
+        seconds = {part: value for part, value in result.stats.seconds.items() if part not in WAITS}
         seconds |= {"encode": encoded - started, "write": time.perf_counter() - encoded}
         return Ended({**_named(task.job, task.line, task.name), "files": stored}, seconds)
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class Manifest:
                 self.digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise RequestError(f"cannot read {printable(path)}: {error.strerror}") from error
+        self.total = sys.maxsize  # until they are counted
         self.total = sum(1 for _ in self.rows())
         if not self.total:
             raise RequestError(f"{printable(path)} has no jobs")
@@ -67,6 +69,8 @@ class Manifest:
         read = {".jsonl": self._json_lines, ".csv": self._cells, ".parquet": self._columns}[self.kind]
         try:
             for index, (line, values) in enumerate(read()):
+                if index >= self.total:
+                    raise RequestError(f"{printable(self.path)} has grown while it was read")
                 yield Row(index, line, values)
         except OSError as error:
             raise RequestError(f"cannot read {printable(self.path)}: {error.strerror or error}") from error

@@ -27,7 +27,7 @@ class Refused(Exception):
 ERRORS = (Refused,)
 COMMANDS = {
     "plan": ["fake"], "generate": ["fake", "a cat"], "info": ["fake"], "lora inspect": ["{lora}"], "tune": ["fake"],
-    "": [], "nothing": [], "lora": [], "info  ": ["{missing}"],
+    "batch": ["fake", "{requests}"], "": [], "nothing": [], "lora": [], "info  ": ["{missing}"],
 }  # fmt: skip
 OPTIONS = {
     "--steps": ["1", "3", "0", "1001", "1e3"], "--sampler": ["ddim", "euler", "dpmpp_2m"], "--schedule": ["karras", "beta"],
@@ -40,7 +40,11 @@ OPTIONS = {
     "--backend": ["fake", "nothing", "auto"], "--precision": ["fp32", "fp64"], "--threads": ["1", "0", "-1", "1000000", "1e3"],
     "--columns": ["1", "0"], "--no-metadata": [""], "--overwrite": [""], "--adapter": ["{lora}", "x={lora}:2", "{missing}"],
     "--prompts": ["{prompts}", "{missing}"], "--requests": ["{requests}", "{prompts}"], "--negative": ["bad"],
-    "--limit": ["0.1"],
+    "--limit": ["0.1"], "--limit-memory": ["1", "100M", "1.5G", "0"], "--layout": ["webdataset", "tar"],
+    "--format": ["jpeg", "gif"], "--quality": ["0", "90"], "--shard-size": ["1", "0"], "--max-rows": ["2", "1"],
+    "--max-failures": ["0", "-1"], "--retry-failed": [""], "--sr": ["nearest", "x2", "x9"], "--sr-steps": ["1", "0"],
+    "--noise-level": ["3", "-1"], "--init": ["{lora}", "{missing}"], "--strength": ["0.5", "2"], "--overlay": [""],
+    "--experts": ["base", "base@0..1", "@"], "--micro": ["crop=0,8", "crop"], "--tile-memory": ["1M", "x"],
     "--budget": ["2"], "--name": ["fast"], "--bundle": ["{missing}", "fake"], "--help": [""], "--version": [""],
 }  # fmt: skip
 SMALL = ["--width", "64", "--height", "64", "--steps", "1", "-o", "{out}"]
@@ -60,9 +64,9 @@ def start(folder: Path) -> dict[str, Path]:
 
 
 def case(rng: random.Random, base: dict[str, Path]) -> list[str]:
-    command = rng.choice([*COMMANDS, "plan", "generate", "generate"])
+    command = rng.choice([*COMMANDS, "plan", "generate", "generate", "batch"])
     words = [*command.split(), *COMMANDS[command]]
-    if command == "generate":
+    if command in ("generate", "batch"):
         words += SMALL
     for _ in range(rng.choice((0, 1, 1, 2, 3))):
         option = rng.choice(list(OPTIONS))

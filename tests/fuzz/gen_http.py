@@ -14,6 +14,7 @@ import re
 import socket
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ ERRORS = (Refused,)
 class Base:
     port: int
     folder: Path
+    server: Server
 
 
 def start(folder: Path) -> Base:
@@ -57,6 +59,8 @@ def start(folder: Path) -> Base:
     (folder / "keys").write_text(f"{KEY} tester admin\n", encoding="utf-8")
     for name in ("uvicorn.error", "python_multipart"):  # both warn of what is no HTTP and no form
         logging.getLogger(name).setLevel(logging.ERROR)
+    # spooled files of a form that is refused are memory only, and go with it
+    warnings.filterwarnings("ignore", message="Unclosed file", category=ResourceWarning)
     settings = Settings(
         max_body=1 << 20, body_seconds=1.0, stall_seconds=STALL, max_steps=8, max_images=2, max_pixels=1 << 18,
         max_prompt=2000, adapter_folder=folder / "adapters", deadline=10.0,
@@ -70,7 +74,7 @@ def start(folder: Path) -> Base:
     while not server.started or models.state != "ready":
         assert time.monotonic() < until, "the server did not start"
         time.sleep(0.02)
-    return Base(server.servers[0].sockets[0].getsockname()[1], folder)
+    return Base(server.servers[0].sockets[0].getsockname()[1], folder, server)
 
 
 def case(rng: random.Random, base: Base) -> Case:
@@ -129,7 +133,7 @@ def check(one: Case, base: Base) -> None:
     assert status in STATUSES, answer[:2000]
     if status == 200:
         return
-    if body == PARSER:
+    if PARSER in body and status == 400:
         raise Refused("no HTTP")
     assert len(answer) < LONGEST, f"{len(answer)} bytes"
     assert b"\r\nx-request-id: " in head.lower(), head

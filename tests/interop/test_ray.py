@@ -78,7 +78,7 @@ def test_same_files_as_one_process(command, whole, tmp_path):
     """Two workers, bad jobs among the others; then nothing is left to do for one process."""
     code, report, errors = command("out", *RAY, "2")
     assert (code, report["done"], report["failed"], report["left"]) == (1, JOBS - 2, 2, 0)
-    assert len(errors) == 2
+    assert len([line for line in errors if ", line " in line]) == 2
     assert files(tmp_path / "out") == whole
     assert command("out")[1]["done"] == 0
     shards = ("--layout", "webdataset", "--shard-size", "9")
@@ -107,7 +107,7 @@ def test_a_killed_driver_goes_on(command, whole, descendants, until, tmp_path):
         below = descendants(process.pid)
         process.kill()
         process.communicate()
-        until(lambda below=below: not any(Path(f"/proc/{child}").exists() for child in below), 60)
+        until(lambda below=below: not any(Path(f"/proc/{child}").exists() for child in below), 180)
     code, report, _ = command("out")
     assert (code, report["left"]) == (1, 0)
     assert report["resumed"] >= 15
@@ -120,7 +120,10 @@ def test_signals_keep_what_is_finished(command, whole, until, tmp_path):
     process.terminate()
     out, errors = process.communicate(timeout=120)
     report = json.loads(out)
-    assert (process.returncode, errors.splitlines()[-1]) == (143, "stepforge: terminated")
+    assert (process.returncode, [line for line in errors.splitlines() if line.startswith("stepforge")][-1]) == (
+        143,
+        "stepforge: terminated",
+    )
     assert report["left"] > 0
     assert report["done"] == len({name[:8] for name in files(tmp_path / "out") if name.endswith(".png")})
     assert command("out", *RAY, "1")[1]["left"] == 0

@@ -77,9 +77,10 @@ def triton(tmp_path_factory):
 @pytest.fixture
 def unary(triton):
     client = http.InferenceServerClient(triton[1], concurrency=16)
-    yield lambda wait=True, outputs=None, **values: (client.infer if wait else client.async_infer)(
-        "emoji", inputs(http, **values), outputs=outputs and [http.InferRequestedOutput(name) for name in outputs]
-    )
+    yield lambda wait=True, outputs=None, timeout=None, **values: (client.infer if wait else client.async_infer)(
+        "emoji", inputs(http, **values), outputs=outputs and [http.InferRequestedOutput(name) for name in outputs],
+        timeout=timeout,
+    )  # fmt: skip
     client.close()
 
 
@@ -89,8 +90,11 @@ def stream(triton):
     client, answers = grpc.InferenceServerClient(triton[2]), queue.Queue()
     client.start_stream(callback=lambda result, error: answers.put(error or result))
 
-    def send(**values):
-        client.async_stream_infer("emoji_stream", inputs(grpc, **values), enable_empty_final_response=True)
+    def send(outputs=None, **values):
+        wanted = outputs and [grpc.InferRequestedOutput(name) for name in outputs]
+        client.async_stream_infer(
+            "emoji_stream", inputs(grpc, **values), outputs=wanted, enable_empty_final_response=True
+        )
 
     yield send, lambda: answers.get(timeout=60), client
     client.stop_stream()
@@ -143,6 +147,12 @@ def test_requests_share_the_engine(unary):
     assert all("[503] 4 requests wait already" in outcome for outcome in refused), refused
 
 
+def test_clients_say_how_long_they_wait(unary):
+    """Triton's own request timeout, in microseconds."""
+    with pytest.raises(http.InferenceServerException, match="deadline"):
+        unary(prompt="x", steps=1000, width=512, height=512, timeout=200_000)
+
+
 def test_decoupled_models_tell_of_steps(stream):
     send, receive, _ = stream
     send(prompt="a cat", seed=3, progress_every=2, **{**SMALL, "steps": 6})
@@ -153,6 +163,10 @@ def test_decoupled_models_tell_of_steps(stream):
     with stepforge.load("fake") as engine:
         expected = engine.generate("a cat", seed=3, **{**SMALL, "steps": 6})
     assert np.array_equal(told[2].as_numpy("images")[0], np.asarray(expected.images[0]))
+    send(["preview", "progress"], prompt="x", progress_every=1, **{**SMALL, "steps": 300})
+    assert receive().as_numpy("preview").shape == (64, 64, 3)
+    while not (answer := receive()).get_response().parameters["triton_final_response"].bool_param:
+        assert answer.as_numpy("progress")[2] == 300
     send(prompt="x", steps=0)
     assert "steps is 0" in str(receive())
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from stepforge.runtime.backends import Backend, Graph
 from stepforge.runtime.bundle import VAE_DECODER, VAE_ENCODER, Bundle, ComponentId, Footprint
 from stepforge.runtime.engine.pictures.tiles import Ratio, Tile, as_diffusers, even
 from stepforge.runtime.errors import BundleError, GenerationError, RequestError
+
+if TYPE_CHECKING:
+    from stepforge.runtime.engine.state import Leg
 
 GoOn = Callable[[], None]
 
@@ -47,8 +51,9 @@ class Tiling:
         least = math.ceil(LEAST_TILE / multiple) * multiple
         positions = _positions(footprint, self.memory)
         side = math.isqrt(positions) // multiple * multiple
-        if side < min(least, height, width):
-            needed = math.ceil(footprint(least**2))
+        smallest = min(least, height, width)
+        if side < smallest:
+            needed = math.ceil(footprint(smallest**2))
             raise RequestError(f"tile_memory is {self.memory} bytes; {what} needs at least {needed}")
         rows = min(side, height)
         columns = min(positions // rows // multiple * multiple, width)
@@ -102,6 +107,27 @@ class Pictures:
         found: Float32 = np.clip(made[:, : height * card.scale, : width * card.scale], 0.0, 1.0)
         return found
 
+    def check(self, legs: Sequence[Leg], *, encodes: bool) -> None:
+        """Refuse a request whose pictures the budget has no tile for. encodes: its first leg reads an init image.
+
+        Raises RequestError."""
+        if self._tiling.memory is None:
+            return
+        for leg, follower in zip(legs, (*legs[1:], None), strict=True):
+            model, scale = self._bundle.model(leg.stage), 1 if leg.card is None else leg.card.scale
+            height, width = leg.size.height // scale, leg.size.width // scale  # of what it reads
+            if leg.is_network:
+                assert leg.card is not None
+                sides = (_padded(side, leg.card.size_multiple, leg.card.least) for side in (height, width))
+                self._tile(ComponentId("upscaler", "upscaler", stage=leg.stage), *sides, leg.card.size_multiple)
+                continue
+            assert model is not None
+            if encodes or (leg.card is not None and leg.card.kind == "x2" and not leg.reads_latents):
+                self._tile(replace(VAE_ENCODER, stage=leg.stage), height, width, model.vae_scale)
+            if follower is None or not follower.reads_latents:
+                self._tile(replace(VAE_DECODER, stage=leg.stage), *model.latent_shape(leg.size)[1:])
+            encodes = False
+
     def open(self, key: ComponentId) -> Graph:
         """A network, loaded when it is first used."""
         if key not in self._graphs:
@@ -137,12 +163,23 @@ class Pictures:
         ratio: Ratio, multiple: int,
     ) -> Float32:  # fmt: skip
         footprint = self._bundle.components[key].footprint
-        if footprint is None:
-            return run(values)
-        if self._tiling.kind == "diffusers" and footprint.tile:
+        if self._tiling.kind == "diffusers" and footprint is not None and footprint.tile:
             return as_diffusers(run, values, footprint.tile, ratio)
-        tile = self._tiling.tile(footprint, height, width, multiple, str(key))
+        tile = self._tile(key, height, width, multiple)
         return run(values) if tile is None else even(run, values, tile, ratio, multiple)
+
+    def _tile(self, key: ComponentId, height: int, width: int, multiple: int = 1) -> Tile | None:
+        """None: the picture passes in one piece. Raises RequestError."""
+        component = self._bundle.components.get(key)
+        if component is None or component.footprint is None:
+            return None
+        if self._tiling.kind == "diffusers" and component.footprint.tile:
+            return None  # diffusers' tiles, whatever they take
+        return self._tiling.tile(component.footprint, height, width, multiple, str(key))
+
+
+def _padded(length: int, multiple: int, least: int) -> int:
+    return math.ceil(max(length, least) / multiple) * multiple
 
 
 def pad(image: Float32, multiple: int, least: int) -> Float32:
@@ -150,7 +187,7 @@ def pad(image: Float32, multiple: int, least: int) -> Float32:
     picture's reflection repeats the last row or column."""
     for axis in (1, 2):
         length = image.shape[axis]
-        more = math.ceil(max(length, least) / multiple) * multiple - length
+        more = _padded(length, multiple, least) - length
         mirrored = min(more, length - 1)
         for count, mode in ((mirrored, "reflect"), (more - mirrored, "edge")):
             spread = [(0, 0)] * 3

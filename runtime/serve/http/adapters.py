@@ -10,28 +10,29 @@ from stepforge.runtime.checks import shown
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.errors import AdapterError
 from stepforge.runtime.lora.adapter import Adapter
+from stepforge.runtime.lora.file import IN_FOLDERS
 from stepforge.runtime.serve.http.errors import ApiError, bad
 from stepforge.runtime.serve.http.keys import Caller
 from stepforge.runtime.serve.http.models import Model
 from stepforge.runtime.serve.http.settings import Settings
 
 SUFFIX = ".safetensors"
-PEFT_WEIGHTS = "adapter_model.safetensors"
 MOST_FILES = 10_000  # looked at in the folder
 FIELDS = ("file", "name", "model")
 
 
 def available(folder: Path) -> dict[str, Path]:
-    """What may be loaded, by its name in the folder: LoRA files, and PEFT's folders. Links that lead out of it are not."""
+    """What may be loaded, by its name in the folder: LoRA files, and PEFT's or diffusers' folders. Links out of it are not."""
     root = folder.resolve()
     found = {}
     try:
         for count, entry in enumerate(root.iterdir()):
             if count >= MOST_FILES:
                 break
-            weights = entry / PEFT_WEIGHTS if entry.is_dir() else entry
-            inside = all(place.resolve().is_relative_to(root) for place in (entry, weights))
-            if inside and NAME.fullmatch(entry.name) and weights.suffix == SUFFIX and weights.is_file():
+            weights = [entry / name for name in IN_FOLDERS] if entry.is_dir() else [entry]
+            files = [file for file in weights if file.suffix == SUFFIX and file.is_file()]
+            inside = all(place.resolve().is_relative_to(root) for place in (entry, *files))
+            if files and inside and NAME.fullmatch(entry.name):
                 found[entry.name] = entry
     except OSError as error:
         raise ApiError(500, "the folder of adapters cannot be read", "internal_error", kind="server_error") from error

@@ -23,9 +23,9 @@ from stepforge.runtime.serve.http.body import read_json
 from stepforge.runtime.serve.http.door import HEALTH, Call, Door, call_of
 from stepforge.runtime.serve.http.errors import ApiError, Envelope, answer_to
 from stepforge.runtime.serve.http.images.drawing import Drawing
+from stepforge.runtime.serve.http.page import FILES, add_page
 from stepforge.runtime.serve.http.schema import document
 from stepforge.runtime.serve.http.service import Service
-from stepforge.runtime.serve.http.static import FILES, add_page
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ def create_app(service: Service, *, on_start: Callable[[], Any] | None = None) -
 
     @app.get("/health/live")
     async def live() -> Response:
-        return Envelope({"status": "live"})
+        failed = service.models.state == "failed"
+        return Envelope({"status": "failed" if failed else "live"}, 503 if failed else 200)
 
     @app.get("/health/ready")
     async def ready() -> Response:

@@ -32,7 +32,8 @@ TEXTS = frozenset(
 async def read_body(request: Request) -> dict[str, Any]:
     """Fields of a body, JSON or a form. Raises ApiError; ClientDisconnect."""
     if _kind(request) == "multipart/form-data":
-        return nested(await _form(request.headers, await _whole(request)))
+        form = await _form(request.headers, await _whole(request))
+        return await asyncio.to_thread(nested, form)
     return await read_json(request, "application/json or multipart/form-data")
 
 
@@ -83,6 +84,7 @@ async def _form(headers: Headers, data: bytes) -> list[tuple[str, str | bytes]]:
     found: list[tuple[str, str | bytes]] = []
     for name, value in form.multi_items():
         found.append((name, await value.read() if isinstance(value, UploadFile) else value))
+    await form.close()
     return found
 
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepforge.runtime.serve.http.errors import ApiError, answer_to
 from stepforge.runtime.serve.http.held import Held
-from stepforge.runtime.serve.http.keys import ANYONE, Caller, Keys
+from stepforge.runtime.serve.http.keys import ANYONE, NOBODY, Caller, Keys
 from stepforge.runtime.serve.http.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 CROSS_SITE = (b"cross-site", b"same-site")  # Sec-Fetch-Site of browsers
 CLOSED = 499  # status of a call whose client has gone, in logs and metrics; nginx's
 PIECE = 256 << 10  # bytes of an answer that are sent at a time
+NOSNIFF = (b"x-content-type-options", b"nosniff")  # no browser takes JSON that repeats a name for a page
 LINGER = 2.0  # seconds for a body that is refused to arrive: a client that is still sending reads no answer
 
 
@@ -38,7 +39,7 @@ class Call:
         given = headers.get(b"x-request-id", b"")
         self.id = given.decode() if _ID.fullmatch(given) else uuid.uuid4().hex
         self.headers: dict[bytes, bytes] = headers
-        self.caller: Caller = ANYONE
+        self.caller: Caller = NOBODY
         self.started = time.perf_counter()
         self.status = 0
         self.body_bytes = 0
@@ -110,7 +111,9 @@ class Door:
             raise ApiError(403, "this server does not answer to that Host", "host_refused")
         if call.headers.get(b"sec-fetch-site") in CROSS_SITE and scope["method"] not in ("GET", "HEAD"):
             raise ApiError(403, "calls from other web sites are refused", "cross_site")
-        if self._keys is not None and path not in self._public:
+        if self._keys is None:
+            call.caller = ANYONE
+        elif path not in self._public:
             caller = self._keys.caller(call.headers)
             if caller is None:
                 raise ApiError(
@@ -132,10 +135,11 @@ class Body:
         self._receive, self._call, self._settings, self._held = receive, call, settings, held
         self._until = call.started + settings.body_seconds
         self._taken = 0  # bytes of `held`
+        self._given_up = False  # the rest did not come in time
 
     async def __call__(self) -> Message:
         call = self._call
-        if call.body_ended:
+        if call.body_ended or self._given_up:
             message = await self._receive()
             call.disconnected = call.disconnected or message["type"] == "http.disconnect"
             return message
@@ -144,7 +148,7 @@ class Body:
             async with asyncio.timeout(max(0.0, min(left, self._settings.stall_seconds))):
                 message = await self._receive()
         except TimeoutError:
-            call.body_ended = True  # nobody waits for the rest
+            self._given_up = True
             raise ApiError(408, "the body did not arrive in time", "body_timeout") from None
         if message["type"] == "http.disconnect":
             call.disconnected = call.body_ended = True
@@ -165,7 +169,7 @@ class Body:
     async def discard(self) -> None:
         """Take what a refused client is still sending, for a moment and up to the limit of a body, and keep none of it."""
         call, size = self._call, 0
-        if call.body_ended or b"expect" in call.headers:
+        if call.body_ended or self._given_up or b"expect" in call.headers:
             return
         try:
             async with asyncio.timeout(LINGER):
@@ -195,7 +199,7 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.started = True
             self._call.status = message["status"]
-            headers = [*message.get("headers", ()), (b"x-request-id", self._call.id.encode())]
+            headers = [*message.get("headers", ()), (b"x-request-id", self._call.id.encode()), NOSNIFF]
             if message["status"] >= 400:
                 await self._body.discard()
             if not self._call.body_ended:

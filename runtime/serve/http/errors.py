@@ -74,8 +74,11 @@ def bad(message: str, *, param: str | None = None, code: str = "invalid_value") 
 
 
 def unavailable(code: str, seconds: int = 5) -> ApiError:
-    """503 while the server is `starting` or `draining`."""
-    text = {"starting": "the server is starting", "draining": "the server is shutting down"}[code]
+    """503 while the server is `starting` or `draining`, or has `failed`."""
+    text = {"starting": "is starting", "draining": "is shutting down", "failed": "has failed and waits for a restart"}[
+        code
+    ]
+    text = f"the server {text}"
     return ApiError(503, text, code, kind=UNAVAILABLE, headers={"retry-after": str(seconds)})
 
 

@@ -31,6 +31,7 @@ class Caller:
 
 
 ANYONE = Caller("anyone", True)  # of a server without keys
+NOBODY = Caller("nobody", False)  # who has shown none, where one is needed
 
 
 class Keys:

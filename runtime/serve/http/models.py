@@ -51,11 +51,11 @@ class Model:
 
 @dataclass(slots=True)
 class Models:
-    """By name. aliases: further names. state: "starting", "ready", "draining"."""
+    """By name. aliases: further names. phase: "starting", "ready" or "draining"."""
 
     models: Mapping[str, Model]
     aliases: Mapping[str, str]
-    state: str = "starting"
+    phase: str = "starting"
     failure: BaseException | None = None  # why no engine could be loaded
 
     async def load(self) -> None:
@@ -63,19 +63,25 @@ class Models:
         for model in self.models.values():
             started = time.perf_counter()
             engine = await asyncio.to_thread(model.loader)
-            if self.state == "draining":  # the end came first
+            if self.phase == "draining":  # the end came first
                 await asyncio.to_thread(engine.close)
                 return
             model.engine = engine
             model.created, model.load_seconds = int(time.time()), time.perf_counter() - started
             log.info("model loaded", extra={"facts": {"model": model.name, "seconds": round(model.load_seconds, 3)}})
-        if self.state == "starting":
-            self.state = "ready"
+        if self.phase == "starting":
+            self.phase = "ready"
+
+    @property
+    def state(self) -> str:
+        """The phase, or "failed" where an engine has ended by itself: only a new process mends that."""
+        ended = self.phase == "ready" and any(engine.is_closed for engine in self.engines())
+        return "failed" if ended else self.phase
 
     def check_open(self) -> None:
         """Raises ApiError while no new work is taken."""
-        if self.state != "ready":
-            raise unavailable("draining" if self.state == "draining" else "starting")
+        if (state := self.state) != "ready":
+            raise unavailable(state)
 
     def find(self, name: str | None) -> tuple[Model, Engine]:
         """A model that has been loaded; without a name the first. Raises ApiError."""

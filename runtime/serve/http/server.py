@@ -82,8 +82,8 @@ class Server(uvicorn.Server):
         models = self.service.models
         try:
             await models.load()
-        except BaseException as error:
-            models.failure, models.state = error, "draining"
+        except Exception as error:
+            models.failure, models.phase = error, "draining"
             self.should_exit = True
 
     def _spawn(self, work: Any) -> None:
@@ -117,7 +117,7 @@ class Server(uvicorn.Server):
         self._signals += 1
         if self._signals == 1:
             log.info("draining", extra={"facts": {"signal": sig, "under_way": self.service.under_way}})
-            self.service.models.state = "draining"
+            self.service.models.phase = "draining"
             self._spawn(self._drain())
         else:
             self._cut.set()

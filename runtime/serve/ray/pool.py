@@ -24,8 +24,8 @@ from typing import Any
 
 from stepforge.runtime.errors import Cancelled, GenerationError, RequestError, StepforgeError
 from stepforge.runtime.files import printable
-from stepforge.runtime.serve.draw import Ended, Task
-from stepforge.runtime.serve.ray.worker import Setup, Worker
+from stepforge.runtime.serve.draw import Ended, Task, settle
+from stepforge.runtime.serve.ray.worker import Setup, Worker, take_over
 
 log = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ class RayDrawer:
                     drawn.set_result(draw.task.failed(text))
             self._pump()
         if error is None:
-            draw.ended.set_result(drawn.result())
+            settle(draw.ended, lambda: take_over(self._setup.files, drawn.result()))
         else:
             draw.ended.set_exception(cause or error)
 

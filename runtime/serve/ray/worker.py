@@ -15,6 +15,8 @@ from stepforge.runtime.files import printable
 from stepforge.runtime.serve.draw import Encoding, Ended, EngineDrawer, Task
 from stepforge.runtime.serve.store import Files
 
+WRITTEN = "written"  # key of a file's name so far
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -37,15 +39,19 @@ def setup(
 
 
 class OwnFiles(Files):
-    """Files of one worker among several: the last worker to finish an image gives all of it its name.
-
-    A worker that is thought dead may still write while another draws its jobs again.
-    """
+    """Files of one worker among several, under names that no other uses: a worker that is thought dead may still write while
+    another draws its jobs again, or a later run does. The driver gives them the names that `Store.publish` looks for."""
 
     def write(self, name: str, data: bytes, about: Mapping[str, Any]) -> dict[str, Any]:
         stored = super().write(f"{secrets.token_hex(8)}.{name}", data, about)
-        (self.partial / stored["name"]).replace(self.partial / name)
-        return {**stored, "name": name}
+        return {**stored, "name": name, WRITTEN: stored["name"]}
+
+
+def take_over(files: Files, ended: Ended) -> Ended:
+    """What a worker gave, its files under their own names. Raises OSError."""
+    for file in ended.record.get("files", ()):
+        (files.partial / file.pop(WRITTEN)).replace(files.partial / file["name"])
+    return ended
 
 
 class Worker:

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from stepforge.runtime.checks import shown, whole
 from stepforge.runtime.engine import Engine
-from stepforge.runtime.errors import Cancelled, QueueFull, RequestError, StepforgeError
+from stepforge.runtime.errors import Cancelled, DeadlineExceeded, EngineClosed, QueueFull, RequestError, StepforgeError
 from stepforge.runtime.files import printable, strict_json
 from stepforge.runtime.imaging.encode import encode
 from stepforge.runtime.imaging.metadata import describe_image
@@ -29,12 +30,20 @@ from stepforge.runtime.serve.manifest import PICTURES
 
 log = logging.getLogger(__name__)
 
-SENDERS = 2  # threads that encode and send
+ENCODERS = 2  # threads that make answers
 LOOK = 0.25  # seconds between looks at what clients have cancelled
 TEXTS, NUMBERS = (
     ("prompt", "negative", "guidance"),
     ("seed", "steps", "width", "height"),
 )  # fields with an input of their own
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """Of one model. sender: one thread, so that a client's responses keep their order, the last at the end."""
+
+    encoders: ThreadPoolExecutor
+    sender: ThreadPoolExecutor
 
 
 class TritonPythonModel:
@@ -58,7 +67,9 @@ class TritonPythonModel:
         for name, file in json.loads(given["adapters"]).items():
             self._engine.adapters.load(name, Path(args["model_repository"]) / file)
         self._is_decoupled = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
-        self._senders = ThreadPoolExecutor(SENDERS, "stepforge-send")
+        self._threads = Threads(
+            ThreadPoolExecutor(ENCODERS, "stepforge-encode"), ThreadPoolExecutor(1, "stepforge-send")
+        )
         self._calls: set[_Call] = set()
         self._ended = threading.Event()
         threading.Thread(target=self._watch, name="stepforge-cancel", daemon=True).start()
@@ -66,14 +77,15 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Start requests; each is answered through its sender. What one says wrong is its own answer."""
         for request in requests:
-            call = _Call(request, self._is_decoupled)
+            call = _Call(request, self._threads, self._calls.discard)
             self._calls.add(call)
-            call.start(self._engine, self._senders, self._calls.discard)
+            call.start(self._engine, tells_steps=self._is_decoupled)
 
     def finalize(self) -> None:
         self._ended.set()
         self._engine.close()
-        self._senders.shutdown()
+        self._threads.encoders.shutdown()
+        self._threads.sender.shutdown()
 
     def _watch(self) -> None:
         """Cancel at the next step what no client waits for."""
@@ -85,44 +97,73 @@ class TritonPythonModel:
 class _Call:
     """One request of a client, to its last response."""
 
-    def __init__(self, request: Any, is_decoupled: bool) -> None:
+    def __init__(self, request: Any, threads: Threads, on_end: Callable[[_Call], object]) -> None:
         self._sender = request.get_response_sender()
-        self._request = request
+        self._request, self._threads, self._on_end = request, threads, on_end
         self._wanted = frozenset(request.requested_output_names())
-        self._is_decoupled = is_decoupled
         self._future: Future[Result] | None = None
 
-    def start(self, engine: Engine, senders: ThreadPoolExecutor, ended: Callable[[_Call], object]) -> None:
-        def finish(answer: Callable[[], Any]) -> None:
-            try:
-                self._send(answer)
-            finally:
-                ended(self)
-
+    def start(self, engine: Engine, *, tells_steps: bool) -> None:
         try:
             asked = request_of(self._request)
-            future = self._future = engine.submit(asked, on_step=self._progress(senders))
+            on_step = self._steps() if tells_steps else None
+            wait = self._request.timeout() / 1e6  # microseconds; 0: none was asked for
+            future = self._future = engine.submit(asked, on_step=on_step, deadline=wait or None)
         except Exception as error:
-            return finish(lambda error=error: _refused(error))  # type: ignore[misc]
-        future.add_done_callback(lambda done: senders.submit(finish, lambda: self._answer(done)))
+            self._end(_refused(error))
+        else:
+            future.add_done_callback(lambda done: self._threads.encoders.submit(self._finish, done))
 
     def cancel_if_told(self) -> None:
         if self._future is not None and self._sender.is_cancelled():
             self._future.cancel()
 
-    def _progress(self, senders: ThreadPoolExecutor) -> Callable[[Progress], None] | None:
-        """Of a decoupled model: tells the client of every so many steps."""
-        every = _number(self._request, "progress_every") if self._is_decoupled else None
-        if not every:
+    def _steps(self) -> Callable[[Progress], None] | None:
+        """What tells a client of every so many steps, with a preview if it asks for one."""
+        every = _number(self._request, "progress_every")
+        if every is None:
             return None
         whole("progress_every", every, 1, 1000)
 
         def on_step(progress: Progress) -> None:
-            if progress.step % every == 0 and progress.step < progress.steps:
-                said = np.array([progress.image, progress.step, progress.steps], np.int32)
-                senders.submit(self._sender.send, _response([_tensor("progress", said)]))
+            if progress.step % every or progress.step >= progress.steps:
+                return
+            said = _tensor("progress", np.array([progress.image, progress.step, progress.steps], np.int32))
+            if "preview" in self._wanted:
+                progress.preview().add_done_callback(lambda done: self._tell(said, done))
+            else:
+                self._tell(said)
 
         return on_step
+
+    def _tell(self, said: Any, preview: Future[Any] | None = None) -> None:
+        tensors = [said]
+        if preview is not None:
+            if preview.cancelled() or preview.exception() is not None:
+                return
+            tensors.append(_tensor("preview", np.asarray(preview.result(), np.uint8)))
+        self._threads.sender.submit(self._sender.send, _response(tensors))
+
+    def _finish(self, done: Future[Result]) -> None:
+        """On an encoder's thread."""
+        try:
+            response = self._answer(done)
+        except BaseException as error:
+            response = _refused(error)
+        self._end(response)
+
+    def _end(self, response: Any) -> None:
+        """Send the last response: without it a client waits for ever."""
+
+        def send() -> None:
+            try:
+                self._sender.send(response, flags=_backend().TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            except Exception:
+                log.exception("a response was not sent")
+            finally:
+                self._on_end(self)
+
+        self._threads.sender.submit(send)
 
     def _answer(self, done: Future[Result]) -> Any:
         result = done.result()
@@ -137,17 +178,6 @@ class _Call:
             ),
         }
         return _response([_tensor(name, make()) for name, make in made.items() if name in self._wanted])
-
-    def _send(self, answer: Callable[[], Any]) -> None:
-        """The last response: without it a client waits for ever."""
-        try:
-            response = answer()
-        except BaseException as error:
-            response = _refused(error)
-        try:
-            self._sender.send(response, flags=_backend().TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        except Exception:
-            log.exception("a response was not sent")
 
 
 def request_of(request: Any) -> Request:
@@ -236,9 +266,9 @@ def _response(tensors: list[Any]) -> Any:
 def _refused(error: BaseException) -> Any:
     """An error as Triton's: what the client can mend is INVALID_ARG, over HTTP a 400."""
     kinds = _backend().TritonError
-    if isinstance(error, QueueFull):
+    if isinstance(error, QueueFull | EngineClosed):
         code = kinds.UNAVAILABLE
-    elif isinstance(error, Cancelled):
+    elif isinstance(error, Cancelled | DeadlineExceeded):
         code = kinds.CANCELLED
     elif isinstance(error, RequestError):
         code = kinds.INVALID_ARG

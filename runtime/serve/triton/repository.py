@@ -38,6 +38,11 @@ OUTPUTS = {
     "about": ("TYPE_STRING", "-1"),  # JSON, as in a PNG
 }
 
+STEPS = {  # of decoupled models
+    "progress": ("TYPE_INT32", "3"),  # image, step, steps
+    "preview": ("TYPE_UINT8", "-1, -1, 3"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -88,7 +93,7 @@ def config(name: str, settings: Settings, *, decoupled: bool) -> str:
     No batching by Triton (max_batch_size 0): the engine packs the steps of all requests that are on their way.
     """
     inputs = INPUTS | ({"progress_every": ("TYPE_INT32", "1")} if decoupled else {})
-    outputs = OUTPUTS | ({"progress": ("TYPE_INT32", "3")} if decoupled else {})
+    outputs = OUTPUTS | (STEPS if decoupled else {})
     parameters = {
         "bundle": settings.bundle,
         "backend": settings.backend,

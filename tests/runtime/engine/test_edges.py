@@ -271,6 +271,27 @@ def test_a_process_ends_cleanly_without_close(tiny_sd1_bundle, how, backend):
     assert done.stderr == "" or "ValueError: mine" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("backend", ["openvino", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+def test_a_forked_child_may_drop_its_parents_engines(tiny_sd1_bundle, backend):
+    """Destroyed in a child, a session of ONNX Runtime waits for its threads, which the child lacks: those of closed engines
+    too, which no thread of ours holds any more."""
+    code = (
+        "import gc, os, stepforge\n"
+        f"load = lambda: stepforge.load({str(tiny_sd1_bundle)!r}, backend={backend!r}, threads=2)\n"
+        "closed, used = load(), load()\n"
+        "for engine in (closed, used): engine.generate('x', steps=1)\n"
+        "closed.close()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    del engine, closed, used\n"
+        "    gc.collect()\n"
+        "    os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), used.generate('x', steps=1).images[0].width)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["7", "32"], done.stderr
+
+
 def test_a_forked_child_is_told_to_load_after_forking(engine):
     waiting = engine.submit("x", steps=100)
     read, write = os.pipe()

@@ -186,6 +186,13 @@ def test_higher_priorities_go_first_and_equals_in_the_order_they_came(held):
     assert order == [2, 5, 4, 0, 3, 1]
 
 
+def test_a_level_of_priority_is_worth_half_a_minute_of_waiting(engine):
+    """So that a request that has waited long goes before a more urgent one: nobody waits for ever."""
+    older, urgent = (engine._job(SHORT, None, None, level, None) for level in (0, 2))
+    assert older.rank - older.submitted == 0
+    assert urgent.rank - urgent.submitted == -60
+
+
 def test_bad_settings_of_a_request_are_refused_in_one_line(engine):
     for options, message in (
         ({"priority": 11}, "priority is 11; it must be a whole number from -10 to 10"),
@@ -296,7 +303,7 @@ def test_a_forked_child_gets_one_clear_error_and_never_hangs(engine):
     [
         (SHORT, {("unet", 8): 1, ("unet", 6): 1, ("unet", 4): 1, ("unet", 2): 1}),
         (Request(prompt="x", guidance=[3.0, 3.0, 1.0], steps=3), {("unet", 8): 1, ("unet", 1): 1}),
-        (Request(prompt="x", upscale=["x4", "nearest"]), {("x4/unet", 2): 1, ("sr/nearest/upscaler", 1): 10}),
+        (Request(prompt="x", upscale=["x4", "nearest"]), {("x4/unet", 2): 1, ("sr/nearest/upscaler", 1): 1}),
     ],
 )
 def test_a_warm_up_runs_each_network_in_each_batch_size(request_, rows):

@@ -82,3 +82,12 @@ def test_memory_does_not_grow_with_the_manifest(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20  # the file has 10 MB
+
+
+def test_manifests_may_not_grow_while_they_are_read(tmp_path):
+    file = tmp_path / "jobs.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    manifest = Manifest(file)
+    file.write_text('{"prompt": "a"}\n' * 2)
+    with pytest.raises(RequestError, match="has grown while it was read"):
+        list(manifest.rows())

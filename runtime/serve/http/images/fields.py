@@ -7,6 +7,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from stepforge.runtime.checks import choice, clipped, flag, listed, real, shown, text, whole
@@ -234,15 +235,13 @@ class _Inputs:
         return picture(where, given)
 
 
-def _entries(name: str, given: object) -> Sequence[Any]:
-    return (
-        (given,) if isinstance(given, Mapping | str) else tuple(given) if isinstance(given, list | tuple) else (given,)
-    )
+def _entries(given: object) -> Sequence[Any]:
+    return tuple(given) if isinstance(given, list | tuple) else (given,)
 
 
 def _controls(given: object, inputs: _Inputs) -> list[Any]:
     found = []
-    for index, entry in enumerate(_entries("controls", given)):
+    for index, entry in enumerate(_entries(given)):
         if not isinstance(entry, Mapping):
             raise bad(f"controls[{index}] is {shown(entry)}; give name and image", param=f"controls[{index}]")
         where = f"controls[{index}][image]"
@@ -252,7 +251,7 @@ def _controls(given: object, inputs: _Inputs) -> list[Any]:
 
 def _stages(given: object, inputs: _Inputs, settings: Settings) -> list[Any]:
     found = []
-    for index, entry in enumerate(_entries("upscale", given)):
+    for index, entry in enumerate(_entries(given)):
         if isinstance(entry, Mapping):
             if entry.get("steps") is not None:
                 whole(f"steps of upscale[{index}]", entry["steps"], 1, settings.max_steps)
@@ -267,7 +266,7 @@ def _init(values: Mapping[str, Any], inputs: _Inputs) -> tuple[str, dict[str, An
     if "image" in values and "images" in values:
         raise bad("give either image or images", param="image")
     name = "images" if "images" in values else "image"
-    given = _entries(name, values.get(name, ()))
+    given = _entries(values.get(name, ()))
     if not given:
         raise bad("an edit needs an image", param="image", code="missing_required_parameter")
     if len(given) > 1:
@@ -296,5 +295,5 @@ def _check_pictures(request: Request) -> None:
     init, stages = request.init, request.upscale
     sources = [control.image for control in request.controls] + [stage.image for stage in stages]
     sources += [] if init is None else [init.image, init.mask]
-    if any(hasattr(source, "open") for source in sources):
+    if any(isinstance(source, Path) for source in sources):
         raise ApiError(500, "a picture was not read", "internal_error", kind="server_error")

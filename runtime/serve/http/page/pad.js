@@ -67,11 +67,12 @@ $("file").addEventListener("change", async () => {
   if (!file) return;
   try {
     const image = await createImageBitmap(file);
-    const by = Math.min(pad.width / image.width, pad.height / image.height);
+    const by = Math.max(pad.width / image.width, pad.height / image.height); // no bars, which a preprocessor would see
     const [w, h] = [image.width * by, image.height * by];
     keep();
     wipe();
     ink.drawImage(image, (pad.width - w) / 2, (pad.height - h) / 2, w, h);
+    pad.dispatchEvent(new Event("opened"));
   } catch {
     pad.dispatchEvent(new CustomEvent("fault", { detail: `${file.name} cannot be read as a picture` }));
   }

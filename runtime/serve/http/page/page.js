@@ -121,6 +121,10 @@ function proportions() { sizePad(+width.value, +height.value); }
 function toggleControl() { $("control").hidden = !$("control-on").checked; }
 $("control-on").addEventListener("change", toggleControl);
 for (const input of [width, height]) input.addEventListener("change", proportions);
+$("pad").addEventListener("opened", () => { // a picture is no hint yet: a network named for its preprocessor gets that
+  const name = $("control-name").value;
+  if ([...$("preprocessor").options].some(({ value }) => value === name)) $("preprocessor").value = name;
+});
 $("pad").addEventListener("fault", (event) => show(new Error(event.detail)));
 
 // Pictures

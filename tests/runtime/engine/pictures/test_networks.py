@@ -1,8 +1,11 @@
 """Feed-forward networks against spandrel's own call, and pictures in tiles, on every engine."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from stepforge import Engine, Init, Request
 from stepforge.runtime.backends import open_backend
 from stepforge.runtime.bundle import Footprint, read
 from stepforge.runtime.engine.pictures.networks import Pictures, Tiling, pad
@@ -128,6 +131,38 @@ def test_budgets_and_settings_are_refused():
     if any(entry.footprint is None for key, entry in fake.components.items() if key.role == "vae_decoder"):
         with pytest.raises(BundleError, match="cannot be tiled"):
             Pictures(fake, open_backend("fake", fake), Tiling(1 << 30))
+
+
+@pytest.mark.parametrize(
+    ("network", "request_fields"),
+    [
+        ("vae_decoder", {}),
+        ("vae_encoder", {"init": Init(image=np.zeros((64, 64, 3), np.uint8))}),
+        ("sr/x4/vae_decoder", {"upscale": "x4"}),
+        ("sr/x2/vae_encoder", {"upscale": ["nearest", "x2"]}),
+        ("sr/nearest/upscaler", {"upscale": "nearest"}),
+        ("sr/nearest/upscaler", {"upscale": {"name": "nearest", "image": np.zeros((64, 64, 3), np.uint8)}}),
+    ],
+)
+def test_pictures_without_a_tile_are_refused_when_they_are_submitted(network, request_fields):
+    """By each network on their way whose memory is bounded; with one byte a position they all pass."""
+    from stepforge.runtime.backends.fake import fake_bundle
+
+    fake = fake_bundle()
+    request = Request(prompt="", width=64, height=64, steps=2, **request_fields)
+    for size in (1.0, 1e9):
+        parts = {
+            key: replace(entry, footprint=Footprint(size if str(key) == network else 1.0))
+            for key, entry in fake.components.items()
+        }
+        assert network in map(str, parts)
+        bundle = replace(fake, components=parts)
+        with Engine(bundle, open_backend("fake", bundle), tiling=Tiling(1 << 20)) as engine:
+            if size == 1.0:
+                engine.submit(request).cancel()
+                continue
+            with pytest.raises(RequestError, match=f"tile_memory is 1048576 bytes; {network} needs at least"):
+                engine.submit(request)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,11 @@ def adapter_folder(tmp_path: Path) -> Path:
             "unet.a.lora_B.weight": np.ones((8, 2), np.float32),
         }
         save_file(pair, folder / f"{name}.safetensors")
+    (folder / "peft").mkdir()
+    save_file(pair, folder / "peft" / "adapter_model.safetensors")
+    (folder / "leads-out").mkdir()
     save_file(pair, tmp_path / "secret.safetensors")
+    (folder / "leads-out" / "adapter_model.safetensors").symlink_to(tmp_path / "secret.safetensors")
     (folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
     (folder / "notes.txt").write_text("no adapter")
     return folder

@@ -1,5 +1,7 @@
 """The application: what it answers, and that it answers nothing else."""
 
+import asyncio
+import functools
 import hashlib
 import json
 import logging
@@ -7,12 +9,14 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
 from stepforge import Engine
 from stepforge.runtime.backends.fake import Fake, fake_bundle
 from stepforge.runtime.serve.http.images.drawing import PIXEL
+from stepforge.runtime.serve.http.images.fields import EDITS, GENERATIONS, OURS
 from stepforge.runtime.serve.http.logs import Json
 from stepforge.runtime.serve.http.schema import STATUSES
 
@@ -240,11 +244,8 @@ def test_keys(serving, tmp_path, adapter_folder):
 def test_adapters(serving, adapter_folder):
     running = serving(adapter_folder=adapter_folder, max_adapters=2)
     client = running.client
-    assert client.get("/v1/adapters").json()["available"] == [
-        "good.safetensors",
-        "other.safetensors",
-        "wide.safetensors",
-    ]
+    found = ["good.safetensors", "other.safetensors", "peft", "wide.safetensors"]
+    assert client.get("/v1/adapters").json()["available"] == found
     assert client.post("/v1/adapters", json={"file": "good"}).json() | {"sha256": ""} == {
         "id": "good", "object": "adapter", "model": "fake", "file": "good.safetensors", "sha256": "", "layers": 1, "refused": 0,
     }  # fmt: skip
@@ -262,7 +263,7 @@ def test_adapters(serving, adapter_folder):
     assert code(client.delete("/v1/adapters/b"), 404) == "adapter_not_found"
     assert code(running.draw(adapters={"b": 1}), 400) == "invalid_value"
     assert code(client.post("/v1/adapters", json={"file": "wide"}), 400) == "adapter_refused"
-    for file in ("link", "link.safetensors", "notes.txt", "nope"):
+    for file in ("link", "link.safetensors", "leads-out", "notes.txt", "nope"):
         assert code(client.post("/v1/adapters", json={"file": file}), 404) == "adapter_not_found"
     for file in ("../secret", "/etc/passwd", "..", ".", "", "a/../good", "good\x00", "%2e%2e", 5, None, "g" * 200):
         assert code(client.post("/v1/adapters", json={"file": file}), 400) == "invalid_value"
@@ -380,7 +381,7 @@ def test_full_queue_deadline_and_drain(serving):
         running.service._most = 2
         assert code(running.draw(steps=0), 429) == "queue_full"  # before its body is read
         assert running.client.get("/health/ready").status_code == 200
-        running.service.models.state = "draining"
+        running.service.models.phase = "draining"
         late = running.draw()
         assert code(late, 503) == "draining"
         assert "retry-after" in late.headers
@@ -388,7 +389,7 @@ def test_full_queue_deadline_and_drain(serving):
         assert running.client.get("/health/live").status_code == 200
         gate.set()
         assert first.result().status_code == second.result().status_code == 200
-        running.service.models.state = "ready"
+        running.service.models.phase = "ready"
         gate.clear()
         for options in ({}, {"stream": True}):
             timer = threading.Timer(0.3, gate.set)
@@ -477,3 +478,75 @@ def test_logs_metrics_and_description(serving, caplog):
     assert set(described["paths"]["/v1/images/edits"]["post"]["responses"]) == {"200", *map(str, STATUSES)}
     for route in ("/v1/adapters", "/health/ready", "/metrics"):
         assert route in described["paths"]
+    page = (Path(__file__).parents[4] / "docs" / "serving.md").read_text(encoding="utf-8")
+    for name in (*GENERATIONS, *EDITS, *OURS):
+        assert f"`{name}`" in page or f"`{name}:" in page, name
+
+
+def test_an_engine_that_ended_by_itself(serving):
+    running = serving()
+    running.service.models.engines()[0].close()
+    assert code(running.draw(), 503) == "failed"
+    for path in ("/health/live", "/health/ready"):  # to be started anew
+        assert running.client.get(path).json() == {"status": "failed"}
+
+
+def test_silent_streams_send_comments(serving, monkeypatch):
+    monkeypatch.setattr("stepforge.runtime.serve.http.images.events.HEARTBEAT", 0.02)
+    running = serving()
+    gate = running.backends["fake"].gate
+    gate.clear()
+    timer = threading.Timer(0.2, gate.set)
+    timer.start()
+    text = running.draw(stream=True).text
+    timer.join()
+    assert text.startswith(": waiting\n\n: waiting\n\n")
+    assert text.count("event: image_generation.completed\n") == 1
+
+
+class Raw:
+    """One call of an application as the messages of its client say; `send` never returns where it is stalled."""
+
+    def __init__(self, messages, *, stalled=False):
+        self.messages, self.stalled, self.sent = list(messages), stalled, []
+
+    async def receive(self):
+        if self.messages:
+            return self.messages.pop(0)
+        await asyncio.Event().wait()
+
+    async def send(self, message):
+        self.sent.append(message)
+        if self.stalled and message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def __call__(self, app, **headers):
+        raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/images/generations", "raw_path": b"", "headers": raw,
+            "root_path": "", "query_string": b"", "scheme": "http", "http_version": "1.1", "asgi": {"version": "3.0"},
+        }  # fmt: skip
+        await app(scope, self.receive, self.send)
+
+
+def test_clients_that_stall(serving, caplog):
+    """Bodies that do not come, answers that are not read: neither holds memory for longer than `stall_seconds`."""
+    caplog.set_level(logging.INFO, "stepforge")
+    running = serving(stall_seconds=0.2)
+    body = json.dumps({"prompt": "x", "size": "64x64", "steps": 2}).encode()
+    kind = {"content_type": "application/json"}
+    piece = {"type": "http.request", "body": body[:9], "more_body": True}
+    slow = Raw([piece])
+    running.client.portal.call(functools.partial(slow, running.client.app, content_length=str(len(body)), **kind))
+    start, *rest = slow.sent
+    assert start["status"] == 408
+    assert (b"connection", b"close") in start["headers"]
+    assert json.loads(rest[0]["body"])["error"]["code"] == "body_timeout"
+    deaf = Raw([{"type": "http.request", "body": body}], stalled=True)
+    running.client.portal.call(functools.partial(deaf, running.client.app, content_length=str(len(body)), **kind))
+    gone = Raw([piece, {"type": "http.disconnect"}])
+    running.client.portal.call(functools.partial(gone, running.client.app, content_length=str(len(body)), **kind))
+    assert not gone.sent
+    statuses = [record.facts["status"] for record in caplog.records if record.getMessage() == "request"]
+    assert statuses[-3:] == [408, 499, 499]
+    assert running.service.under_way == running.service.held.bytes == 0

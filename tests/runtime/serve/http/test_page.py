@@ -215,6 +215,21 @@ def test_the_curve_is_the_plan_that_runs(serving, open_page):
     assert page.is_enabled("#go")
 
 
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def asked_of(sent: dict[str, Any], control: Control) -> Request:
+    """What the page asked for, in the engine's words."""
+    width, height = map(int, sent["size"].split("x"))
+    return Request(
+        prompt=sent["prompt"], steps=sent["steps"], seed=sent["seed"], guidance=sent["guidance"], width=width,
+        height=height, controls=[control],
+    )  # fmt: skip
+
+
 def test_a_sketch_becomes_the_hint_of_a_controlnet(serving, open_page, tiny_sd1_control_bundle):
     running = serving()
     model = Model("tiny", lambda: load(tiny_sd1_control_bundle, backend="onnxruntime"))
@@ -242,16 +257,33 @@ def test_a_sketch_becomes_the_hint_of_a_controlnet(serving, open_page, tiny_sd1_
         assert white[80:176, 80:176].all()
         assert not white[:50].any()
         assert not white[:, 210:].any()
-        asked = Request(
-            prompt=sent["prompt"], steps=2, seed=1, guidance=sent["guidance"], width=int(sent["size"].split("x")[0]),
-            height=int(sent["size"].split("x")[1]),
-            controls=[Control(name="a", image=base64.b64decode(control["image"].partition(",")[2]))],
-        )  # fmt: skip
-        assert np.array_equal(np.asarray(image), np.asarray(engine.generate(asked).images[0]))
+        control = Control(name="a", image=base64.b64decode(control["image"].partition(",")[2]))
+        assert np.array_equal(np.asarray(image), np.asarray(engine.generate(asked_of(sent, control)).images[0]))
         page.click("#clear")
         assert not np.array_equal(np.asarray(seen.generate()[1]), np.asarray(image))
         page.click("#undo")
         assert np.array_equal(np.asarray(seen.generate()[1]), np.asarray(image))
+        picture = np.full((64, 128, 3), (250, 240, 10), np.uint8)
+        picture[16:48, 48:80] = (10, 20, 250)
+        files = [
+            {"name": "x.png", "mimeType": "image/png", "buffer": png(picture)},
+            {"name": "x.png", "mimeType": "", "buffer": b"x"},
+        ]
+        page.set_input_files("#file", files[:1])
+        until = time.monotonic() + 20
+        while page.evaluate("pad.getContext('2d').getImageData(0, 0, 1, 1).data[0]") != 250:
+            assert time.monotonic() < until
+        page.select_option("#preprocessor", "silhouette")
+        sent, drawn = seen.generate()
+        kept = np.asarray(opened(sent["controls"][0]["image"]))
+        assert (kept[0, 0] == (250, 240, 10)).all()  # the picture covers the pad
+        assert (kept[128, 128] == (10, 20, 250)).all()
+        control = Control(name="a", image=png(kept), preprocessor="silhouette")
+        expected = engine.generate(asked_of(sent, control)).images[0]
+        assert np.array_equal(np.asarray(drawn), np.asarray(expected))
+        page.set_input_files("#file", files[1:])
+        page.wait_for_selector("#error:not([hidden])")
+        assert "x.png cannot be read" in page.inner_text("#error")
         assert not seen.complaints
 
 
@@ -294,7 +326,7 @@ def test_files_of_the_page_are_named_nowhere_else(serving):
     """What the page asks for is its own; nothing is fetched from other hosts, and no script or style stands in the HTML."""
     folder = Path(__file__).parents[4] / "runtime/serve/http/page"
     client = serving(keys=[KEY]).client
-    for path in folder.iterdir():
+    for path in (path for path in folder.iterdir() if path.suffix in (".html", ".js", ".css")):
         answer = client.get("/" if path.name == "index.html" else f"/{path.name}")
         assert answer.status_code == 200
         assert answer.content == path.read_bytes()

@@ -16,6 +16,8 @@ from stepforge.runtime.request import Request
 from stepforge.runtime.serve.draw import Ended, Task
 from stepforge.runtime.serve.ray import pool
 from stepforge.runtime.serve.ray.pool import Cluster, RayDrawer
+from stepforge.runtime.serve.ray.worker import OwnFiles
+from stepforge.runtime.serve.store import Files
 
 FACTS = {"bundle": "ab", "backend": "fake"}
 
@@ -127,10 +129,10 @@ def start(ray):
     """Workers that have started."""
     opened = []
 
-    def start(workers=2, **options):
+    def start(workers=2, setup=pool.Setup("fake", {}, {}, None, None), **options):
         drawer = RayDrawer(Cluster("auto", workers, **options))
         opened.append(drawer)
-        drawer.start(pool.Setup("fake", {}, {}, None, None))
+        drawer.start(setup)
         settle(drawer)
         return drawer
 
@@ -216,6 +218,24 @@ def test_workers_must_agree(ray, start):
     drawer = start(2)
     with pytest.raises(RequestError, match="workers differ in their backend: onnxruntime and openvino"):
         drawer.submit(task(0)).result(5)
+
+
+def test_names_are_the_drivers_to_give(ray, start, tmp_path):
+    """Two workers that draw one job do not share a file, whoever is late."""
+    files = OwnFiles(tmp_path, "png")
+    late = files.write("00000000.png", b"late", {})
+    first = files.write("00000000.png", b"first", {})
+    ray.on_draw = lambda actor, task: Ended({"job": 0, "files": [first]})
+    drawer = start(1, setup=pool.Setup("fake", {}, {}, Files(tmp_path, "png"), None))
+    record = drawer.submit(task(0)).result(5).record
+    assert record["files"] == [{"name": "00000000.png", "size": 5, "sha256": first["sha256"], "about": {}}]
+    assert (tmp_path / "00000000.png").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()].count(late["written"]) == 1
+    name = late["written"]
+    (tmp_path / name).unlink()
+    ray.on_draw = lambda actor, task: Ended({"job": 1, "files": [late]})
+    with pytest.raises(OSError, match=name):
+        drawer.submit(task(1)).result(5)
 
 
 def test_workers_that_cannot_load(ray, start):

@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,7 +34,8 @@ class TritonError(Exception):
 class Request:
     """One request and its sender. Texts are bytes objects, as Triton has them."""
 
-    def __init__(self, outputs=("images",), **inputs):
+    def __init__(self, outputs=("images",), *, seconds=0, **inputs):
+        self.timeout = lambda: round(1e6 * seconds)
         self.inputs = {name: Tensor(name, self.array(value)) for name, value in inputs.items()}
         self.outputs, self.sent, self.cancelled, self.done = outputs, [], False, threading.Event()
 
@@ -162,10 +164,14 @@ def test_progress_of_decoupled_models(model):
     model().execute([silent])
     assert "images" in told.answer()
     progress = [response.output_tensors[0].as_numpy().tolist() for response in told.sent[:-1]]
-    assert sorted(progress) == [[0, 2, 6], [0, 4, 6]]
+    assert progress == [[0, 2, 6], [0, 4, 6]]
     silent.answer()
     assert len(silent.sent) == 1
-    bad = Request(prompt="x", progress_every=-1, **SMALL)
+    seen = Request(("preview", "progress"), prompt="x", progress_every=1, **{**SMALL, "steps": 200})
+    model(decoupled=True).execute([seen])
+    assert seen.answer() == {}
+    assert seen.sent[0].output_tensors[1].as_numpy().shape == (64, 64, 3)
+    bad = Request(prompt="x", progress_every=0, **SMALL)
     model(decoupled=True).execute([bad])
     assert bad.answer()[0] == "INVALID_ARG"
 
@@ -175,13 +181,23 @@ def test_cancelled_clients_and_full_queues(model):
     started = model(queue_limit=1, max_rows=2)
     long = [Request(prompt="x", steps=1000, width=512, height=512) for _ in range(4)]
     started.execute(long)
-    refused = [request for request in long if request.done.is_set()]
+    deadline = time.monotonic() + 60
+    while len(refused := [request for request in long if request.done.is_set()]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert [request.answer()[0] for request in refused] == ["UNAVAILABLE"] * len(refused)
-    assert len(refused) >= 2
     for request in long:
         request.cancelled = True
     assert {request.answer()[0] for request in long if request not in refused} == {"CANCELLED"}
     assert not started._calls
+
+
+def test_clients_say_how_long_they_wait(model):
+    late = Request(prompt="x", seconds=0.05, steps=1000, width=512, height=512)
+    model().execute([late])
+    code, text = late.answer()
+    assert code == "CANCELLED"
+    assert "deadline" in text
 
 
 def test_ends_with_requests_on_their_way(model):

@@ -78,17 +78,25 @@ def serve(
     """
     from stepforge.runtime.engine import MAX_ROWS, Engine
     from stepforge.runtime.load import load
-    from stepforge.runtime.serve.http.keys import Keys
-    from stepforge.runtime.serve.http.logs import json_logs
-    from stepforge.runtime.serve.http.models import Model, Models
-    from stepforge.runtime.serve.http.server import Server
-    from stepforge.runtime.serve.http.service import Service
-    from stepforge.runtime.serve.http.settings import Settings
+
+    try:
+        from stepforge.runtime.serve.http.keys import Keys
+        from stepforge.runtime.serve.http.logs import json_logs
+        from stepforge.runtime.serve.http.models import Model, Models
+        from stepforge.runtime.serve.http.server import Server
+        from stepforge.runtime.serve.http.service import Service
+        from stepforge.runtime.serve.http.settings import Settings
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("stepforge"):
+            raise
+        raise RequestError(f"serve needs the package {error.name}; pip install 'stepforge[server]'") from error
 
     places = named(bundles)
     known = None if keys is None else Keys(keys)
     if known is None and host not in LOOPBACK and not open_to_all:
         raise RequestError(f"--host {printable(host)} is open to other machines: give --keys FILE, or --open")
+    if adapters is not None and not adapters.is_dir():
+        raise RequestError(f"--adapters {printable(adapters)} is not a folder")
     if (ssl_certfile is None) != (ssl_keyfile is None):
         raise RequestError("--ssl-certfile and --ssl-keyfile go together")
     preloaded = parse_adapters(adapter or ())

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -129,6 +129,7 @@ def batch(
             drawer = opened.enter_context(EngineDrawer(engine, store.files, settings.encoding))
         else:
             model = open_bundle(bundle)
+            opened.enter_context(redirect_stdout(sys.stderr))  # Ray prints what its processes complain of
             workers = opened.enter_context(_cluster(ray_options, engine_options, rows))
             store = make_store()
             workers.start(

@@ -1,0 +1,1 @@
+"""Post-training INT8 of a bundle's networks: `stepforge quantize`."""
