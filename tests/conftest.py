@@ -400,8 +400,8 @@ def tiny_if(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_if_sr(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Super-resolution in the layout of IF's stage II, 16 to 32 pixels: "ii" reads the text of stage I, "plain" none, and
-    predicts v without a variance."""
+    """Super-resolution in the layout of IF's stage II, 16 to 32 pixels: "ii" reads the text of stage I, "plain" none, has
+    the x2 upscaler's blocks without attention, and predicts v without a variance."""
     import torch
     from diffusers import DDIMScheduler, DDPMScheduler
 
@@ -409,8 +409,8 @@ def tiny_if_sr(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     no_text = {"text_encoder": [None, None], "tokenizer": [None, None], "watermarker": [None, None]}
     common = {"in_channels": 6, "class_embed_type": "timestep", "sample_size": 32}
     plain: dict[str, Any] = {
-        "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"),
-        "mid_block_type": "UNetMidBlock2D", "out_channels": 3,
+        "down_block_types": ("KDownBlock2D", "KDownBlock2D"), "up_block_types": ("KUpBlock2D", "KUpBlock2D"),
+        "block_out_channels": (32, 32), "norm_num_groups": None, "mid_block_type": None, "out_channels": 3,
     }  # fmt: skip
     steps = {
         "ii": DDPMScheduler(**IF_SCHEDULER, sample_max_value=1.0),

@@ -1,9 +1,11 @@
 """The SR network's configuration, its sampling in torch, and its folder: IF's stage II layout without text.
 
-Efficient U-Net habits: 16 channels at full resolution, 128 at an eighth of it. The input is [noisy 128 px, noised low-res
-upsampled to 128 px], the class label is the noise level of the latter. The prediction is the clean picture: `fresh` can then
-start as the bilinear upsampling, which v, a mixture that differs with the timestep, would not allow. Predicting v from
-random weights, 500 steps of 8 crops were still 8 dB worse than bicubic.
+The input is [noisy 128 px, noised low-res upsampled to 128 px], the class label is the noise level of the latter, the
+prediction is the clean picture. Blocks are those of the x2 latent upscaler: behind the last one stands no group norm, so that
+from `conv_in` over the last skip connection to `conv_out` runs a path without any non-linearity. `fresh` puts the
+upsampled picture on it, and the blocks learn what is to be added; tone is right from the first step. Of the layout's usual
+blocks a network of this size and training kept an error of tone that cost more than it gained in edges: 30.7 dB of held-out
+emoji, bicubic has 31.6.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ UNET_CONFIG = dict(
     sample_size=128,
     in_channels=6,
     out_channels=3,
-    block_out_channels=(16, 32, 64, 128),
+    block_out_channels=(32, 64, 128),
     layers_per_block=1,
-    down_block_types=("DownBlock2D",) * 4,
-    up_block_types=("UpBlock2D",) * 4,
-    mid_block_type="UNetMidBlock2D",
+    down_block_types=("KDownBlock2D",) * 3,
+    up_block_types=("KUpBlock2D",) * 3,
+    mid_block_type=None,
     class_embed_type="timestep",
-    norm_num_groups=4,
+    norm_num_groups=None,  # no norm before conv_out; the blocks' own have 32 channels a group
+    act_fn="silu",
+    time_embedding_act_fn="silu",
     cross_attention_dim=32,  # a width that no block reads; the config demands one
 )
 SCHEDULER_CONFIG = dict(
@@ -47,39 +51,33 @@ INDEX = {
 }
 
 
-CONSTANT = 6.0  # value of a group's third channel in `fresh`
-
-
 @torch.no_grad()
 def fresh() -> UNet2DConditionModel:
-    """Random weights, except that the output is the upsampled low-res picture, within 8 %.
+    """Random weights, except that the output is the upsampled low-res picture, and that blocks see no plain areas.
 
-    Colour c goes through channels 4c and 4c+1 as ±c, from `conv_in` over the last skip connection to `conv_out`. Channel 4c+2
-    is a constant that outweighs the colour in its group's variance, so that group norm hardly scales the picture; SiLU at
-    2.5 is nearly straight, and the difference of the two channels cancels its even part and the mean. The noisy picture has
-    weight zero, which training changes.
+    Colours go through the first three channels, which no block reads or adds to at first. The other channels of `conv_in`
+    are differences of neighbours (their taps add up to 0), so that whatever the blocks add to a plain area is the same
+    for every colour and soon unlearnt. The noisy picture has weight zero.
     """
     unet = UNet2DConditionModel(**UNET_CONFIG)
-    last = unet.up_blocks[-1].resnets[-1]
+    first, second, last = unet.down_blocks[0].resnets[0], unet.down_blocks[1].resnets[0], unet.up_blocks[-1].resnets[-1]
     skip = last.conv_shortcut.in_channels - unet.conv_in.out_channels
+    unet.conv_in.weight -= unet.conv_in.weight.mean((2, 3), keepdim=True)
     unet.conv_in.weight[:, :3] = 0.0
-    unet.conv_out.weight.zero_()
-    unet.conv_out.bias.zero_()
+    unet.conv_in.weight[:3] = 0.0
+    unet.conv_in.bias.zero_()
+    for layer in (first.conv2, last.conv2, unet.conv_out):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    for layer in (first.conv1, second.conv1, second.conv_shortcut):
+        layer.weight[:, :3] = 0.0
+    for layer in (last.conv1, last.conv_shortcut):
+        layer.weight[:, skip : skip + 3] = 0.0
+    last.conv_shortcut.weight[:3] = 0.0
     for colour in range(3):
-        plus, minus, constant = 4 * colour, 4 * colour + 1, 4 * colour + 2
-        for row in (plus, minus, constant):
-            for layer in (unet.conv_in, last.conv_shortcut, last.conv2):
-                layer.weight[row] = 0.0
-                layer.bias[row] = 0.0
-            last.conv_shortcut.weight[row, skip + row] = 1.0
-        unet.conv_in.weight[plus, 3 + colour, 1, 1] = 1.0
-        unet.conv_in.weight[minus, 3 + colour, 1, 1] = -1.0
-        unet.conv_in.bias[constant] = CONSTANT
-        unet.conv_norm_out.bias[[plus, minus]] = 2.5
-        unet.conv_out.weight[colour, plus, 1, 1] = (
-            1.22  # standard deviation of a group 2.65, slope of SiLU 1.09, halved
-        )
-        unet.conv_out.weight[colour, minus, 1, 1] = -1.22
+        unet.conv_in.weight[colour, 3 + colour, 1, 1] = 1.0
+        last.conv_shortcut.weight[colour, skip + colour] = 1.0
+        unet.conv_out.weight[colour, colour, 1, 1] = 1.0
     return unet
 
 

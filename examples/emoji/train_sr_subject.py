@@ -25,8 +25,7 @@ from sr import load, save, upsample
 from sr_data import pair
 from sr_pool import round_trip
 from subject import TRAINING, Pose, ink
-from train_sr import Loss, crops
-from train_unet import learning_rate
+from train_sr import Loss
 from train_vae import to_tensor
 
 HERE = Path(__file__).resolve().parent
@@ -68,14 +67,13 @@ def train(args: argparse.Namespace) -> None:
     weights = [p for p in unet.parameters() if p.requires_grad]
     print(f"{sum(p.numel() for p in weights):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    random, loss_of = np.random.RandomState(0), Loss(args.device)
+    loss_of = Loss(args.device)
     started, losses = time.time(), []
     for step in range(1, args.steps + 1):
-        optimizer.param_groups[0]["lr"] = learning_rate(step + 80, args.steps + 80, args.lr)
+        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / 10) * (1 - step / (args.steps + 1))
         pick = torch.randint(len(images), (args.batch,), device=args.device)
-        image, target = crops(images[pick], targets[pick], random)
         levels = torch.randint(0, args.most_noise + 1, (args.batch,), device=args.device)
-        loss = loss_of(unet, image, target, levels)
+        loss = loss_of(unet, images[pick], targets[pick], levels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -83,7 +81,7 @@ def train(args: argparse.Namespace) -> None:
         losses.append(loss.item())
         if step % 25 == 0:
             rate = step * args.batch / (time.time() - started)
-            print(f"step {step:5d}  loss {np.mean(losses[-50:]):.5f}  {rate:.1f} crops/s", flush=True)
+            print(f"step {step:5d}  loss {np.mean(losses[-50:]):.5f}  {rate:.1f} pictures/s", flush=True)
         if step % 100 == 0 or step == args.steps:
             unet.half().save_lora_adapter(args.out)
             unet.float()
@@ -98,8 +96,8 @@ if __name__ == "__main__":
         "--merge", type=Path, help="do not train: write the SR folder with the adapter of --out merged in"
     )
     parser.add_argument("--most-noise", type=int, default=MOST_NOISE)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()

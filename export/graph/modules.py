@@ -7,55 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from stepforge.export.graph.resample import for_any_size
 from stepforge.export.graph.trace import Traced
 from stepforge.export.models.networks import reads_text, size_multiple
-from stepforge.runtime.errors import CheckpointError
-
-NEVER_DIVIDES = 40  # levels: diffusers' UNet forwards the sizes of skip connections unless 2^levels divides all sides
-
-
-class Upsample(nn.Module):
-    """diffusers' Upsample2D to a given size, or to twice its own. diffusers' compares sides as numbers (a detour for 2^31
-    elements), which an export cannot for a side that varies."""
-
-    def __init__(self, conv: nn.Module | None) -> None:
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
-        scale = 2.0 if output_size is None else None
-        result = functional.interpolate(hidden_states, size=output_size, scale_factor=scale, mode="nearest")
-        return result if self.conv is None else self.conv(result)
-
-
-def for_any_size(unet: Any) -> None:
-    """Have a UNet upsample to the sizes of its skip connections, as diffusers' forward does for sides that are no multiples
-    of 2^levels; for those that are, both are the same. Changes the UNet.
-
-    Raises CheckpointError for other upsamplers.
-    """
-    from diffusers.models.resnet import ResnetBlock2D
-    from diffusers.models.upsampling import Upsample2D
-
-    for block in unet.up_blocks:
-        for index, layer in enumerate(block.upsamplers or ()):
-            if type(layer) is ResnetBlock2D and type(layer.upsample) is Upsample2D and not layer.upsample.use_conv:
-                layer.upsample = Upsample(None)
-                continue
-            if (
-                type(layer) is not Upsample2D
-                or layer.norm is not None
-                or layer.use_conv_transpose
-                or not layer.use_conv
-            ):
-                raise CheckpointError(
-                    f"the UNet upsamples by {type(layer).__name__}, which stepforge does not support; supported: "
-                    "nearest neighbours and a convolution"
-                )
-            block.upsamplers[index] = Upsample(layer.conv)
-    unet.num_upsamplers = NEVER_DIVIDES if size_multiple(unet.config) == 1 else 0
 
 
 def pooled_text(pool: Any, x: Tensor) -> Tensor:

@@ -13,62 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from stepforge.export.graph.modules import ClipEncoder, at_end
+from stepforge.export.graph.resample import for_any_size
 from stepforge.export.graph.trace import Traced
 
 NOISE_FEATURES = 64  # cosines and as many sines of the low-resolution latents' noise level, which is 0 always
 
 
-class Halve(nn.Module):
-    """diffusers' KDownsample2D, one channel at a time: its own builds a [C, C, 4, 4] kernel that is 0 off the diagonal."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.kernel: Tensor
-        self.register_buffer("kernel", layer.kernel, persistent=False)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return depthwise(reflected(hidden_states), self.kernel, stride=2)
-
-
-class Double(nn.Module):
-    """diffusers' KUpsample2D, a transposed convolution by [1, 3, 3, 1] / 4 on each axis with stride 2: pixels twice, and
-    [1, 2, 1] / 4 over them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        taps = torch.tensor([[1 / 4, 2 / 4, 1 / 4]])
-        self.kernel: Tensor
-        self.register_buffer("kernel", taps.T @ taps, persistent=False)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        twice = functional.interpolate(reflected(hidden_states), scale_factor=2.0, mode="nearest")
-        return depthwise(twice[:, :, 1:-1, 1:-1], self.kernel, stride=1)
-
-
-def reflected(x: Tensor) -> Tensor:
-    """One more pixel on each side, of the row or column before the last; of slices, as bundles allow no Pad."""
-    x = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], dim=2)
-    return torch.cat([x[:, :, :, 1:2], x, x[:, :, :, -2:-1]], dim=3)
-
-
-def depthwise(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
-    channels = x.shape[1]
-    weight = kernel.to(x)[None, None].expand(channels, 1, -1, -1)
-    return functional.conv2d(x, weight, stride=stride, groups=channels)
-
-
 class LatentUpscaler(nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
-        for block in unet.down_blocks:
-            for index, layer in enumerate(block.downsamplers or ()):
-                block.downsamplers[index] = Halve(layer)
-        for block in unet.up_blocks:
-            for index in range(len(block.upsamplers or ())):
-                block.upsamplers[index] = Double()
+        for_any_size(unet)
         self.unet = unet
         # cosine and sine of no noise
         self.clean: Tensor
