@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick test-long test-soak test-interop aot test-gpu check bench train clean
+.PHONY: demo test quick test-long test-soak test-interop test-engines aot test-gpu check bench train clean
 
 ADAPTERS := examples/emoji/adapters
 CONTROL := --control silhouette=examples/emoji/control/silhouette
@@ -47,6 +47,7 @@ test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, batch
 	$(BIN)/python benchmarks/batch_memory.py --json benchmarks/results/batch_memory.json
 	$(BIN)/python benchmarks/soak_engine.py out/emoji.bundle --adapter poster=$(ADAPTERS)/poster \
 		--adapter thermal=$(ADAPTERS)/thermal --json benchmarks/results/soak_engine.json
+	$(BIN)/python benchmarks/soak_engine.py fake --backend fake --side 64 --json benchmarks/results/soak_engine_fake.json
 	$(BIN)/python benchmarks/serving_load.py out/emoji.bundle --adapter thermal=$(ADAPTERS)/thermal \
 		--adapter poster=$(ADAPTERS)/poster/pytorch_lora_weights.safetensors --json benchmarks/results/serving_load.json
 
@@ -63,6 +64,18 @@ test-interop: $(INTEROP:%=.venv-%/.installed)  ## Ray, Ray Serve, MLPerf LoadGen
 	.venv-$*/bin/pip install --quiet --upgrade pip
 	.venv-$*/bin/pip install --quiet -r tests/interop/$*.txt
 	.venv-$*/bin/pip install --quiet --editable .
+	touch $@
+
+ENGINES := .venv-engines
+
+test-engines: $(ENGINES)/.installed  ## TensorRT for RTX builds the demo model for three GPUs without one: 250 MB, some six minutes
+	$(ENGINES)/bin/pytest tests/export/engines tests/runtime/backends/tensorrt
+
+$(ENGINES)/.installed: setup.py requirements.txt tests/export/engines/requirements.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/pip install --quiet --upgrade pip
+	$(ENGINES)/bin/pip install --quiet -r requirements.txt -r tests/export/engines/requirements.txt
+	$(ENGINES)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
 aot: $(STAMP)  ## every kernel compiled for six architectures, against golden.json (4 minutes on 2 cores)

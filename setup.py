@@ -10,14 +10,17 @@ BASE = [
     "numpy>=1.26",  # latents, guidance and update algebra on the host
     "pillow>=11.3",  # image encoding, PNG text chunks
     "tokenizers>=0.21",  # CLIP byte-pair encoding without transformers
-    "onnxruntime>=1.23",  # CPU backend, and the reader of every exported graph
     "openvino>=2025.4",  # default CPU backend: bf16 at 96 % of the matrix peak (benchmarks/bench_denoiser.py)
     "typer>=0.16",  # the command line: help, completion, validation
     "rich>=13.9",  # progress bars and tables of the command line
     "ml_dtypes>=0.5",  # bfloat16 for NumPy: LoRA files, banks; Apache-2.0, no dependencies but NumPy
     "safetensors>=0.5",  # LoRA files and model weights; the only format read
 ]
-EXPORT = [
+# One import name, so one of the two: no combination of extras below asks for both, and BASE for neither, since openvino is
+# what networks run on where nobody chooses (tests/test_packaging.py).
+ORT_CPU = "onnxruntime>=1.23"  # second CPU backend; reads and writes .onnx_adapter files
+ORT_GPU = "onnxruntime-gpu>=1.23"  # the same, with the CUDA and TensorRT providers
+OFFLINE = [
     "torch>=2.9",  # tracing
     "diffusers>=0.38",  # model classes and the parity reference; older ones run code from model folders (CVE-2026-44513)
     "transformers>=5.3",  # text encoders; older ones run code named in config.json (CVE-2026-4372)
@@ -27,6 +30,9 @@ EXPORT = [
     "onnxscript>=0.5",  # torch.onnx's translation layer
     "onnx-ir>=0.1.12",  # graph passes and external data
 ]
+EXPORT = [*OFFLINE, ORT_CPU]  # reads every exported graph once
+CUDA_BINDINGS = "cuda-bindings>=12.6"  # memory, copies and graphs of CUDA without torch; NVIDIA's own, 8 MB
+LOWER = ["onnx>=1.19", "onnx-ir>=0.1.12"]  # graphs in the precision of their plan
 
 SERVER = [  # `stepforge serve`
     "fastapi>=0.162",  # routes and the description at /openapi.json
@@ -54,12 +60,16 @@ setup(
         # part of `export`. stepforge needs spandrel alone: pip install --no-deps spandrel
         "upscale": ["spandrel>=0.4.1", "einops>=0.8"],
         "plot": ["matplotlib>=3.8"],  # `stepforge tune --plot`
-        "cuda": ["onnxruntime-gpu>=1.23"],
+        "onnxruntime": [ORT_CPU],
+        "cuda": [ORT_GPU],
+        "export-cuda": [*OFFLINE, ORT_GPU],  # the exporter where the CUDA providers are wanted as well
         "torch": [
             "torch>=2.9",  # the backend on NVIDIA GPUs; its wheels for CUDA bring Triton
             "onnx>=1.19",  # reads the bundle's graphs
         ],
-        "tensorrt": ["tensorrt>=10.0"],
+        "tensorrt": ["tensorrt>=10.8", CUDA_BINDINGS, *LOWER],  # data-centre GPUs
+        "tensorrt-rtx": ["tensorrt-rtx>=1.3", CUDA_BINDINGS, *LOWER],  # desktop GPUs; builds without one
+        "tensorrt-lean": ["tensorrt-lean-cu13>=10.8", CUDA_BINDINGS],  # runs version-compatible plans, 44 MB
         "server": SERVER,
         "ray": [
             "ray[serve]>=2.60",
@@ -104,6 +114,7 @@ setup(
         # commands of the offline room join the command line here, so that the run time need not import it
         "stepforge.commands": [
             "export=stepforge.export.cli:export_command",
+            "build=stepforge.export.engines.command:build_command",
             "verify=stepforge.export.cli:verify_command",
             "quantize=stepforge.export.cli:quantize_command",
             "lora.convert=stepforge.export.cli:convert_command",

@@ -125,6 +125,13 @@ def measure(bundle: str, layout: str, kills: int, images: int, seed: int, steps:
     }  # fmt: skip
 
 
+def keep(path: Path, row: dict) -> None:
+    """Write a row at once; those of other bundles and layouts stay."""
+    rows = json.loads(path.read_text())["runs"] if path.exists() else []
+    rows = [other for other in rows if (other["bundle"], other["layout"]) != (row["bundle"], row["layout"])]
+    path.write_text(json.dumps({"machine": machine(), "runs": [*rows, row]}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, help="also files of this bundle, beside the fake one's")
@@ -142,8 +149,8 @@ def main() -> None:
     for bundle, layout in cases:
         found.append(measure(bundle, layout, options.kills, options.images, options.seed, options.steps))
         print(json.dumps(found[-1], indent=1), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
+        if options.json:
+            keep(options.json, found[-1])
     bad = [row for row in found if row["rounds_that_differ"] or row["jobs_drawn_twice"] or row["drawn_again_when_done"]]
     sys.exit(1 if bad else 0)
 

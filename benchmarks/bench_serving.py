@@ -294,7 +294,7 @@ def main() -> None:
 
 def measure(servers: dict[str, Server], mix: str, names: list[str], args: argparse.Namespace) -> dict[str, Any]:
     first = bodies(mix, names, 1)
-    found: dict[str, Any] = {"quality": quality(*servers.values(), [next(first) for _ in range(12)])}
+    found: dict[str, Any] = {"quality": quality(*servers.values(), [next(first) for _ in range(8)])}
     print(f"{mix}: {found['quality']}", flush=True)
     for name in servers:
         found[name] = {"closed": [], "open": []}

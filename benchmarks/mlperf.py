@@ -11,6 +11,7 @@ images are there. Its logs stay in --out. A short run is no submission: what Loa
 import argparse
 import array
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -234,7 +235,14 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         failed |= subprocess.run(command).returncode != 0
         rows.append(json.loads((options.out / "last.json").read_text()))
-    result = {"machine": machine(), "arguments": sys.argv[1:], "loadgen": version_of_loadgen(), "scenarios": rows}
+    load = [round(value, 1) for value in os.getloadavg()]  # of the machine, behind the runs: what else it had to do
+    result = {
+        "machine": machine(),
+        "load_average": load,
+        "arguments": sys.argv[1:],
+        "loadgen": version_of_loadgen(),
+        "scenarios": rows,
+    }
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(1 if failed else 0)

@@ -15,18 +15,19 @@ ROOMS = ("kernels", "runtime", "export")
 FLOORS = {
     "runtime": (
         "arrays", "errors", "files", "checks", "grammar", "bundle", "plan", "imaging", "lora", "request", "backends",
-        "engine", "load", "bench", "serve", "tune", "cli", "__main__",
+        "engine", "load", "serve", "tune", "cli", "__main__",
     ),
     "export": (
         "oracle", "models", "memory", "lora", "graph", "parts", "publish", "stages", "expert_source", "experts", "build",
-        "parity", "int8", "cli",
+        "engines", "parity", "int8", "cli",
     ),
 }  # fmt: skip
 RUNTIME_IMPORTS = {"numpy", "ml_dtypes", "PIL", "tokenizers", "safetensors", "typer", "rich", "stepforge"}
 ALSO = {  # beside those, by folder or file of runtime/
     "backends/openvino.py": {"openvino"},
-    "backends/onnxruntime.py": {"onnxruntime"},
+    "backends/onnxruntime": {"onnxruntime"},
     "backends/torch": {"torch", "onnx"},
+    "backends/tensorrt": {"tensorrt_rtx", "cuda"},  # the former for type checkers; the latter when a backend is opened
     "lora/onnx_adapter.py": {"onnxruntime"},
     "cli/doctor.py": {"openvino"},
     "imaging/preprocess.py": {"cv2"},  # Canny, when asked for

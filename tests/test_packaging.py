@@ -1,5 +1,6 @@
 """Wheel and sdist, as a user would get them."""
 
+import importlib.metadata
 import subprocess
 import sys
 import tarfile
@@ -32,6 +33,25 @@ def test_wheel_and_sdist_hold_the_package_and_nothing_else(tmp_path):
     subprocess.run([sys.executable, "-I", "-S", "-c", f"import site; site.addsitedir({str(target)!r})"], check=True)
     environment = [sys.executable, "-P", "-c", code.replace("sys.path.insert", _without_editable() + "sys.path.insert")]
     subprocess.run([*environment, str(target)], check=True, cwd=tmp_path)
+
+
+def test_no_extra_asks_for_two_packages_of_one_name():
+    """onnxruntime and onnxruntime-gpu overwrite each other's files: without an extra neither is installed, and an extra asks
+    for one of them at most. What pip would resolve, from the wheel's own metadata."""
+    from packaging.requirements import Requirement
+
+    requires = [Requirement(line) for line in importlib.metadata.requires("stepforge") or ()]
+    extras = ["", *importlib.metadata.metadata("stepforge").get_all("Provides-Extra", ())]
+    asked = {
+        extra: {r.name for r in requires if r.marker is None or r.marker.evaluate({"extra": extra})} for extra in extras
+    }
+    pair = {"onnxruntime", "onnxruntime-gpu"}
+    assert not asked[""] & pair
+    assert all(len(names & pair) <= 1 for names in asked.values())
+    assert asked["cuda"] & pair == asked["export-cuda"] & pair == {"onnxruntime-gpu"}
+    assert asked["export"] & pair == asked["onnxruntime"] & pair == {"onnxruntime"}
+    for extra in ("torch", "tensorrt", "tensorrt-rtx", "control", "parquet", "server"):
+        assert not asked[extra] & pair, f"{extra} may be combined with either"
 
 
 def _without_editable() -> str:

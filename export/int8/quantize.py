@@ -7,7 +7,6 @@ is measured in docs/quantization.md.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from stepforge.export.int8.rewrite import Range, write_quantized
 from stepforge.export.parity.reference import drawn_hint
 from stepforge.export.publish import check_out, staged
 from stepforge.runtime.backends import Arrays, open_backend
-from stepforge.runtime.bundle import INT8, MANIFEST, Bundle, Component, ComponentId, Role, read, sha256, write_manifest
+from stepforge.runtime.bundle import INT8, Bundle, Component, ComponentId, Role, read, sha256, write_manifest
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.request import Control, Request
 
@@ -79,7 +78,9 @@ def quantize_bundle(
     calls = record(bundle, backend, calibration.requests(bundle), ROLES)
     del backend
     with staged(target, overwrite=out is None) as folder:
-        _link(bundle, folder)
+        for name in bundle.files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.file(name), folder / name)
         components, chosen = dict(bundle.components), {}
         for key, entry in bundle.components.items():
             if key.variant or not (given := calls.get(key)):
@@ -122,18 +123,6 @@ def _graphs(entry: Component) -> list[str]:
 
 def _size(folder: Path, name: str) -> int:
     return (folder / name).stat().st_size
-
-
-def _link(bundle: Bundle, folder: Path) -> None:
-    """The bundle's files in another folder, without a second copy of the weights where the file system can."""
-    for name in bundle.files:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(bundle.file(name), target)
-        except OSError:
-            shutil.copyfile(bundle.file(name), target)
-    assert not (folder / MANIFEST).exists()
 
 
 def _choose(

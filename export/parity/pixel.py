@@ -60,7 +60,7 @@ def _run_base(pipeline: Any, prompt: str, settings: Settings) -> Reference:
 
 def _drawn(image: torch.Tensor) -> NDArray[np.uint8]:
     """A raw image in [-1, 1], [3, H, W], in 8 bits, [H, W, 3]."""
-    unit = (image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
+    unit: NDArray[np.float32] = (image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
     return (unit * 255).round().astype(np.uint8)
 
 

@@ -28,13 +28,18 @@ Why = Callable[[Exception], str]
 BACKENDS = {
     "openvino": "stepforge.runtime.backends.openvino:OpenVino",
     "onnxruntime": "stepforge.runtime.backends.onnxruntime:OnnxRuntime",
+    "onnxruntime-cuda": "stepforge.runtime.backends.onnxruntime_gpu:OnnxRuntimeCuda",
+    "onnxruntime-tensorrt": "stepforge.runtime.backends.onnxruntime_gpu:OnnxRuntimeTensorRt",
     "torch": "stepforge.runtime.backends.torch:Torch",
     "torch-exact": "stepforge.runtime.backends.torch:TorchExact",
+    "tensorrt": "stepforge.runtime.backends.tensorrt:TensorRt",
+    "tensorrt-rtx": "stepforge.runtime.backends.tensorrt:TensorRtRtx",
     "fake": "stepforge.runtime.backends.fake:Fake",
 }
 AUTO = ("torch", "openvino", "onnxruntime")  # best first; torch on a GPU only (benchmarks/bench_denoiser.py)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", INT8)  # arithmetic; weights have `bundle.WEIGHT_PRECISIONS`
-FP16 = ("torch", "torch-exact")  # backends that compute in fp16
+# backends that compute in fp16
+FP16 = ("torch", "torch-exact", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt")
 INT8_BACKENDS = (
     "openvino",
     "onnxruntime",

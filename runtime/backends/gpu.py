@@ -51,6 +51,22 @@ def first_gpu() -> Gpu | None:
         nvml.nvmlShutdown()
 
 
+def driver() -> str | None:
+    """Version of NVIDIA's driver; None if there is none."""
+    try:
+        nvml = ctypes.CDLL(NVML)
+    except OSError:
+        return None
+    if nvml.nvmlInit_v2():
+        return None
+    try:
+        found = ctypes.create_string_buffer(80)
+        failed = nvml.nvmlSystemGetDriverVersion(found, ctypes.c_uint(len(found)))
+        return None if failed else found.value.decode()
+    finally:
+        nvml.nvmlShutdown()
+
+
 def torch_on_gpu() -> tuple[bool, str]:
     """Whether the torch backend runs on a GPU here, and on which or why not."""
     gpu = first_gpu()

@@ -17,7 +17,7 @@ from stepforge.runtime.cli.output import print_table, progress_bar
 from stepforge.runtime.files import printable
 
 if TYPE_CHECKING:
-    from stepforge.runtime.bench import Line
+    from stepforge.runtime.tune.speed import Line
 
 PROMPT = "a photograph of a cat sitting on a wooden table"
 
@@ -38,9 +38,9 @@ def bench(
     as_json: options.Json = False,
 ) -> None:
     """Say how fast a bundle draws on this machine, once `stepforge verify` has passed on the same backend and precision."""
-    from stepforge.runtime.bench import check_verified, machine, measure, peak_memory
     from stepforge.runtime.errors import BundleError
     from stepforge.runtime.request import Request
+    from stepforge.runtime.tune.speed import check_verified, machine, measure, peak_memory
 
     whole("--images", images, 1, 1024)
     whole("--runs", runs, 1, 1000)

@@ -15,8 +15,10 @@ import typer
 
 from stepforge.runtime.backends import AUTO, available_threads, choose, open_backend, runnable
 from stepforge.runtime.backends.compile_cache import root
+from stepforge.runtime.backends.diagnose import diagnose
 from stepforge.runtime.backends.fake import fake_bundle
 from stepforge.runtime.backends.gpu import torch_on_gpu
+from stepforge.runtime.backends.tensorrt.plans import plans
 from stepforge.runtime.bundle import read
 from stepforge.runtime.cli import options
 from stepforge.runtime.errors import StepforgeError
@@ -77,6 +79,7 @@ def examine(bundle: Path | None = None) -> list[Finding]:
             else f"can run on the CPU, slowly; auto does not take it: {reason}"
         )
         findings.append(Finding("torch backend", True, text))
+    findings += [Finding(found.subject, not found.is_broken, found.text) for found in diagnose()]
     if bundle is not None:
         findings += _bundle(bundle)
     return findings
@@ -120,6 +123,10 @@ def _bundle(path: Path) -> list[Finding]:
     except (StepforgeError, OSError) as error:
         return [Finding("bundle", False, str(error))]
     findings = [Finding("bundle", True, f"{bundle.card.name}, {len(bundle.files)} files, every hash matches")]
+    if kept := [len(list(plans(bundle, component))) for component in bundle.components]:
+        findings.append(
+            Finding("plans", True, f"{sum(kept)} of TensorRT for {sum(map(bool, kept))} networks; see stepforge info")
+        )
     for name in runnable():
         if importlib.util.find_spec(name) is None:
             continue

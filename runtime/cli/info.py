@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from stepforge.runtime.backends.tensorrt.plans import component_hash, here, plans, stale
 from stepforge.runtime.bundle import Bundle, ComponentId, StageCard
 from stepforge.runtime.cli import options
 from stepforge.runtime.files import printable
+
+FIRST = ("sample", "latents", "pixels", "image", "input_ids")  # the input that tells what a plan is for
 
 
 def info(bundle: options.BundlePath, as_json: options.Json = False) -> None:
@@ -37,6 +40,8 @@ def info(bundle: options.BundlePath, as_json: options.Json = False) -> None:
     for what in ("assumed", "corrected"):
         for line in lines(opened.source.get(what)):
             print(f"  {what} at export: {line}")
+    for line in plan_lines(opened):
+        print(f"  plan {line}")
     verdict = opened.verdict
     print("  parity: " + (printable(verdict["summary"], 500) if verdict else "never verified; run `stepforge verify`"))
     if verdict and isinstance(reference := verdict.get("reference"), Mapping):
@@ -64,7 +69,27 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "bytes": sum(size for size, _ in bundle.files.values()),
         "verdict": bundle.verdict,
         "presets": {name: preset.to_dict() for name, preset in bundle.presets.items()},
+        "plans": plan_lines(bundle),
     }
+
+
+def plan_lines(bundle: Bundle) -> list[str]:
+    """TensorRT plans of the bundle's networks, and which of them are stale: built by another release than is installed, on
+    another GPU, or of other files."""
+    machine, lines = here(), []
+    for key in bundle.components:
+        for plan in plans(bundle, key):
+            if isinstance(plan, str):
+                lines.append(printable(f"{key}: {plan}", 300))
+                continue
+            card = plan.card
+            why = stale(card, component_hash(bundle, key), machine.get(card.library))
+            sizes = "; ".join(dict.fromkeys(str(list(shape.high)) for profile in card.profiles
+                                            for name, shape in profile.items() if name in FIRST))  # fmt: skip
+            what = f"{card.library} {card.version} {card.precision} for {card.gpu or ', '.join(card.targets)}"
+            lines.append(printable(f"{key}: {what}, up to {sizes}, {card.bytes / 1e6:.1f} MB"
+                                   + (f"; STALE: {why}" if why else ""), 400))  # fmt: skip
+    return lines
 
 
 def stage_facts(stage: StageCard) -> dict[str, Any]:

@@ -149,7 +149,10 @@ StageGuidance = Annotated[
 ]
 
 # The engine
-Backend = Annotated[str, typer.Option(metavar="NAME", help="auto, openvino, onnxruntime, torch, torch-exact or fake.")]
+Backend = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="auto, openvino, onnxruntime, torch, torch-exact; those of GPUs: docs/gpu.md."),
+]
 Precision = Annotated[
     str, typer.Option(metavar="NAME", help="auto, fp32, bf16, fp16 (on CUDA), or int8 (quantised bundles).")
 ]

@@ -111,7 +111,7 @@ def serve(
         max_body=max_body, max_held=max_memory, max_prompt=max_prompt, max_images=max_images,
         max_pixels=max_pixels, max_steps=max_steps, queue_limit=queue_limit, deadline=deadline, drain_seconds=drain,
         grace_seconds=grace, adapter_folder=adapters, hosts=hosts, page=known is None if page is None else page,
-        log_prompts=log_prompts, aliases=aliases(alias or (), places),
+        log_prompts=log_prompts, aliases=aliases(alias or [], places),
     )  # fmt: skip
 
     def opened(path: str) -> Engine:

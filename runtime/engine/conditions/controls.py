@@ -68,6 +68,7 @@ class Controls:
         leg = job.legs[0]
         hints, digests = [], []
         for index, control in enumerate(job.request.controls):
+            job.go_on()
             if any(step.control[index] for step in leg.plan.steps):
                 digest, hint, ran = self._hints.encoded(control, leg.size)
                 job.count(ComponentId("control_hint", control.name).label, int(ran))

@@ -50,6 +50,8 @@ class Deadlines:
             self._is_closed = True
             self._pending.clear()
             self._changed.notify_all()
+        if self.thread is not None and self.thread is not threading.current_thread():
+            self.thread.join()
 
     def _forget(self, future: Future[Result]) -> None:
         with self._changed:

@@ -118,14 +118,16 @@ class Pictures:
             height, width = leg.size.height // scale, leg.size.width // scale  # of what it reads
             if leg.is_network:
                 assert leg.card is not None
-                sides = (_padded(side, leg.card.size_multiple, leg.card.least) for side in (height, width))
-                self._tile(ComponentId("upscaler", "upscaler", stage=leg.stage), *sides, leg.card.size_multiple)
+                multiple, least = leg.card.size_multiple, leg.card.least
+                height, width = _padded(height, multiple, least), _padded(width, multiple, least)
+                self._tile(ComponentId("upscaler", "upscaler", stage=leg.stage), height, width, multiple)
                 continue
             assert model is not None
             if encodes or (leg.card is not None and leg.card.kind == "x2" and not leg.reads_latents):
                 self._tile(replace(VAE_ENCODER, stage=leg.stage), height, width, model.vae_scale)
             if follower is None or not follower.reads_latents:
-                self._tile(replace(VAE_DECODER, stage=leg.stage), *model.latent_shape(leg.size)[1:])
+                _, rows, columns = model.latent_shape(leg.size)
+                self._tile(replace(VAE_DECODER, stage=leg.stage), rows, columns)
             encodes = False
 
     def open(self, key: ComponentId) -> Graph:

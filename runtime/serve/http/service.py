@@ -17,7 +17,8 @@ from stepforge.runtime.serve.http.metrics import Metrics
 from stepforge.runtime.serve.http.models import Models
 from stepforge.runtime.serve.http.settings import Settings
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 THREADS = 4  # for bodies and images; a decoded image takes up to 64 MiB
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stepforge.runtime.checks import whole
+from stepforge.runtime.checks import real, shown, whole
+from stepforge.runtime.errors import RequestError
+
+DAY = 86_400.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,3 +46,7 @@ class Settings:
             ("queue_limit", 1, 1 << 16),
         ):
             whole(name, getattr(self, name), low, high)
+        for name in ("body_seconds", "stall_seconds", "deadline", "drain_seconds", "grace_seconds"):
+            seconds = real(getattr(self, name))
+            if seconds is None or not 0 <= seconds <= DAY:
+                raise RequestError(f"{name} is {shown(getattr(self, name))}; give seconds, at most a day's")

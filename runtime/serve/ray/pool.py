@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -25,17 +26,18 @@ from typing import Any
 from stepforge.runtime.errors import Cancelled, GenerationError, RequestError, StepforgeError
 from stepforge.runtime.files import printable
 from stepforge.runtime.serve.draw import Ended, Task, settle
-from stepforge.runtime.serve.ray.worker import Setup, Worker, take_over
+from stepforge.runtime.serve.ray.worker import STOPPED, Setup, Worker, take_over
 
 log = logging.getLogger(__name__)
 
 LOCAL = "local"  # address of a cluster that is started for the run, in this machine
+AUTO = "auto"  # of the one that this machine belongs to
+CONNECT = 10.0  # seconds for a head to answer
 MOST_DEATHS = 3  # of workers under one job, after which it has failed
 SUSPECT = 2  # deaths after which a job is drawn alone, so that it takes no others along
 MOST_IN_A_ROW = 5  # deaths a worker's place has without a job done in between
 STORE_BYTES = 150 << 20  # object store of a local cluster; records pass through it, images do not
 LAST_WORDS = 60.0  # seconds that workers have to write what is finished when the batch stops
-CLOSED = "the batch was stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ class RayDrawer:
         draw = _Draw(task, Future())
         with self._lock:
             if self._is_stopped:
-                draw.ended.set_exception(self._error or Cancelled(CLOSED))
+                draw.ended.set_exception(self._error or Cancelled(STOPPED))
             else:
                 if not self._waiting and not any(place.busy for place in self._places):
                     self._moved = time.monotonic()
@@ -142,13 +144,13 @@ class RayDrawer:
                 if place.is_ready:
                     place.actor.stop.remote()
         for draw in dropped:
-            draw.ended.set_exception(self._error or Cancelled(CLOSED))
+            draw.ended.set_exception(self._error or Cancelled(STOPPED))
 
     def close(self) -> None:
         """End the workers, and the connection to the cluster if it is ours."""
         self._closing.set()
         self._news.put(None)
-        self._abort(Cancelled(CLOSED))
+        self._abort(Cancelled(STOPPED))
         if self._owns:
             self._ray.shutdown()
 
@@ -167,10 +169,11 @@ class RayDrawer:
         if cluster.address == LOCAL:
             cores = max(len(os.sched_getaffinity(0)), cluster.workers * (cluster.threads or 1))
             options |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        _check_there(cluster.address)
         with _signals():
             try:
                 self._ray.init(**options)
-            except (ConnectionError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
+            except Exception as error:  # some of its own are of no other class
                 raise RequestError(f"no Ray cluster at {printable(cluster.address)}: {printable(error)}") from error
 
     def _hire(self) -> None:
@@ -242,7 +245,7 @@ class RayDrawer:
             place.busy.add(self._waiting.popleft())
             self._when_done(place.actor.draw.remote(draw.task), partial(self._drawn, place, draw))
 
-    def _drawn(self, place: _Place, draw: _Draw, drawn: Future[Ended]) -> None:
+    def _drawn(self, place: _Place, draw: _Draw, drawn: Future[Ended | None]) -> None:
         error = drawn.exception()
         cause = getattr(error, "cause", None)  # what was raised inside the worker
         with self._lock:
@@ -256,7 +259,7 @@ class RayDrawer:
                 reason, draw.deaths = cause or error, draw.deaths + 1
                 self._bury(place, reason)
                 if self._is_stopped:
-                    cause = self._error or Cancelled(CLOSED)
+                    cause = self._error or Cancelled(STOPPED)
                 elif draw.deaths < MOST_DEATHS:
                     self._waiting.appendleft(draw)
                     return self._pump()
@@ -320,7 +323,7 @@ class RayDrawer:
                 limit = min(LAST_WORDS, self._cluster.stall) if self._is_stopped else self._cluster.stall
                 if not works or time.monotonic() - self._moved < limit:
                     continue
-                error = Cancelled(CLOSED) if self._is_stopped else GenerationError(self._stalled())
+                error = Cancelled(STOPPED) if self._is_stopped else GenerationError(self._stalled())
             self._abort(error)
 
     def _stalled(self) -> str:
@@ -346,6 +349,19 @@ def _package() -> Any:
     except ModuleNotFoundError as error:
         raise RequestError("batches on Ray need the package ray; pip install 'stepforge[ray]'") from error
     return ray
+
+
+def _check_there(address: str) -> None:
+    """Raise RequestError where nothing listens: Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address in (LOCAL, AUTO):
+        return
+    if not colon or not port.isdigit():
+        raise RequestError(f"--ray is {printable(address)}; give HOST:PORT, {AUTO} or {LOCAL}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise RequestError(f"no Ray cluster at {printable(address)}: {printable(error)}") from error
 
 
 @contextmanager

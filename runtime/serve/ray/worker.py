@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepforge.runtime.errors import RequestError
+from stepforge.runtime.errors import Cancelled, RequestError
 from stepforge.runtime.files import printable
 from stepforge.runtime.serve.draw import Encoding, Ended, EngineDrawer, Task
 from stepforge.runtime.serve.store import Files
 
+STOPPED = "the batch was stopped"
 WRITTEN = "written"  # key of a file's name so far
 
 
@@ -47,8 +48,10 @@ class OwnFiles(Files):
         return {**stored, "name": name, WRITTEN: stored["name"]}
 
 
-def take_over(files: Files, ended: Ended) -> Ended:
-    """What a worker gave, its files under their own names. Raises OSError."""
+def take_over(files: Files, ended: Ended | None) -> Ended:
+    """What a worker gave, its files under their own names. Raises OSError, and Cancelled for a job that `stop` ended."""
+    if ended is None:
+        raise Cancelled(STOPPED)
     for file in ended.record.get("files", ()):
         (files.partial / file.pop(WRITTEN)).replace(files.partial / file["name"])
     return ended
@@ -66,10 +69,13 @@ class Worker:
         self._drawer = await asyncio.to_thread(self._load)
         return self._drawer.facts
 
-    async def draw(self, task: Task) -> Ended:
-        """Draw a job and write its images. Raises what the future of `Drawer.submit` does."""
+    async def draw(self, task: Task) -> Ended | None:
+        """Draw a job and write its images; None if `stop` ended it. Raises what else the future of `Drawer.submit` does."""
         assert self._drawer is not None
-        return await asyncio.wrap_future(self._drawer.submit(task))
+        try:
+            return await asyncio.wrap_future(self._drawer.submit(task))
+        except Cancelled:  # Ray would take it for a call that its caller has cancelled
+            return None
 
     async def stop(self) -> None:
         """Stop after the current step."""

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class TritonPythonModel:
         for request in requests:
             call = _Call(request, self._threads, self._calls.discard)
             self._calls.add(call)
-            call.start(self._engine, tells_steps=self._is_decoupled)
+            call.start(self._engine, request, tells_steps=self._is_decoupled)
 
     def finalize(self) -> None:
         self._ended.set()
@@ -90,37 +91,43 @@ class TritonPythonModel:
     def _watch(self) -> None:
         """Cancel at the next step what no client waits for."""
         while not self._ended.wait(LOOK):
-            for call in tuple(self._calls):
-                call.cancel_if_told()
+            # on the sender's thread: asked beside a last response, Triton 24.10 crashes
+            with suppress(RuntimeError):  # finalize was faster
+                self._threads.sender.submit(self._cancel).result()
+
+    def _cancel(self) -> None:
+        for call in tuple(self._calls):
+            call.cancel_if_told()
 
 
 class _Call:
     """One request of a client, to its last response."""
 
     def __init__(self, request: Any, threads: Threads, on_end: Callable[[_Call], object]) -> None:
-        self._sender = request.get_response_sender()
-        self._request, self._threads, self._on_end = request, threads, on_end
+        # Triton's objects lie in memory that goes with `finalize`, while the engine may keep its last job: none are kept on
+        self._sender: Any = request.get_response_sender()
+        self._threads, self._on_end = threads, on_end
         self._wanted = frozenset(request.requested_output_names())
         self._future: Future[Result] | None = None
 
-    def start(self, engine: Engine, *, tells_steps: bool) -> None:
+    def start(self, engine: Engine, request: Any, *, tells_steps: bool) -> None:
         try:
-            asked = request_of(self._request)
-            on_step = self._steps() if tells_steps else None
-            wait = self._request.timeout() / 1e6  # microseconds; 0: none was asked for
+            asked = request_of(request)
+            on_step = self._steps(_number(request, "progress_every")) if tells_steps else None
+            wait = request.timeout() / 1e6  # microseconds; 0: none was asked for
             future = self._future = engine.submit(asked, on_step=on_step, deadline=wait or None)
         except Exception as error:
-            self._end(_refused(error))
+            self._end(lambda error=error: _refused(error))  # type: ignore[misc]
         else:
             future.add_done_callback(lambda done: self._threads.encoders.submit(self._finish, done))
 
     def cancel_if_told(self) -> None:
-        if self._future is not None and self._sender.is_cancelled():
-            self._future.cancel()
+        future, sender = self._future, self._sender
+        if future is not None and sender is not None and sender.is_cancelled():
+            future.cancel()
 
-    def _steps(self) -> Callable[[Progress], None] | None:
+    def _steps(self, every: int | None) -> Callable[[Progress], None] | None:
         """What tells a client of every so many steps, with a preview if it asks for one."""
-        every = _number(self._request, "progress_every")
         if every is None:
             return None
         whole("progress_every", every, 1, 1000)
@@ -128,7 +135,7 @@ class _Call:
         def on_step(progress: Progress) -> None:
             if progress.step % every or progress.step >= progress.steps:
                 return
-            said = _tensor("progress", np.array([progress.image, progress.step, progress.steps], np.int32))
+            said = np.array([progress.image, progress.step, progress.steps], np.int32)
             if "preview" in self._wanted:
                 progress.preview().add_done_callback(lambda done: self._tell(said, done))
             else:
@@ -137,35 +144,39 @@ class _Call:
         return on_step
 
     def _tell(self, said: Any, preview: Future[Any] | None = None) -> None:
-        tensors = [said]
+        tensors = {"progress": said}
         if preview is not None:
             if preview.cancelled() or preview.exception() is not None:
                 return
-            tensors.append(_tensor("preview", np.asarray(preview.result(), np.uint8)))
-        self._threads.sender.submit(self._sender.send, _response(tensors))
+            tensors["preview"] = np.asarray(preview.result(), np.uint8)
+        self._threads.sender.submit(self._send, lambda: _response([_tensor(*pair) for pair in tensors.items()]), 0)
 
     def _finish(self, done: Future[Result]) -> None:
         """On an encoder's thread."""
         try:
-            response = self._answer(done)
+            outputs = self._answer(done)
         except BaseException as error:
-            response = _refused(error)
-        self._end(response)
+            self._end(lambda error=error: _refused(error))  # type: ignore[misc]
+        else:
+            self._end(lambda: _response([_tensor(name, values) for name, values in outputs.items()]))
 
-    def _end(self, response: Any) -> None:
+    def _end(self, answer: Callable[[], Any]) -> None:
         """Send the last response: without it a client waits for ever."""
+        self._threads.sender.submit(self._send, answer, _backend().TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-        def send() -> None:
-            try:
-                self._sender.send(response, flags=_backend().TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            except Exception:
-                log.exception("a response was not sent")
-            finally:
+    def _send(self, answer: Callable[[], Any], flags: int) -> None:
+        """On the sender's thread."""
+        try:
+            if self._sender is not None:
+                self._sender.send(answer(), flags=flags)
+        except Exception:
+            log.exception("a response was not sent")
+        finally:
+            if flags:
+                self._sender = None
                 self._on_end(self)
 
-        self._threads.sender.submit(send)
-
-    def _answer(self, done: Future[Result]) -> Any:
+    def _answer(self, done: Future[Result]) -> dict[str, Any]:
         result = done.result()
         abouts = [describe_image(result, index) for index in range(len(result.images))]
         made: dict[str, Callable[[], Any]] = {
@@ -177,7 +188,7 @@ class _Call:
                 np.object_,
             ),
         }
-        return _response([_tensor(name, make()) for name, make in made.items() if name in self._wanted])
+        return {name: make() for name, make in made.items() if name in self._wanted}
 
 
 def request_of(request: Any) -> Request:

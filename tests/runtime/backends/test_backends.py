@@ -182,7 +182,7 @@ def test_a_gpu_is_found_by_its_driver(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "magic"}, "choose one of auto, openvino, onnxruntime, torch, torch-exact, fake"),
+        ({"backend": "magic"}, "choose one of auto, openvino, onnxruntime, onnxruntime-cuda, .*, tensorrt-rtx, fake"),
         ({"precision": "fp64"}, "choose one of auto, fp32, bf16, fp16"),
         ({"backend": "onnxruntime", "precision": "bf16"}, "onnxruntime has no bf16 kernels"),
         ({"backend": "openvino", "precision": "fp16"}, "'openvino' does not compute in fp16; use fp32 or bf16"),

@@ -7,9 +7,9 @@ import pytest
 
 from stepforge import load
 from stepforge.runtime.backends.fake import fake_bundle
-from stepforge.runtime.bench import check_verified, measure
 from stepforge.runtime.errors import BundleError
 from stepforge.runtime.request import Request
+from stepforge.runtime.tune.speed import check_verified, measure
 
 
 def test_no_speed_without_parity(refuse, run, capsys):

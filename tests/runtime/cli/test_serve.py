@@ -19,6 +19,7 @@ REFUSED = [
     (("fake", "--adapter", "a.safetensors:0.5"), "no strength"),
     (("fake", "--max-images", "65"), "max_images"),
     (("fake", "--queue-limit", "0"), "queue_limit"),
+    (("fake", "--deadline", "nan"), "deadline is nan"),
     (("fake", "--adapters", "missing"), "missing"),
 ]
 

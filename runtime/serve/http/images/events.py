@@ -7,10 +7,11 @@ import base64
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -65,7 +66,7 @@ class Feed:
         wanted = {(index + 1) * seen.steps // (self._partials + 1): index for index in range(self._partials)}
         if seen.step in wanted and not seen.stage and seen.step < seen.steps:
             preview = progress.preview()
-            preview.add_done_callback(lambda done, at=(seen, wanted[seen.step]): self._previewed(*at, done))  # type: ignore[misc]
+            preview.add_done_callback(partial(self._previewed, seen, wanted[seen.step]))
 
     def _previewed(self, seen: Seen, index: int, done: Future[Image.Image]) -> None:
         """On the decoding thread. A preview that failed, or came too late, is none."""
@@ -121,7 +122,7 @@ class EventStream:
             gone.cancel()
             await events.aclose()
 
-    async def _events(self, call: Call) -> AsyncIterator[bytes]:  # type: ignore[override]
+    async def _events(self, call: Call) -> AsyncGenerator[bytes, None]:
         waiting = asyncio.ensure_future(asyncio.wrap_future(self._future))
         waiting.add_done_callback(lambda _: self._feed.changed.set())
         try:

@@ -269,7 +269,7 @@ def test_stop_keeps_what_workers_still_finish(ray, start):
     assert ray.stops == [0]
     assert isinstance(futures[2].exception(0), Cancelled)
     ray.actors[0].inside[0].set_result(done(task(0)))
-    ray.actors[0].inside[1].set_exception(Raised(Cancelled("the engine was closed")))
+    ray.actors[0].inside[1].set_result(None)
     settle(drawer)
     assert futures[0].result(0).record["job"] == 0
     assert isinstance(futures[1].exception(0), Cancelled)
@@ -291,3 +291,13 @@ def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RequestError, match=r"pip install 'stepforge\[ray\]'"):
         RayDrawer(Cluster("local", 1))
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [("127.0.0.1:1", "no Ray cluster at 127.0.0.1:1: "), ("head", "--ray is head; give HOST:PORT, auto or local")],
+)
+def test_without_a_cluster(address, reason, ray):
+    ray.is_initialized = lambda: False
+    with pytest.raises(RequestError, match=reason):
+        RayDrawer(Cluster(address, 1))
