@@ -177,7 +177,7 @@ def test_requests_of_a_batch_are_their_single_runs(quantised, adapter, name):
         Request(**common, controls={"name": "a", "image": hint}),
         Request(**common, controls={"name": "b", "image": hint}, adapters={"x": 0.5}, seed=2),
         Request(**common, reuse="deepcache(2)", controls={"name": "a", "image": hint}),
-        Request(**common, reuse="tgate(2)"),
+        Request(**common, reuse="tgate(0.5)"),
         Request(prompt="a dog", steps=3, sampler="dpmpp_2m", guidance=1.0),
     ]
     with load(quantised.path, backend=name, precision="int8", threads=1) as engine:
