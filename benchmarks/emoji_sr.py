@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FOLDER)
     parser.add_argument("--per-emoji", type=int, default=2, help="backgrounds of each emoji")
     parser.add_argument("--stride", type=int, default=1, help="every how many of the pictures")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--noise-level", type=int, default=0)
     parser.add_argument("--adapter", type=Path, default=ADAPTER, help="the subject's")
     parser.add_argument("--ablation", type=Path, help="a subject's adapter trained at pretraining's noise level")

@@ -96,7 +96,7 @@ def noising_scheduler() -> DDPMScheduler:
 
 @torch.no_grad()
 def upscale(
-    unet: UNet2DConditionModel, low: torch.Tensor, *, steps: int = 8, noise_level: int = 20, seed: int = 0
+    unet: UNet2DConditionModel, low: torch.Tensor, *, steps: int = 4, noise_level: int = 0, seed: int = 0
 ) -> torch.Tensor:
     """Low-res pictures [n, 3, 64, 64] in [-1, 1] to [n, 3, 128, 128]; draws as the pipeline's: latents, then low-res noise."""
     generator = torch.Generator().manual_seed(seed)
