@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -127,7 +128,7 @@ def main() -> None:
         rows[layout] |= spread("busy", busy[layout])
     report = {
         "bundle": args.bundle.name, "images": args.images, "steps": args.steps, "runs": args.runs, **backend, "rates": rows,
-        "pictures_that_differ": differences, "machine": machine(),
+        "pictures_that_differ": differences, "machine": machine(), "load_average": os.getloadavg()[1],
     }  # fmt: skip
     text = json.dumps(report, indent=1)
     print(text)

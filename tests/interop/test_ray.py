@@ -34,7 +34,6 @@ def manifest(tmp_path):
 def command(home, manifest, tmp_path):
     """`stepforge batch` in a home of the test's own; Ray makes a token there and keeps to it."""
     environment = {**os.environ, "HOME": str(home), "RAY_TMPDIR": str(home)}
-    environment["RAY_raylet_start_wait_time_s"] = "120"  # a busy machine
 
     def command(out, *arguments, env=(), wait=True):
         line = [BIN / "stepforge", "batch", "fake", manifest, "-o", tmp_path / out, "--json", *arguments]

@@ -27,8 +27,9 @@ def jobs(tmp_path):
 
 
 @pytest.fixture
-def batch(capsys, tmp_path):
-    """Run `stepforge batch fake`; returns exit code, report, and the lines on standard error."""
+def batch(capsys, tmp_path, monkeypatch):
+    """Run `stepforge batch fake`; returns exit code, report, and the lines on standard error but those of progress."""
+    monkeypatch.setattr("stepforge.runtime.cli.serving.batch.PAUSE", 1e9)
 
     def batch(manifest, *arguments, out="out", bundle="fake"):
         capsys.readouterr()

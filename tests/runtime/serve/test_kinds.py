@@ -121,12 +121,12 @@ def test_networks_with_controls_and_adapters(tiny_sd1_control_bundle, photo, bat
 
 
 @pytest.mark.slow
-def test_same_seeds_on_networks_whose_roundings_depend_on_the_rows_of_a_call(tiny_sd1_bundle, batch, tmp_path, files):
+def test_same_seeds_on_networks_whose_roundings_depend_on_the_rows_of_a_call(tiny_sd1_bundle, batch, tmp_path):
     """Other calls, orders and resume points move a value by the last bits of fp32, so by one of 255 levels at most where it
     lies between two; with one image a call (`--max-rows 2`) files are the same byte for byte."""
-    given = [{"prompt": f"cat {i}", "seed": i, "steps": 2 + i % 3} for i in range(9)]
+    given = [{"prompt": f"cat {i}", "seed": i, "steps": 2 + i % 3} for i in range(5)]
     folders = {}
-    for name, order, rows in (("one", 1, 2), ("other", -1, 2), ("many", 1, 8), ("seven", -1, 7)):
+    for name, order, rows in (("one", 1, 2), ("other", -1, 2), ("many", 1, 8), ("five", -1, 5)):
         manifest = tmp_path / f"{name}.jsonl"
         manifest.write_text("".join(json.dumps(job) + "\n" for job in given[::order]))
         arguments = (manifest, "--precision", "fp32", "--max-rows", rows, "--no-metadata")
@@ -134,7 +134,7 @@ def test_same_seeds_on_networks_whose_roundings_depend_on_the_rows_of_a_call(tin
         assert (code, errors) == (0, [])
         folders[name] = [path.read_bytes() for path in sorted((tmp_path / name).glob("*.png"))][::order]
     assert folders["one"] == folders["other"]
-    for name in ("many", "seven"):
+    for name in ("many", "five"):
         for ours, theirs in zip(folders["one"], folders[name], strict=True):
             pixels = (np.asarray(Image.open(io.BytesIO(data)), np.int16) for data in (ours, theirs))
             assert np.abs(next(pixels) - next(pixels)).max() <= 1
