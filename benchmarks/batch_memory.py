@@ -40,11 +40,21 @@ BAD = ("{", '{"prompt": 7}', '{"prompt": "x", "sampler": "no"}', '{"prompt": "x"
        '{"prompt": "x", "upscale": "no"}', '{"prompt": "x", "adapters": {"no": 1}}')  # fmt: skip
 
 
+def prompts(count: int) -> list[str]:
+    """So few that the cache of texts, which is bounded in bytes, holds them all before the second half."""
+    rng = random.Random(1)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(1, 90))) for _ in range(count)]
+
+
+WORDS = ("red", "fox", "(sun:1.2)", "on", "a", "hill")
+PROMPTS = prompts(48)
+
+
 def job(rng: random.Random, stages: dict[str, int], sides: tuple[int, ...]) -> str:
     if rng.random() < 0.1:
         return rng.choice(BAD)
     fields = {
-        "prompt": " ".join(rng.choices(("red", "fox", "(sun:1.2)", "on", "a", "hill"), k=rng.randint(1, 90))),
+        "prompt": rng.choice(PROMPTS),
         "steps": rng.randint(1, 4), "width": rng.choice(sides), "height": rng.choice(sides), "images": rng.randint(1, 3),
         "sampler": rng.choice(("ddim", "euler", "dpmpp_2m", "unipc", "lms", "euler_a")),
         "guidance": rng.choice((1, 3.0, 7.5, "linear(1..5)")), "guider": rng.choice(("cfg", "rescale(0.7)", "apg")),
@@ -54,10 +64,10 @@ def job(rng: random.Random, stages: dict[str, int], sides: tuple[int, ...]) -> s
         name = rng.choice(list(stages))
         fields["upscale"] = {"name": name, **({"steps": stages[name]} if stages[name] else {})}
     elif kind == 1:
-        fields["init"] = {"image": f"{rng.randrange(20)}.png", "strength": 0.6}
+        fields["init"] = {"image": f"{rng.randrange(4)}.png", "strength": 0.6}
         fields["sampler"] = "euler"
     elif kind == 2:
-        fields["init"] = {"image": f"{rng.randrange(20)}.png", "mask": "mask.png", "overlay": rng.random() < 0.5}
+        fields["init"] = {"image": f"{rng.randrange(4)}.png", "mask": "mask.png", "overlay": rng.random() < 0.5}
         fields["sampler"] = "ddim"
     return json.dumps(fields)
 
@@ -87,7 +97,7 @@ def main() -> None:
         folder = Path(name)
         stages = {stage: 2 if card.model else 0 for stage, card in engine.bundle.stages.items()}
         sides = SIDES if args.bundle == "fake" else tuple({engine.bundle.card.width, engine.bundle.card.width // 2})
-        for index in range(20):
+        for index in range(4):
             Image.new("RGB", (rng.choice(SIDES), 64), (index, 9 * index, 99)).save(folder / f"{index}.png")
         mask = Image.new("L", (64, 64))
         mask.paste(255, (0, 0, 32, 64))

@@ -184,16 +184,15 @@ def spandrel_network(args: argparse.Namespace) -> Callable[[], np.ndarray]:
 def our_stage(stage: str, args: argparse.Namespace) -> Callable[[], np.ndarray]:
     from PIL import Image
 
-    from stepforge import Upscale, load
+    from stepforge import load
 
     _, backend, precision = args.one.split()[:3]
     engine = load(args.work / f"{stage}.bundle", backend=backend, precision=precision)
     options = {"steps": args.steps, "noise_level": 20, "guidance": 1.0} if stage == "x4" else {}
-    upscale = Upscale(name=stage, seed=0, **options)
     image = Image.fromarray(picture())
 
     def run() -> np.ndarray:
-        return np.asarray(engine.upscale(image, upscale, prompt=PROMPT).images[0], np.float32) / 255
+        return np.asarray(engine.upscale(image, stage, prompt=PROMPT, seed=0, **options).images[0], np.float32) / 255
 
     return run
 

@@ -1,5 +1,6 @@
 """What SECURITY.md says is never done, seen by the interpreter's audit events; and that the page names tests that exist."""
 
+import os
 import pickle
 import re
 import shutil
@@ -54,6 +55,14 @@ assert run(["plan", "fake"]) == 0
 """,
         tmp_path,
     )
+
+
+def test_onnxruntime_uploads_nothing():
+    """Its threads would not show in the interpreter's events. The variable counts when the library is first imported."""
+    code = "import os, stepforge.runtime.backends.onnxruntime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    plain = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    for given, found in ((plain, "1"), ({**plain, "ORT_DISABLE_TELEMETRY": "0"}, "0")):
+        assert subprocess.check_output([sys.executable, "-c", code], env=given, text=True).strip() == found
 
 
 @pytest.mark.slow
