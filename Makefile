@@ -68,7 +68,7 @@ test-interop: $(INTEROP:%=.venv-%/.installed)  ## Ray, Ray Serve, MLPerf LoadGen
 
 ENGINES := .venv-engines
 
-test-engines: $(ENGINES)/.installed  ## TensorRT for RTX builds the demo model for three GPUs without one: 250 MB, some six minutes
+test-engines: $(ENGINES)/.installed  ## TensorRT for RTX builds the demo model for three GPUs without one: 250 MB
 	$(ENGINES)/bin/pytest tests/export/engines tests/runtime/backends/tensorrt
 
 $(ENGINES)/.installed: setup.py requirements.txt tests/export/engines/requirements.txt

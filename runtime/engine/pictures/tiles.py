@@ -3,7 +3,7 @@
 Two ways. `even`: tiles of one size, spread evenly, of which the outer margin is dropped and the rest of each overlap is
 feathered. `as_diffusers`: what `AutoencoderKL.enable_tiling` does, slivers at the far edges and blending in place included.
 A network that looks farther than the overlap, or at the whole picture at once (group norms and attention of a VAE), makes
-something else of a tile than of the whole: no blending removes that (docs/tiling.md has what was measured).
+something else of a tile than of the whole: no blending removes that.
 """
 
 from __future__ import annotations
