@@ -109,6 +109,7 @@ class _Lowering:
             cast = _cast(value, ir.DataType.FLOAT)
             value.name, cast.outputs[0].name = f"{name}_{self._to.name.lower()}", name
             cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+            value.type = ir.TensorType(self._to)  # stated in the file, since it was an output
             self._graph.append(cast)
             self._graph.outputs[at] = cast.outputs[0]
             self._types[value.name or ""] = ir.DataType.FLOAT  # as inferred before; norms ask for it
@@ -182,6 +183,9 @@ def _retype(model: ir.Model, to: ir.DataType) -> None:
     for node in model.graph:
         if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT16:
             node.attributes["to"] = ir.AttrInt64("to", int(to))
+        for value in node.outputs:
+            if value.dtype == ir.DataType.FLOAT16:
+                value.type = ir.TensorType(to)
 
 
 def _norms_in_fp32(model: ir.Model, to: ir.DataType) -> None:
