@@ -253,7 +253,7 @@ def quantize_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """Add INT8 networks to a bundle: `--precision int8` runs them, on a CPU."""
+    """Add INT8 networks to a bundle. `--precision int8` runs them, on a CPU."""
     from stepforge.export.int8.quantize import LIMIT, Calibration, quantize_bundle
     from stepforge.export.parity.verify import PROMPTS
 

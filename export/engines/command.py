@@ -56,7 +56,7 @@ def build_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:  # fmt: skip
-    """Build TensorRT engines of a bundle's networks, for `--backend tensorrt` or `tensorrt-rtx`."""
+    """Build TensorRT engines of a bundle's networks. `--backend tensorrt` or `tensorrt-rtx` runs them."""
     from stepforge.export.engines.build import Order, build_plans
     from stepforge.export.engines.profiles import Use
 

@@ -180,6 +180,8 @@ def computed_in(component: ComponentId, family: str, precision: str) -> str:
 
 def plans(bundle: Bundle, component: ComponentId) -> Iterator[Plan | str]:
     """Plans of a component, newest first, and in place of a damaged one why it cannot be read."""
+    if bundle.components[component].graph not in bundle.files:  # a bundle without files
+        return iter(())
     return plans_of(component_hash(bundle, component))
 
 
