@@ -122,7 +122,7 @@ def test_bundle(tiny_if_bundle: Path):
     assert plain.model
     assert ii.model.text_encoders == bundle.card.text_encoders
     assert (ii.kind, ii.scale, ii.guidance, ii.noise_level, ii.most_noise) == ("pixel", 2, 4.0, 250, 999)
-    assert (plain.model.text_encoders, plain.guidance, plain.model.size_multiple) == ((), 1.0, 1)
+    assert (plain.model.text_encoders, plain.guidance, plain.model.size_multiple) == ((), 1.0, 2)  # K blocks halve
     assert (bundle.card.size_multiple, bundle.card.scaling_factor, bundle.scheduler.threshold) == (2, 1.0, (0.95, 1.5))
 
 
