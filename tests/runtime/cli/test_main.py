@@ -80,7 +80,13 @@ def test_a_defect_of_ours_is_not_hidden(monkeypatch, tmp_path):
 
 
 RUNTIME = ("generate", "upscale", "batch", "serve", "bench", "plan", "info", "doctor", "tune", "triton")
-OFFLINE = ("lora", "export", "verify", "build", "quantize")  # those that join; lora is a group, and comes last of the others
+OFFLINE = (
+    "lora",
+    "export",
+    "verify",
+    "build",
+    "quantize",
+)  # those that join; lora is a group, and comes last of the others
 
 
 def test_help_fits_80_columns_and_cuts_nothing(run, capsys, monkeypatch):
