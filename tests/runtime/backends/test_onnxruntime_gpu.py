@@ -28,7 +28,8 @@ def call(rows, side):
 
 
 def test_bound_calls_are_those_of_the_cpu_backend(tiny_sd1_banks):
-    """Sizes that change, and banks that are written between calls, with and without versions."""
+    """Sizes that change, and banks that are written between calls; on the CPU a bound bank is the array itself, so that what a
+    write without a version does is not seen here."""
     bundle = read(tiny_sd1_banks)
     random = np.random.RandomState(0)
     shapes = {t.name: t.shape for t in bundle.components[UNET].inputs if ".lora_" in t.name}
@@ -40,7 +41,6 @@ def test_bound_calls_are_those_of_the_cpu_backend(tiny_sd1_banks):
         assert np.array_equal(bound(call(rows, side))["prediction"], wanted)
     for array in banks.values():
         array[1] = random.standard_normal(array[1].shape) * 0.1
-    assert np.array_equal(bound(call(2, 16))["prediction"], wanted), "nobody said that a slot was written"
     banks.versions[1] += 1
     found = np.array(bound(call(2, 16))["prediction"])
     assert not np.allclose(found, wanted)
