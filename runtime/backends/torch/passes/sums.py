@@ -216,7 +216,7 @@ def sums_of_norms(program: Program) -> bool:
         new = Node("Norm", (node.inputs[0], *node.inputs[1:3], other, "", "", ""), node.outputs, attributes)
         added = made.get(node.inputs[0])
         place = index
-        if added is not None and added.op == "Add" and at[added.outputs[0]] not in gone:
+        if added is not None and added.op == "Add" and added.outputs[0] != other and at[added.outputs[0]] not in gone:
             left, right = added.inputs
             vector = is_vector(program, made, right)
             alone = uses[added.outputs[0]] == 1
