@@ -24,7 +24,7 @@ from stepforge.export.int8.rewrite import Range, write_quantized
 from stepforge.export.parity.measures import relative_error
 from stepforge.runtime.backends import available_threads
 
-SHAPES = {  # of what is multiplied, and of the weight
+SHAPES = {  # activation, weight
     "conv 3x3, 640 channels, 16x16": ((2, 640, 16, 16), (640, 640, 3, 3)),
     "conv 3x3, 320 channels, 32x32": ((2, 320, 32, 32), (320, 320, 3, 3)),
     "linear 1280 to 1280, 256 tokens": ((2, 256, 1280), (1280, 1280)),

@@ -235,7 +235,7 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         failed |= subprocess.run(command).returncode != 0
         rows.append(json.loads((options.out / "last.json").read_text()))
-    load = [round(value, 1) for value in os.getloadavg()]  # of the machine, behind the runs: what else it had to do
+    load = [round(value, 1) for value in os.getloadavg()]  # machine's load behind the runs: what else it had to do
     result = {
         "machine": machine(),
         "load_average": load,

@@ -112,7 +112,7 @@ class _Lowering:
             value.type = ir.TensorType(self._to)  # stated in the file, since it was an output
             self._graph.append(cast)
             self._graph.outputs[at] = cast.outputs[0]
-            self._types[value.name or ""] = ir.DataType.FLOAT  # as inferred before; norms ask for it
+            self._types[value.name or ""] = ir.DataType.FLOAT  # type that inference gave the output; norms ask for it
 
     def _is_float(self, value: ir.Value | None) -> bool:
         return value is not None and self._types.get(value.name or "") == ir.DataType.FLOAT

@@ -35,7 +35,7 @@ class Layer:
 
     path: str  # module's, as a bank names it
     node: ir.Node
-    axis: int  # of the weight's output channels
+    axis: int  # axis of the weight's output channels
 
     @property
     def value(self) -> ir.Value:

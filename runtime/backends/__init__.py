@@ -36,6 +36,7 @@ BACKENDS = {
     "tensorrt-rtx": "stepforge.runtime.backends.tensorrt:TensorRtRtx",
     "fake": "stepforge.runtime.backends.fake:Fake",
 }
+WIDE_VAE = ("sdxl", "x4")  # families whose VAE exceeds the range of fp16 (diffusers upcasts it to fp32: force_upcast)
 AUTO = ("torch", "openvino", "onnxruntime")  # best first; torch on a GPU only (benchmarks/bench_denoiser.py)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", INT8)  # arithmetic; weights have `bundle.WEIGHT_PRECISIONS`
 # backends that compute in fp16

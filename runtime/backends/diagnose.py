@@ -19,7 +19,7 @@ PACKAGES = (
 CUDA_13_DRIVER = 580  # oldest driver of CUDA 13 (CUDA Toolkit release notes, "CUDA Driver")
 TRITON = {"2.13": "3.7", "2.14": "3.8"}  # what these releases of torch want
 
-Versions = Mapping[str, str]  # of the installed ones among PACKAGES
+Versions = Mapping[str, str]  # installed package among PACKAGES -> version
 
 
 @dataclass(frozen=True, slots=True)

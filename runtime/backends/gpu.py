@@ -9,8 +9,11 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 OLDEST = (8, 0)  # oldest compute capability with the kernels' bf16 tensor cores
 NVML = "libnvidia-ml.so.1"
@@ -31,13 +34,9 @@ def first_gpu() -> Gpu | None:
     first = (visible or "0").split(",")[0].strip()
     if visible == "" or first == "-1":
         return None
-    try:
-        nvml = ctypes.CDLL(NVML)
-    except OSError:
-        return None
-    if nvml.nvmlInit_v2():
-        return None
-    try:
+    with _nvml() as nvml:
+        if nvml is None:
+            return None
         handle, name = ctypes.c_void_p(), ctypes.create_string_buffer(96)
         major, minor = ctypes.c_int(), ctypes.c_int()
         index = ctypes.c_uint(int(first) if first.isdigit() else 0)  # a UUID: GPUs of one machine are of one kind
@@ -47,22 +46,31 @@ def first_gpu() -> Gpu | None:
             or nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
         )
         return None if failed else Gpu(name.value.decode(), (major.value, minor.value))
-    finally:
-        nvml.nvmlShutdown()
 
 
 def driver() -> str | None:
     """Version of NVIDIA's driver; None if there is none."""
-    try:
-        nvml = ctypes.CDLL(NVML)
-    except OSError:
-        return None
-    if nvml.nvmlInit_v2():
-        return None
-    try:
+    with _nvml() as nvml:
+        if nvml is None:
+            return None
         found = ctypes.create_string_buffer(80)
         failed = nvml.nvmlSystemGetDriverVersion(found, ctypes.c_uint(len(found)))
         return None if failed else found.value.decode()
+
+
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    """NVML, initialised; None without a driver."""
+    try:
+        nvml = ctypes.CDLL(NVML)
+    except OSError:
+        yield None
+        return
+    if nvml.nvmlInit_v2():
+        yield None
+        return
+    try:
+        yield nvml
     finally:
         nvml.nvmlShutdown()
 

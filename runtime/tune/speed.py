@@ -93,7 +93,8 @@ def _line(name: str, found: Sequence[tuple[float, list[Result]]]) -> Line:
         count
         for result in results
         for network, count in result.stats.rows.items()
-        if not network.startswith(("text_encoder", "vae", "control"))
+        if not network.rpartition("/")[2].startswith(("text_encoder", "vae", "upscaler"))
+        and not network.startswith("control/")
     )
     return Line(
         name, len(results), rows, statistics.median(seconds), min(seconds), max(seconds), statistics.median(denoisers),

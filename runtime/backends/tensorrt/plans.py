@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
+from stepforge.runtime.backends import WIDE_VAE
 from stepforge.runtime.backends.compile_cache import root as cache_root
 from stepforge.runtime.backends.gpu import driver, first_gpu
 from stepforge.runtime.bundle import Bundle, ComponentId
@@ -34,7 +35,6 @@ FORMAT = 1
 CARD, PLAN, INLINE = "card.json", "engine.plan", "inline.npz"
 MOST_CARD_BYTES = 16 << 20
 PRECISIONS = ("fp32", "bf16", "fp16")
-WIDE_VAE = ("sdxl", "x4")  # families whose VAE exceeds the range of fp16 (diffusers: force_upcast)
 
 Sizes = Annotated[tuple[Annotated[int, Between(0, 1 << 24)], ...], Between(0, 8)]
 Digest = Annotated[str, Matches(re.compile(r"[0-9a-f]{64}"), "a sha256")]
@@ -85,7 +85,7 @@ class Card:
     inputs: Mapping[str, str]  # name -> type
     outputs: Mapping[str, str]
     layers: Mapping[str, int]  # "CONVOLUTION float16" -> layers of the network before the library fused them
-    weights: Mapping[str, Weight]  # of a plan without weights
+    weights: Mapping[str, Weight]  # sources of what a stripped plan leaves out
     bytes: Annotated[int, Between(1, 1 << 50)]
     sha256: Digest
     seconds: float

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from stepforge.runtime.backends import ALWAYS_FP32
+from stepforge.runtime.backends import ALWAYS_FP32, WIDE_VAE
 from stepforge.runtime.backends.torch.program import Node, Program
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WIDE_VAE = ("sdxl", "x4")  # families whose VAE exceeds the range of fp16 (diffusers upcasts it to fp32: force_upcast)
 WAVES = ("Sin", "Cos")
 # operand that the operators of layers with LoRA take in fp32
 STRENGTH = {"Strengths": 1, "LowrankLinear": 6, "LowrankGeglu": 6, "LowrankConv": 6, "PeftLinear": 6, "PeftConv": 6}

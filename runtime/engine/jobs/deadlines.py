@@ -11,7 +11,7 @@ from stepforge.runtime.engine.jobs.future import RequestFuture
 from stepforge.runtime.errors import DeadlineExceeded, RequestError
 from stepforge.runtime.request import Result
 
-MAX_SECONDS = 30 * 86400  # of a deadline or a timeout; platforms bound what a thread can wait
+MAX_SECONDS = 30 * 86400  # longest deadline or timeout; platforms bound what a thread can wait
 
 
 def check_seconds(what: str, seconds: object) -> float | None:

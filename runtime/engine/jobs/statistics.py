@@ -24,10 +24,8 @@ class EngineStats:
     running: int  # images that make steps
     decoding: int  # images between denoiser and picture
     requests: Mapping[str, int]  # how they ended, of `OUTCOMES` -> requests
-    failures: Mapping[
-        str, int
-    ]  # class of the error -> requests that failed; its cause's where an engine library failed
-    images: int  # of requests that are done
+    failures: Mapping[str, int]  # class of the error, or of its cause in an engine library -> requests that failed
+    images: int  # images of finished requests
     calls: int  # denoiser calls
     steps: int  # steps of single images
     rows: Mapping[str, int]  # network -> rows run

@@ -168,8 +168,8 @@ class _Call:
         """On the sender's thread."""
         try:
             if self._sender is not None:
-                self._sender.send(answer(), flags=flags)
-        except Exception:
+                self._sender.send(_built(answer) if flags else answer(), flags=flags)
+        except Exception:  # Triton's own, for a client that has gone
             log.exception("a response was not sent")
         finally:
             if flags:
@@ -272,6 +272,14 @@ def _tensor(name: str, values: Any) -> Any:
 
 def _response(tensors: list[Any]) -> Any:
     return _backend().InferenceResponse(output_tensors=tensors)
+
+
+def _built(answer: Callable[[], Any]) -> Any:
+    """A last response, or the error that kept it from being made: without one its client waits for ever."""
+    try:
+        return answer()
+    except Exception as error:  # Triton's own, for tensors that it cannot hold; `_refused` logs it
+        return _refused(error)
 
 
 def _refused(error: BaseException) -> Any:

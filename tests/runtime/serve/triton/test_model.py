@@ -206,3 +206,16 @@ def test_ends_with_requests_on_their_way(model):
     started.execute([long])
     started.finalize()
     assert long.answer()[0] == "CANCELLED"
+
+
+def test_an_answer_that_cannot_be_made_is_an_error(model, monkeypatch):
+    """The last response comes all the same: without it the client waits for ever."""
+
+    def fail(name, values):
+        raise ValueError("no shared memory at /dev/shm/x")
+
+    started = model()
+    monkeypatch.setattr(BACKEND, "Tensor", fail)
+    request = Request(prompt="a cat", **SMALL)
+    started.execute([request])
+    assert request.answer() == ("INTERNAL", "ValueError")
