@@ -55,8 +55,8 @@ def ratio(alphas_bar: Float64) -> Float64:
 def float32_table(card: SchedulerCard) -> Float32:
     """sigma of every training timestep, through the roundings of diffusers' float32 tables.
 
-    Not to the last bit: torch's float32 `** 0.5`, where numpy's root stands here, is off by one unit for a fifth of all
-    timesteps, which moves a timestep between two whole numbers by as much.
+    The root is rounded correctly. Torch's float32 `** 0.5` is MKL's, off by one unit for a fifth of all timesteps on AMD EPYC,
+    which moves a timestep between two whole numbers by as much.
     """
     one = np.float32(1.0)
     if card.trained_betas is not None:
