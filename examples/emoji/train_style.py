@@ -64,19 +64,22 @@ class Diffusion:
     Timesteps are drawn from `between`; `bf16=False` is for processors that compute bf16 in software.
     """
 
-    def __init__(self, model: Path, between: tuple[int, int] = (0, 1000), bf16: bool = True) -> None:
+    def __init__(
+        self, model: Path, between: tuple[int, int] = (0, 1000), bf16: bool = True, device: str = "cpu"
+    ) -> None:
         self.first, self.span, self.bf16 = between[0], between[1] - between[0], bf16
-        self.alphas = DDIMScheduler.from_pretrained(model / "scheduler").alphas_cumprod
+        self.device = torch.device(device)
+        self.alphas = DDIMScheduler.from_pretrained(model / "scheduler").alphas_cumprod.to(self.device)
         snr = self.alphas / (1 - self.alphas)
         self.weights = (snr + 1).clamp(max=6.0) / (snr + 1)
 
     def __call__(self, unet: torch.nn.Module, x0: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         count = len(x0)
         noise = torch.randn_like(x0)
-        strata = (torch.randperm(count) + torch.rand(count)) / count
+        strata = (torch.randperm(count, device=self.device) + torch.rand(count, device=self.device)) / count
         timesteps = self.first + (strata * self.span).long()
         a = self.alphas[timesteps].view(-1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             output = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, timesteps, text).sample
         error = (output.float() - (a.sqrt() * noise - (1 - a).sqrt() * x0)).square().mean((1, 2, 3))
         return self.weights[timesteps] * error
