@@ -104,27 +104,27 @@ def save(unet: PeftModel, style: str, out: Path) -> None:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     seen = [index for index in range(len(emoji())) if index not in HELD_OUT]
-    latents = encode(args.model, stylised(args.style)[seen])
+    latents = encode(args.model, stylised(args.style)[seen]).to(args.device)
     with torch.no_grad():
         encoder = fresh_text_encoder(args.model)
         captions = [f"{emoji()[i].name} on a {colour} background" for i in seen for colour in BACKGROUNDS]
-        text = encoder(tokenize(args.model, captions))[0].unflatten(0, (len(seen), len(BACKGROUNDS)))
-        empty = encoder(tokenize(args.model, [""]))[0][0]
+        text = encoder(tokenize(args.model, captions))[0].unflatten(0, (len(seen), len(BACKGROUNDS))).to(args.device)
+        empty = encoder(tokenize(args.model, [""]))[0][0].to(args.device)
 
-    unet = fresh_unet(args.model)
+    unet = fresh_unet(args.model).to(args.device)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS + CONVOLUTIONS)
     unet = get_peft_model(unet, config)
     weights = [p for p in unet.parameters() if p.requires_grad]
     print(f"{len(seen)} pictures, {sum(p.numel() for p in weights):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    diffusion = Diffusion(args.model)
+    diffusion = Diffusion(args.model, device=args.device)
     forward = torch.compile(unet) if args.compile else unet
     started, losses = time.time(), []
     for step in range(1, args.steps + 1):
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / 50, 2 * (1 - (step - 1) / args.steps))
-        pick = torch.randint(len(seen), (args.batch,))
-        condition = text[pick, torch.randint(len(BACKGROUNDS), (args.batch,))]
-        condition[torch.rand(args.batch) < UNCONDITIONAL] = empty
+        pick = torch.randint(len(seen), (args.batch,), device=args.device)
+        condition = text[pick, torch.randint(len(BACKGROUNDS), (args.batch,), device=args.device)]
+        condition[torch.rand(args.batch, device=args.device) < UNCONDITIONAL] = empty
         loss = diffusion(forward, latents[pick], condition).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -147,5 +147,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     train(parser.parse_args())
