@@ -8,9 +8,10 @@
               one emoji on a plain background; error in 8-bit levels, and its jump from one column to the next
 
 Random weights but for `seams`, CPU, precision as the runner says. Each runner is a process of its own, whose peak has
-libraries and weights in it. Times are of one call after one of the same shape that is not counted, or of the only call
-with --cold. `--work` keeps models and bundles (`--prepare` makes them and stops); `--task` runs parts of it. With `--work` and
-`--out` a run that was interrupted goes on: each runner's figures are written when it ends, and not measured again.
+libraries and weights in it. Times are of one call after one of the same shape that is not counted, or of the only call with
+--cold; `processor seconds` are those of all threads, which other work on the machine hardly changes. `--work` keeps models and
+bundles (`--prepare` makes them and stops); `--task` runs parts of it. With `--work` and `--out` a run that was interrupted goes
+on: each runner's figures are written when it ends, and not measured again.
 """
 
 from __future__ import annotations
@@ -282,12 +283,12 @@ def measure(args: argparse.Namespace) -> None:
         )
     if not args.cold:
         run()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     made = run()
-    seconds = time.perf_counter() - started
+    seconds, worked = time.perf_counter() - started, time.process_time() - worked
     np.save(args.work / f"{task}-{args.one.replace(' ', '-')}.npy", made)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    print(json.dumps({"seconds": round(seconds, 2), "peak, GiB": round(peak, 2)}))
+    print(json.dumps({"seconds": round(seconds, 2), "processor seconds": round(worked, 2), "peak, GiB": round(peak, 2)}))
 
 
 def main() -> None:
