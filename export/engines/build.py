@@ -21,7 +21,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from stepforge.export.engines.profiles import Use, profiles
 from stepforge.export.engines.step import shapes as step_shapes
 from stepforge.export.engines.step import write as write_step
 from stepforge.export.engines.worker import RESULT, TIMINGS, Job
@@ -43,6 +42,7 @@ from stepforge.runtime.backends.tensorrt.plans import (
     key,
     root,
 )
+from stepforge.runtime.backends.tensorrt.profiles import Use, profiles
 from stepforge.runtime.bundle import Bundle, ComponentId, Tensor
 from stepforge.runtime.bundle.typed import parse
 from stepforge.runtime.errors import BackendError

@@ -61,7 +61,7 @@ def build_command(
 ) -> None:  # fmt: skip
     """Build TensorRT engines of a bundle's networks. `--backend tensorrt` or `tensorrt-rtx` runs them."""
     from stepforge.export.engines.build import Order, build_plans
-    from stepforge.export.engines.profiles import Use
+    from stepforge.runtime.backends.tensorrt.profiles import Use
 
     if precision not in PRECISIONS:
         raise BackendError(f"precision {printable(precision, 40)} is unknown; choose one of {', '.join(PRECISIONS)}")

@@ -21,9 +21,9 @@ from stepforge.export.engines import build as building
 from stepforge.export.engines import plugin
 from stepforge.export.engines.build import Order, build_plans
 from stepforge.export.engines.lower import lowered
-from stepforge.export.engines.profiles import Use, profiles
 from stepforge.kernels import reference
 from stepforge.runtime.backends.tensorrt.library import LIBRARIES, BuildOptions, Library
+from stepforge.runtime.backends.tensorrt.profiles import Use, profiles
 from stepforge.runtime.bundle import UNET, read
 from stepforge.runtime.errors import BackendError
 
