@@ -21,7 +21,7 @@ from stepforge.export.engines import build as building
 from stepforge.export.engines import plugin
 from stepforge.export.engines.build import Order, build_plans
 from stepforge.export.engines.lower import lowered
-from stepforge.kernels import reference
+from stepforge.kernels import bounds
 from stepforge.runtime.backends.tensorrt.library import LIBRARIES, BuildOptions, Library
 from stepforge.runtime.backends.tensorrt.profiles import Use, profiles
 from stepforge.runtime.bundle import UNET, read
@@ -45,7 +45,8 @@ def test_every_linear_layer_with_adapters_has_a_site(tiny_sd1_banks, tmp_path):
     assert {site.bank for site in found} == {f"{path}.lora_A" for path in shared if kinds[path] == "linear"}
     for precision in ("fp16", "bf16"):
         (folder := tmp_path / precision).mkdir()
-        assert plugin.sites(lowered(graph, precision, banks, folder), banks) == found
+        low = plugin.sites(lowered(graph, precision, banks, folder), banks)
+        assert [(site.product, site.bank) for site in low] == [(site.product, site.bank) for site in found]
     model = onnx.load(graph)
     for name in {name for site in found for name in (site.product, site.x)}:
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
@@ -62,10 +63,9 @@ def test_every_linear_layer_with_adapters_has_a_site(tiny_sd1_banks, tmp_path):
     values = dict(zip(names, map(torch.from_numpy, session.run(names, given)), strict=True))
     tensors = {name: torch.from_numpy(value) for name, value in given.items()}
     for site in found:
-        wanted = reference.bank_shrink(
-            values[site.x], tensors[site.bank], tensors["adapter"], tensors["adapter_strength"].flatten()
-        )
-        torch.testing.assert_close(values[site.product], wanted, rtol=1e-4, atol=1e-4)
+        strength = tensors["adapter_strength"].flatten()
+        exact, bound = bounds.bank_shrink(values[site.x], tensors[site.bank], tensors["adapter"], strength)
+        assert ((values[site.product].double() - exact).abs() <= bound).all(), site
 
 
 class Pretended(Library):
