@@ -195,7 +195,7 @@ class Network:
         name, code = made.get_kernel(
             [d.desc for d in described[: len(inputs)]], [d.desc for d in described[len(inputs) :]]
         )
-        values = {key: expression._expr.value for key, expression in vars(launch).items()}
+        values = {key: expression.expr.value for key, expression in vars(launch).items()}
         self.launches.append(
             (real, [d.value for d in shape], values, [n.expr.value for n in numbers.values], name, code.decode())
         )
@@ -219,7 +219,7 @@ class Numbers:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("arch", [89, 90])
 def test_nvidias_layer_launches_our_kernel_as_we_do(nvidia, tiny_sd1_banks, tmp_path, arch):
     """Types, shapes, grid, integers and their order, for shapes unknown to the kernel; PTX that ptxas takes; and a network
     with the plugins in it that is built to the end, with every bank among its inputs."""
@@ -230,12 +230,13 @@ def test_nvidias_layer_launches_our_kernel_as_we_do(nvidia, tiny_sd1_banks, tmp_
     module, plugins = nvidia
     bundle = read(tiny_sd1_banks)
     graph, banks = graph_and_banks(bundle)
-    found = plugin.sites(graph, banks)
+    low = lowered(graph, "bf16", banks, tmp_path)
+    found = plugin.sites(low, banks)
     library = Library("tensorrt-rtx")
     logger = module.Logger(module.Logger.ERROR)
     builder = module.Builder(logger)
     network = library.network(builder)
-    assert module.OnnxParser(network, logger).parse_from_file(str(lowered(graph, "bf16", banks, tmp_path)))
+    assert module.OnnxParser(network, logger).parse_from_file(str(low))
     pretended = Network(network, module, sizes=(ROWS, 77, None))
     plugin.insert(pretended, module, plugins, found, arch)
     assert len(pretended.launches) == len(found)
