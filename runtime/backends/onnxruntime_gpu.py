@@ -166,8 +166,9 @@ class OnnxRuntimeTensorRt(OnnxRuntimeCuda):
 
     def __init__(self, bundle: Bundle, *, precision: str, threads: int) -> None:
         super().__init__(bundle, precision=precision, threads=threads)
-        rows, size = os.environ.get("STEPFORGE_ROWS") or ROWS, os.environ.get("STEPFORGE_SIZE") or None
-        self._use = Use.parse(bundle, (rows,), size)
+        said = ("STEPFORGE_ROWS", "STEPFORGE_SIZE")
+        rows, size = (os.environ.get(name) for name in said)
+        self._use = Use.parse(bundle, (rows or ROWS,), size, said)
 
     def _graph(self, component: ComponentId) -> str:
         return self._bundle.components[component].graph  # TensorRT knows no operators of ONNX Runtime's own
