@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+MEASURED = ("kernels", "runtime", "export", "benchmarks/suite", "benchmarks/bench.py")
 REFERENCE = "diffusers"  # runner that images and seconds are compared with
 
 
@@ -83,13 +84,11 @@ class Store:
 
 
 def commit() -> str:
-    """Short hash, with + where tracked files of the rooms have changes."""
+    """Short hash of the last commit that changed what is measured, with + where there are changes since."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    changed = git(
-        "status", "--porcelain", "--untracked-files=no", "--", "kernels", "runtime", "export", "benchmarks/suite"
-    )
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED)
+    return (git("log", "-1", "--format=%h", "--", *MEASURED) or "unknown") + ("+" if changed else "")

@@ -108,8 +108,8 @@ def markdown(profile: str, records: Sequence[Record], store: Store) -> str:
         "",
         f"Commit {records[0].commit}; {records[0].machine}. Command: `{records[0].command}`; {wall / 60:.1f} minutes in all.",
         "Median (lowest..highest) of the counted runs. Ratio: times as fast as diffusers in fp32 on the same work, given only "
-        "where the image is the same (PSNR to diffusers' own, worst image). Peak: resident memory of the case's process, mapped "
-        "files counted; of an export, its tree of processes, beside the UNet's weights.",
+        "where the image is the same (PSNR to diffusers' own, worst image). Peak: resident memory of the case's process, "
+        "mapped files counted; of an export, its tree of processes, beside the UNet's weights.",
     ]
     for name in ITEMS:
         own = [row for row in told if row["item"] == name]

@@ -1,4 +1,4 @@
-"""What is measured, an item a file: `TITLE`, `cases(quick, precisions)`, and `measure(case, context)`, in a process of its own."""
+"""What is measured, an item a file: `TITLE`, `cases(quick, precisions)`, and `measure(case, context)`, a process a case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""stable-diffusion.cpp by stable-diffusion-cpp-python (MIT), which pip compiles. DDIM: Euler over the levels of its timesteps."""
+"""stable-diffusion.cpp by stable-diffusion-cpp-python (MIT), which pip compiles. DDIM is Euler over its timesteps' levels."""
 
 from __future__ import annotations
 
