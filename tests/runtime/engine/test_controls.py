@@ -24,7 +24,7 @@ from stepforge.runtime.backends import open_backend
 from stepforge.runtime.bundle import ComponentId, read
 from stepforge.runtime.request import Control
 
-REAL = ("openvino", *(pytest.param(name, marks=pytest.mark.long) for name in ("onnxruntime", "torch")))
+REAL = ("onnxruntime", *(pytest.param(name, marks=pytest.mark.long) for name in ("openvino", "torch")))
 STEPS, GUIDANCE, SEED, PROMPT = 6, 4.0, 3, "a cat"
 EVALUATIONS = STEPS + 1  # PNDM's
 

@@ -24,7 +24,7 @@ from stepforge.runtime.plan import Plan, Step
 from stepforge.runtime.plan.compile import compile_plan
 from stepforge.runtime.plan.reuse import Reuse, recordings, variants
 
-REAL = ("openvino", *(pytest.param(name, marks=pytest.mark.long) for name in ("onnxruntime", "torch")))
+REAL = ("onnxruntime", *(pytest.param(name, marks=pytest.mark.long) for name in ("openvino", "torch")))
 D, T = "deepcache", "tgate"
 
 
