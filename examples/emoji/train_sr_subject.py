@@ -34,6 +34,7 @@ from train_vae import to_tensor
 HERE = Path(__file__).resolve().parent
 RANK = 8
 TARGETS = ["conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"]
+WEIGHTS = "pytorch_lora_weights.safetensors"  # a name: without one diffusers asks the hub
 MOST_NOISE = 12  # 1 - ᾱ = 9e-4
 
 
@@ -62,7 +63,7 @@ def training_pairs(model: Path) -> tuple[torch.Tensor, torch.Tensor]:
 def adapted(folder: Path, adapter: Path) -> UNet2DConditionModel:
     """The SR network with the adapter merged."""
     unet = load(folder)
-    unet.load_lora_adapter(adapter, prefix=None, adapter_name="subject")
+    unet.load_lora_adapter(adapter, weight_name=WEIGHTS, prefix=None)
     unet.fuse_lora()
     unet.unload_lora()
     return unet

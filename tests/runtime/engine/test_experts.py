@@ -150,7 +150,7 @@ def as_planned(pipeline, plan, folder: Path, monkeypatch: pytest.MonkeyPatch):
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     low = UNet2DConditionModel.from_pretrained(pipeline.unet.config._name_or_path)
-    low.load_lora_adapter(folder / "low", prefix=None)
+    low.load_lora_adapter(folder / "low", weight_name="pytorch_lora_weights.safetensors", prefix=None)
     networks = {"high": UNet2DConditionModel.from_pretrained(folder / "high"), "low": low}
     forwards = {name: network.forward for name, network in networks.items()} | {"unet": pipeline.unet.forward}
     steps, now = iter(plan.steps), {}
