@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick test-long test-soak test-interop test-engines aot test-gpu check bench train clean
+.PHONY: demo test quick test-long test-soak test-interop test-engines aot test-gpu check bench bench-quick train clean
 
 ADAPTERS := examples/emoji/adapters
 CONTROL := --control silhouette=examples/emoji/control/silhouette
@@ -92,9 +92,23 @@ check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## the measurements of README's table (about half an hour on 2 cores)
-	$(BIN)/python benchmarks/bench_overhead.py
-	$(BIN)/python benchmarks/bench_denoiser.py
+BENCH := .venv-bench
+
+bench-quick: $(BENCH)/.installed  ## the suite beside its peers, 15 minutes at most on 2 cores: benchmarks/results/suite/quick.md
+	$(BENCH)/bin/python benchmarks/bench.py quick
+
+bench: $(BENCH)/.installed  ## the same in full: SD 1.5's and XL's shapes, 20 steps, torch.compile; hours, 50 GB of disk
+	$(BENCH)/bin/python benchmarks/bench.py full
+
+# the suite's environment with its peers, one of which pip compiles: what it cannot have, the report says
+$(BENCH)/.installed: setup.py requirements.txt benchmarks/suite/peers.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet --upgrade pip
+	$(BENCH)/bin/pip install --quiet -r requirements.txt
+	$(BENCH)/bin/pip install --quiet --no-deps spandrel==0.4.2  # without torchvision, see setup.py
+	while read -r peer; do $(BENCH)/bin/pip install --quiet --no-deps $$peer || true; done < benchmarks/suite/peers.txt
+	$(BENCH)/bin/pip install --quiet --no-deps --editable .
+	touch $@
 
 train: $(STAMP)  ## the demo model from nothing: needs Debian's fonts-noto-color-emoji, about 2.5 hours on 2 cores
 	$(BIN)/python examples/emoji/train_vae.py

@@ -337,3 +337,18 @@ def test_neighbours_with_other_experts_change_nothing(opened):
         alone = engine.generate(request)
         assert np.abs(alone.latents[0] - result.latents[0]).max() < 1e-4
         assert {"unet", "refiner"} & set(alone.stats.rows) == {step.denoiser for step in engine.plan(request).steps}
+
+
+def test_plans_for_tensorrt_know_the_shapes_of_every_network(refined):
+    """Profiles of the experts as of the base model: all their dynamic inputs, rows and sides as declared."""
+    from stepforge.runtime.backends.tensorrt.profiles import Use, profiles
+
+    bundle = read(refined)
+    use = Use.parse(bundle, ("1..4",), "64..128")
+    found = {key: profiles(bundle, key, use)[-1] for key in bundle.components}
+    for key, profile in found.items():
+        dynamic = {t.name for t in bundle.components[key].inputs if any(isinstance(s, str) for s in t.shape)}
+        assert profile.keys() == dynamic, key
+    experts = [key for key in found if key.role == "denoiser" and key != UNET]
+    assert experts
+    assert all(found[key]["sample"] == found[UNET]["sample"] for key in experts)
