@@ -102,7 +102,7 @@ def lora_file(model: Path, out: Path) -> Path:
 
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
     torch.manual_seed(5)
-    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "conv1"], init_lora_weights=False))
     with torch.no_grad():
         for name, value in unet.named_parameters():
             if "lora_" in name:
