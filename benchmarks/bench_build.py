@@ -115,8 +115,8 @@ def main() -> None:
                 if key not in ("weights", "profiles", "inputs", "outputs")
             }
             report.append({**kept, "weights_bytes": weights(bundle, component), "processor_seconds": spent})
-        if args.json:
-            args.json.write_text(json.dumps({"machine": machine(), "plans": report}, indent=1) + "\n", "utf-8")
+            if args.json:  # after each, which may be the last that memory allows
+                args.json.write_text(json.dumps({"machine": machine(), "plans": report}, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
