@@ -69,8 +69,8 @@ test-interop: $(INTEROP:%=.venv-%/.installed)  ## Ray, Ray Serve, MLPerf LoadGen
 
 ENGINES := .venv-engines
 
-test-engines: $(ENGINES)/.installed  ## TensorRT for RTX builds the demo model for three GPUs without one: 250 MB
-	$(ENGINES)/bin/pytest tests/export/engines tests/runtime/backends/tensorrt
+test-engines: $(ENGINES)/.installed  ## TensorRT for RTX builds the demo model for three GPUs without one; an environment of 3.3 GB
+	$(ENGINES)/bin/pytest -n 2 --dist loadfile tests/export/engines tests/runtime/backends/tensorrt
 
 $(ENGINES)/.installed: setup.py requirements.txt tests/export/engines/requirements.txt
 	$(PYTHON) -m venv $(ENGINES)
