@@ -10,9 +10,10 @@ export TOKENIZERS_PARALLELISM := false
 
 ADAPTERS := examples/emoji/adapters
 CONTROL := --control silhouette=examples/emoji/control/silhouette
-SR := --sr sr=examples/emoji/sr
+SR := --sr sr=examples/emoji/sr --sr subject_sr=out/subject_sr
 
 demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw four contact sheets into out/
+	$(BIN)/python examples/emoji/train_sr_subject.py --merge out/subject_sr
 	$(BIN)/stepforge export examples/emoji/model -o out/emoji.bundle --name emoji --lora-slots 6 --lora-rank 16 \
 		$(CONTROL) $(SR) --reuse tgate --reuse deepcache --overwrite
 	$(BIN)/stepforge verify out/emoji.bundle examples/emoji/model $(CONTROL) $(SR)

@@ -23,8 +23,8 @@ from typing import Any
 from harness import machine
 
 from stepforge.export.engines.build import Order, build_plans
-from stepforge.export.engines.profiles import Use
 from stepforge.runtime.backends.tensorrt.library import BuildOptions, Library
+from stepforge.runtime.backends.tensorrt.profiles import Use
 from stepforge.runtime.bundle import Bundle, ComponentId, read
 from stepforge.runtime.errors import BackendError
 

@@ -8,8 +8,10 @@
               one emoji on a plain background; error in 8-bit levels, and its jump from one column to the next
 
 Random weights but for `seams`, CPU, precision as the runner says. Each runner is a process of its own, whose peak has
-libraries and weights in it. Times are of one call after one of the same shape that is not counted, or of the only call
-with --cold. `--work` keeps models and bundles; `--task` runs parts of it, each of which is printed with the machine.
+libraries and weights in it. Times are of one call after one of the same shape that is not counted, or of the only call with
+--cold; `processor seconds` are those of all threads, which other work on the machine hardly changes. `--work` keeps models and
+bundles (`--prepare` makes them and stops); `--task` runs parts of it. With `--work` and `--out` a run that was interrupted goes
+on: each runner's figures are written when it ends, and not measured again.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -281,12 +283,12 @@ def measure(args: argparse.Namespace) -> None:
         )
     if not args.cold:
         run()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     made = run()
-    seconds = time.perf_counter() - started
+    seconds, worked = time.perf_counter() - started, time.process_time() - worked
     np.save(args.work / f"{task}-{args.one.replace(' ', '-')}.npy", made)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    print(json.dumps({"seconds": round(seconds, 2), "peak, GiB": round(peak, 2)}))
+    print(json.dumps({"seconds": round(seconds, 2), "processor seconds": round(worked, 2), "peak, GiB": round(peak, 2)}))
 
 
 def main() -> None:
@@ -295,6 +297,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--budget", type=int, default=1 << 30, help="bytes of `even` tiles")
     parser.add_argument("--cold", action="store_true", help="count the first call, and make no other")
+    parser.add_argument("--prepare", action="store_true", help="make models and bundles of the tasks, measure nothing")
     parser.add_argument("--work", type=Path, help="folder for models and bundles, kept; default: a temporary one")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON, beside those of other tasks in it")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -308,28 +311,40 @@ def main() -> None:
         args.work.mkdir(parents=True, exist_ok=True)
         for task in args.task:
             prepare(task, args.work)
-            report[task] = seams(args.work) if task == "seams" else compared(task, args)
-            report[task]["machine"] = machine()
-            print(json.dumps({task: report[task]}, indent=1), flush=True)
-            if args.out:
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
+            if args.prepare:
+                continue
+            entry = report.setdefault(task, {})
+            for _ in filled(task, entry, args):
+                entry["machine"] = machine()
+                if args.out:
+                    args.out.write_text(json.dumps(report, indent=1) + "\n")
+            print(json.dumps({task: entry}, indent=1), flush=True)
 
 
-def compared(task: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Every runner of a task, one after the other; PSNR is to the first, of a range of 2 where pictures are -1..1."""
-    report: dict[str, Any] = {"steps": args.steps} if task == "x4" else {}
-    report |= {"budget, GiB": args.budget / 2**30} if task == "tiles" else {}
+def filled(task: str, entry: dict[str, Any], args: argparse.Namespace) -> Iterator[None]:
+    """Add to `entry` what it lacks, one runner after the other; PSNR is to the first, of a range of 2 where pictures are
+    -1..1."""
+    if task == "seams":
+        entry |= {} if entry else seams(args.work)
+        yield
+        return
+    entry |= {"steps": args.steps} if task == "x4" else {}
+    entry |= {"budget, GiB": args.budget / 2**30} if task == "tiles" else {}
     files = []
     for runner in RUNNERS[task]:
+        file = args.work / f"{task}-{runner.replace(' ', '-')}.npy"
+        if runner in entry and file.exists():
+            files.append(np.load(file))
+            continue
         command = [sys.executable, __file__, "--task", task, "--one", runner, "--work", args.work, "--steps", args.steps,
                    "--budget", args.budget, *["--cold"] * args.cold]  # fmt: skip
         output = subprocess.check_output(list(map(str, command)), env={**os.environ, "HF_HUB_OFFLINE": "1"}, text=True)
-        report[runner] = json.loads(output.splitlines()[-1])
-        files.append(np.load(args.work / f"{task}-{runner.replace(' ', '-')}.npy"))
+        entry[runner] = json.loads(output.splitlines()[-1])
+        files.append(np.load(file))
         error = float(np.mean((files[-1] - files[0]) ** 2))
         span = 1.0 if task in ("x4", "network") else 2.0
-        report[runner]["PSNR to the first, dB"] = round(10 * np.log10(span**2 / max(error, 1e-12)), 1)
-    return report
+        entry[runner]["PSNR to the first, dB"] = round(10 * np.log10(span**2 / max(error, 1e-12)), 1)
+        yield
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", default="3")
     parser.add_argument("--sampler")
+    parser.add_argument("--experts", help="which denoiser runs when; default: the bundle's own")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--sheet", type=Path, help="write a sheet of misses: asked on the left, drawn on the right")
@@ -105,7 +106,14 @@ def main() -> None:
     asked = [*seen, *held_out]
     with load(args.bundle, precision=args.precision) as engine:
         requests = [
-            Request(prompt=p.caption, steps=args.steps, guidance=args.guidance, sampler=args.sampler, seed=1000 + i)
+            Request(
+                prompt=p.caption,
+                steps=args.steps,
+                guidance=args.guidance,
+                sampler=args.sampler,
+                seed=1000 + i,
+                experts=args.experts,
+            )
             for i, p in enumerate(asked)
         ]
         results = engine.generate(requests)
@@ -115,6 +123,7 @@ def main() -> None:
         "steps": args.steps,
         "guidance": args.guidance,
         "sampler": args.sampler or "model's own",
+        "experts": args.experts or "the bundle's own",
         "backend": f"{results[0].stats.backend} {results[0].stats.precision}",
         "trained pairs": score(images[: len(seen)], seen),
         "held-out pairs": score(images[len(seen) :], held_out),

@@ -12,7 +12,8 @@ pixels. sharpness: mean gradient magnitude over that of the target, 1 is as cris
 positions); sharpness and gmsd are stated beside it.
 
 subject: the DreamBooth fine-tune (train_sr_subject.py) against the network itself, on the subject in ten poses and on
-backgrounds that the fine-tune never saw, and what the fine-tune costs on the held-out emoji.
+backgrounds that the fine-tune never saw, as drawn and as the demo's decoder draws them at best; and what the fine-tune costs
+on the held-out emoji. `--subject-sheet`: nearest, bicubic, SR, fine-tuned SR, target.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from sr_data import HELD_OUT, canvas, pair
 from sr_pool import round_trip, to_uint8
 from subject import TRAINING, Pose
-from train_sr_subject import adapted, drawing
+from train_sr_subject import adapted, drawing, redrawn
 from train_vae import to_tensor
 
 MODEL = ROOT / "examples/emoji/model"
@@ -104,11 +105,9 @@ def unseen_subject() -> tuple[np.ndarray, np.ndarray]:
 
 def subject_report(networks: dict[str, UNet2DConditionModel], low: np.ndarray, target: np.ndarray, steps: int) -> dict:
     """`low` and `target` are the held-out emoji."""
-    torch.manual_seed(0)
     drawn, wanted = unseen_subject()
-    decoded = round_trip(demo_model(), drawn, None, 0)
-    report: dict = {"pictures": len(drawn)}
-    for name, pictures in {"drawn": drawn, "decoded": decoded}.items():
+    report: dict = {"pictures": len(drawn), "noise level": SUBJECT_NOISE}
+    for name, pictures in {"drawn": drawn, "decoded": redrawn(MODEL, drawn)}.items():
         report[name] = {"bicubic": score(bicubic(pictures), wanted)}
         for network, unet in networks.items():
             report[name][network] = score(upscale(unet, pictures, steps, SUBJECT_NOISE), wanted)
@@ -161,12 +160,11 @@ def compare(unet: UNet2DConditionModel, low: np.ndarray, target: np.ndarray, ste
 
 
 def sheet(
-    path: Path, unet: UNet2DConditionModel, rows: list[tuple[np.ndarray, np.ndarray]], steps: int, level: int
+    path: Path, networks: list[UNet2DConditionModel], low: np.ndarray, target: np.ndarray, steps: int, level: int
 ) -> None:
-    """Columns: nearest, bicubic, SR, target; one picture a row, twice as large."""
-    low, target = (np.stack(column) for column in zip(*rows, strict=True))
+    """Columns: nearest, bicubic, each network, target; one picture a row, twice as large."""
     nearest = low.repeat(2, 1).repeat(2, 2)
-    columns = [nearest, bicubic(low), upscale(unet, low, steps, level), target]
+    columns = [nearest, bicubic(low), *(upscale(unet, low, steps, level) for unet in networks), target]
     picture = Image.fromarray(np.concatenate([np.concatenate(list(column)) for column in columns], 1))
     picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(path)
 
@@ -183,6 +181,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="steps and noise levels on a quarter of the pictures")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--sheet", type=Path, help="write a picture: nearest, bicubic, SR, target")
+    parser.add_argument("--subject-sheet", type=Path, help="the same of the subject, with the fine-tuned network")
     args = parser.parse_args()
 
     captions, low, target = held_out_pictures(args.per_emoji)
@@ -218,8 +217,14 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
     if args.sheet:
-        rows = [(sets[name][i], target[i]) for i in range(1, len(low), len(low) // 8) for name in ("clean", "melted")]
-        sheet(args.sheet, unet, rows, args.steps, args.noise_level)
+        some = range(1, len(low), len(low) // 8)
+        shown = np.stack([sets[name][i] for i in some for name in ("clean", "melted")])
+        sheet(args.sheet, [unet], shown, np.repeat(target[list(some)], 2, 0), args.steps, args.noise_level)
+    if args.subject_sheet:
+        drawn, wanted = (pictures[1::2] for pictures in unseen_subject())
+        both = np.stack([drawn, redrawn(MODEL, drawn)], 1).reshape(-1, *drawn.shape[1:])
+        tuned = [unet, adapted(args.model, args.adapter)]
+        sheet(args.subject_sheet, tuned, both, np.repeat(wanted, 2, 0), args.steps, SUBJECT_NOISE)
 
 
 if __name__ == "__main__":

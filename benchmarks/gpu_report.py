@@ -6,6 +6,7 @@
     network    SD1.5's and SDXL's shape: milliseconds by kind beside the prediction, on weights drawn there (bench_network.py)
     tests      the GPU tests of the kernels
     parity     those of the torch backend: against the CPU in fp32, replays, swaps, mixed batches, nothing that waits
+    engines    those of TensorRT and of ONNX Runtime's GPU providers, where installed: plans built, deserialised and run
 
 Each part has a limit in seconds, and one that fails leaves the others. Medians and quartiles, the machine, the driver,
 versions and the commit go into one file. Exit status: 0 all pass, 1 something failed, 2 there is no GPU that can run it.
@@ -30,6 +31,7 @@ from harness import machine
 ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
 LIMIT = 360  # seconds in all
+ENGINES = ("tests/runtime/backends/tensorrt/test_gpu.py", "tests/runtime/backends/test_backends.py")
 COMPILERS = 8  # processes; with 16 cores they fill Triton's cache in under a minute
 
 
@@ -66,6 +68,7 @@ def parts(out: Path, *, tiny: bool) -> list[Part]:
         ),
         Part("tests", ((*tests, "tests/kernels"),), 60),
         Part("parity", ((*tests, "tests/runtime/backends/torch/test_cuda.py"),), 150),
+        Part("engines", ((*tests, *ENGINES),), 180),
     ]
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import random
 import socket
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--option", action="append", default=[], help="a word more for `stepforge serve`")
+    parser.add_argument("--capacity", type=int, default=36, help="requests that measure it")
     parser.add_argument("--seconds", type=float, default=120.0, help="of the overload")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -185,8 +187,9 @@ def main() -> None:
         server = Server(our_command(args.bundle, args.adapter, ["--queue-limit", str(QUEUE), *args.option]), log)
         try:
             before = server.ask({"prompt": "a", "steps": 12, "seed": 3}).data
-            report["capacity"] = capacity = closed(server, bodies("mixed", names, 1), 12, min(20.0, args.seconds))
-            rate = capacity["images_per_second"]
+            held = closed(server, list(itertools.islice(bodies("mixed", names, 1), args.capacity)), 12)
+            rate = held.rate
+            report["capacity"] = capacity = {"images_per_second": round(rate, 3), **percentiles(held.latencies)}
             with Watch(server.process.pid) as watch:
                 report["overload"] = found = overload(server, TIMES * rate, args.seconds, names, capacity["p50"])
             report["process"] = process = watch.report()

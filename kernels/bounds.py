@@ -66,6 +66,17 @@ def lowrank_linear(
     return y, rounded_to(x.dtype, y, STEEPEST * error + DIRECT * u * (z.abs() + error))
 
 
+def bank_shrink(
+    x: Tensor, bank: Tensor, adapter: Tensor, strength: Tensor, *, u: float = IEEE_SUM
+) -> tuple[Tensor, Tensor]:
+    """For `reference.bank_shrink`: a sum of K products, the strength's product, one rounding."""
+    dtype, depth = x.dtype, x.shape[2]
+    x, bank, strength = (tensor.double() for tensor in (x, bank, strength))
+    exact = reference.bank_shrink(x, bank, adapter, strength)
+    size = reference.bank_shrink(x.abs(), bank.abs(), adapter, strength.abs())
+    return exact, rounded_to(dtype, exact, gamma(depth + 2, u) * size)
+
+
 def lowrank_geglu(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
     table: Tensor | None = None, bias: Tensor | None = None, u: float = IEEE_SUM,

@@ -56,6 +56,14 @@ def expand(s: Tensor, b: Tensor, ranks: Tensor, table: Tensor | None) -> Tensor:
     return d
 
 
+def bank_shrink(x: Tensor, bank: Tensor, adapter: Tensor, strength: Tensor) -> Tensor:
+    """S[g, t, r] = strength[g] · Σ_k x[g, t, k] · A[adapter[g], k, r]. x [G, T, K], bank [L, K, R], adapter and strength [G].
+
+    Returns [G, T, R] in x's type.
+    """
+    return (wide(x) @ wide(bank)[adapter.long()] * wide(strength)[:, None, None]).to(x.dtype)
+
+
 def lowrank_linear(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor,
     table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none",

@@ -1,6 +1,7 @@
 """The demo's last contact sheet: `python examples/emoji/stages_sheet.py out/emoji.bundle --out out/stages.png`.
 
-Requests of stages.jsonl: text to image, an adapter's subject, img2img and inpainting, each without and with super-resolution.
+Requests of stages.jsonl: text to image, an adapter's subject, img2img and inpainting, each without and with super-resolution,
+the subject with its fine-tuned network too.
 Each cell says what its picture cost alone: rows of each network, seconds.
 """
 

@@ -75,11 +75,11 @@ def train(args: argparse.Namespace) -> None:
     with torch.no_grad():
         encoder = fresh_text_encoder(args.model)
         text = torch.cat([encoder(ids)[0] for ids in tokenize(args.model, [p.caption for p in pictures()]).split(257)])
-        empty = encoder(tokenize(args.model, [""]))[0][0]
+        text, empty = text.to(args.device), encoder(tokenize(args.model, [""]))[0][0].to(args.device)
 
-    unet = fresh_unet(args.model)
+    unet = fresh_unet(args.model).to(args.device)
     control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=HINT_CHANNELS).train()
-    control.requires_grad_(True)
+    control.to(args.device).requires_grad_(True)
     shadow = copy.deepcopy(control).requires_grad_(False)
     weights = list(control.parameters())
     print(f"{len(emoji())} emoji, {len(BACKGROUNDS)} backgrounds, {sum(p.numel() for p in weights):,} parameters")
@@ -87,12 +87,13 @@ def train(args: argparse.Namespace) -> None:
 
     first, checkpoint = 1, args.run / "checkpoint.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=args.device)
         control.load_state_dict(state["model"])
         shadow.load_state_dict(state["shadow"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"] + 1
-    random, diffusion, model = np.random.RandomState(first), Diffusion(args.model), Controlled(unet, control)
+    random, model = np.random.RandomState(first), Controlled(unet, control)
+    diffusion = Diffusion(args.model, device=args.device)
     started, losses = time.time(), []
     for step in range(first, args.steps + 1):
         if (step - first) % args.refresh == 0:
@@ -100,8 +101,9 @@ def train(args: argparse.Namespace) -> None:
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
         pick = torch.randint(args.pool, (args.batch,))
         condition = text[pool.rows[pick]]
-        condition[torch.rand(args.batch) < UNCONDITIONAL] = empty
-        loss = diffusion(functools.partial(model, hint=pool.hint(pick)), pool.latents[pick], condition).mean()
+        condition[torch.rand(args.batch, device=args.device) < UNCONDITIONAL] = empty
+        hint, latents = pool.hint(pick).to(args.device), pool.latents[pick].to(args.device)
+        loss = diffusion(functools.partial(model, hint=hint), latents, condition).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -133,6 +135,7 @@ if __name__ == "__main__":
     parser.add_argument("--pool", type=int, default=6000, help="warped pictures held at a time")
     parser.add_argument("--refresh", type=int, default=500, help="steps between new pools")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of torch")
     arguments = parser.parse_args()
     if arguments.threads:

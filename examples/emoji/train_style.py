@@ -64,19 +64,22 @@ class Diffusion:
     Timesteps are drawn from `between`; `bf16=False` is for processors that compute bf16 in software.
     """
 
-    def __init__(self, model: Path, between: tuple[int, int] = (0, 1000), bf16: bool = True) -> None:
+    def __init__(
+        self, model: Path, between: tuple[int, int] = (0, 1000), bf16: bool = True, device: str = "cpu"
+    ) -> None:
         self.first, self.span, self.bf16 = between[0], between[1] - between[0], bf16
-        self.alphas = DDIMScheduler.from_pretrained(model / "scheduler").alphas_cumprod
+        self.device = torch.device(device)
+        self.alphas = DDIMScheduler.from_pretrained(model / "scheduler").alphas_cumprod.to(self.device)
         snr = self.alphas / (1 - self.alphas)
         self.weights = (snr + 1).clamp(max=6.0) / (snr + 1)
 
     def __call__(self, unet: torch.nn.Module, x0: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         count = len(x0)
         noise = torch.randn_like(x0)
-        strata = (torch.randperm(count) + torch.rand(count)) / count
+        strata = (torch.randperm(count, device=self.device) + torch.rand(count, device=self.device)) / count
         timesteps = self.first + (strata * self.span).long()
         a = self.alphas[timesteps].view(-1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             output = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, timesteps, text).sample
         error = (output.float() - (a.sqrt() * noise - (1 - a).sqrt() * x0)).square().mean((1, 2, 3))
         return self.weights[timesteps] * error
@@ -101,27 +104,27 @@ def save(unet: PeftModel, style: str, out: Path) -> None:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     seen = [index for index in range(len(emoji())) if index not in HELD_OUT]
-    latents = encode(args.model, stylised(args.style)[seen])
+    latents = encode(args.model, stylised(args.style)[seen]).to(args.device)
     with torch.no_grad():
         encoder = fresh_text_encoder(args.model)
         captions = [f"{emoji()[i].name} on a {colour} background" for i in seen for colour in BACKGROUNDS]
-        text = encoder(tokenize(args.model, captions))[0].unflatten(0, (len(seen), len(BACKGROUNDS)))
-        empty = encoder(tokenize(args.model, [""]))[0][0]
+        text = encoder(tokenize(args.model, captions))[0].unflatten(0, (len(seen), len(BACKGROUNDS))).to(args.device)
+        empty = encoder(tokenize(args.model, [""]))[0][0].to(args.device)
 
-    unet = fresh_unet(args.model)
+    unet = fresh_unet(args.model).to(args.device)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS + CONVOLUTIONS)
     unet = get_peft_model(unet, config)
     weights = [p for p in unet.parameters() if p.requires_grad]
     print(f"{len(seen)} pictures, {sum(p.numel() for p in weights):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    diffusion = Diffusion(args.model)
+    diffusion = Diffusion(args.model, device=args.device)
     forward = torch.compile(unet) if args.compile else unet
     started, losses = time.time(), []
     for step in range(1, args.steps + 1):
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / 50, 2 * (1 - (step - 1) / args.steps))
-        pick = torch.randint(len(seen), (args.batch,))
-        condition = text[pick, torch.randint(len(BACKGROUNDS), (args.batch,))]
-        condition[torch.rand(args.batch) < UNCONDITIONAL] = empty
+        pick = torch.randint(len(seen), (args.batch,), device=args.device)
+        condition = text[pick, torch.randint(len(BACKGROUNDS), (args.batch,), device=args.device)]
+        condition[torch.rand(args.batch, device=args.device) < UNCONDITIONAL] = empty
         loss = diffusion(forward, latents[pick], condition).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -144,5 +147,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     train(parser.parse_args())

@@ -93,18 +93,19 @@ def save(unet: PeftModel, encoder: PeftModel, out: Path) -> None:
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    subject = refine(args.model, encode(args.model, training_pictures()), training_pictures())
+    subject = refine(args.model, encode(args.model, training_pictures()), training_pictures()).to(args.device)
     subject_ids = tokenize(args.model, [f"{NAME} on a {background} background" for background, _ in TRAINING])
     prior, captions = sample_class(args.model, 100)
-    prior_ids = tokenize(args.model, captions)
+    subject_ids, prior, prior_ids = (x.to(args.device) for x in (subject_ids, prior, tokenize(args.model, captions)))
 
-    unet = get_peft_model(fresh_unet(args.model), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=UNET_TARGETS))
-    encoder = fresh_text_encoder(args.model)
+    unet = fresh_unet(args.model).to(args.device)
+    unet = get_peft_model(unet, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=UNET_TARGETS))
+    encoder = fresh_text_encoder(args.model).to(args.device)
     encoder = get_peft_model(encoder, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TEXT_TARGETS))
     weights = [p for p in (*unet.parameters(), *encoder.parameters()) if p.requires_grad]
     print(f"{sum(p.numel() for p in weights):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    diffusion = Diffusion(args.model)
+    diffusion = Diffusion(args.model, device=args.device)
     forward = torch.compile(unet) if args.compile else unet
     started, losses, half = time.time(), [], args.batch // 2
     for step in range(1, args.steps + 1):
@@ -136,5 +137,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8, help="half subject, half class")
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     train(parser.parse_args())

@@ -3,6 +3,7 @@
 `python examples/emoji/train_unet.py` trains (resuming from its checkpoint, if there is one) and writes `--out` in
 Stable Diffusion's folder layout, fp16 safetensors. AdamW at a constant rate with a linear decay over the last quarter, EMA.
 Latents are made once and kept in `--run`. `--device cuda --batch 256` for a GPU; `--no-bf16` for processors without bf16.
+The committed weights go on with `--init examples/emoji/model --vae examples/emoji/model/vae --out runs/emoji/model`.
 
 The network predicts v (arXiv 2202.00512), scaled-linear betas. With epsilon, an error in the clean latent counts by the
 signal-to-noise ratio, so at high noise, where only the text can say what to draw, next to nothing is learnt: 1,750 steps
@@ -163,6 +164,10 @@ def train(args: argparse.Namespace) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         shadow, first = state["shadow"], state["step"] + 1
+    elif args.init is not None and args.init.is_dir():
+        model.unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.init / "unet").float().state_dict())
+        model.text_encoder.load_state_dict(CLIPTextModel.from_pretrained(args.init / "text_encoder").float().state_dict())
+        shadow = {key: value.clone() for key, value in model.state_dict().items()}
     elif args.init is not None:
         model.load_state_dict(torch.load(args.init, weights_only=True, map_location=device)["model"])
     forward = torch.compile(model) if args.compile else model
@@ -232,7 +237,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, default=Path("runs/emoji/vae"))
     parser.add_argument("--run", type=Path, default=Path("runs/emoji/unet"), help="checkpoints; resumes from here")
-    parser.add_argument("--init", type=Path, help="checkpoint to take the first weights from")
+    parser.add_argument("--init", type=Path, help="checkpoint, or model folder, to take the first weights from")
     parser.add_argument("--out", type=Path, default=Path("examples/emoji/model"))
     parser.add_argument("--steps", type=int, default=5400)
     parser.add_argument("--batch", type=int, default=32)

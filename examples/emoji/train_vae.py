@@ -93,7 +93,7 @@ def train(args: argparse.Namespace) -> None:
     vae = AutoencoderKL(**CONFIG)
     if args.resume:
         vae.load_state_dict(AutoencoderKL.from_pretrained(args.out).state_dict())
-    vae = vae.to(memory_format=torch.channels_last)
+    vae = vae.to(args.device, memory_format=torch.channels_last)
     seen = gallery()[[i for i, picture in enumerate(pictures()) if not picture.held_out]]
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, {len(points)} emoji", flush=True)
 
@@ -111,8 +111,8 @@ def train(args: argparse.Namespace) -> None:
                 for _ in range(args.batch)
             ]
         )
-        pixels = to_tensor(batch).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        pixels = to_tensor(batch).to(args.device, memory_format=torch.channels_last)
+        with torch.autocast(pixels.device.type, torch.bfloat16):
             output, kl = forward(pixels)
         loss = reconstruction_loss(output.float(), pixels) + KL_WEIGHT * kl.float()
         optimizer.zero_grad(set_to_none=True)
@@ -132,7 +132,7 @@ def train(args: argparse.Namespace) -> None:
 def save(vae: AutoencoderKL, out: Path) -> None:
     """Write the model with the scaling factor that gives the training latents unit variance."""
     vae.eval()
-    pixels = to_tensor(gallery()[::7])
+    pixels = to_tensor(gallery()[::7]).to(vae.device)
     latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pixels.split(64)])
     vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 5))
     vae.save_pretrained(out)
@@ -147,4 +147,5 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--resume", action="store_true", help="start from the weights in --out")
     parser.add_argument("--domain", type=float, default=0.0, help="share of pictures of the diffusion model's own set")
+    parser.add_argument("--device", default="cpu")
     train(parser.parse_args())

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from stepforge.export.engines.profiles import Use, profiles
 from stepforge.export.engines.step import shapes as step_shapes
 from stepforge.export.engines.step import write as write_step
 from stepforge.export.engines.worker import RESULT, TIMINGS, Job
-from stepforge.runtime.backends.gpu import driver, first_gpu
+from stepforge.runtime.backends.gpu import OLDEST, driver, first_gpu
 from stepforge.runtime.backends.graph_file import checked_graph
 from stepforge.runtime.backends.tensorrt import step
 from stepforge.runtime.backends.tensorrt.library import BuildOptions, Library
@@ -42,6 +42,7 @@ from stepforge.runtime.backends.tensorrt.plans import (
     key,
     root,
 )
+from stepforge.runtime.backends.tensorrt.profiles import Use, profiles
 from stepforge.runtime.bundle import Bundle, ComponentId, Tensor
 from stepforge.runtime.bundle.typed import parse
 from stepforge.runtime.errors import BackendError
@@ -92,15 +93,34 @@ def build_plans(
     """
     library = Library(order.library)
     library.check(order.options)
+    if order.options.lora_plugin:
+        _check_plugin(library, order.precision)
     gpu = "" if order.options.targets else _gpu()
     tell = progress or (lambda *_: None)
     for component in components or tuple(bundle.components):
-        yield _built(_network(bundle, component, order), library, order.options, gpu, tell)
+        task = _network(bundle, component, order)
+        has_plugin = order.options.lora_plugin and bool(task.banks)
+        yield _built(task, library, replace(order.options, lora_plugin=has_plugin), gpu, tell)
     if components is None:
         for name in step.NAMES:
             shapes = step_shapes(name)
             task = _Task(f"step/{name}", step.digest(name), "fp32", (shapes,), partial(_part, name), bundle.path)
-            yield _built(task, library, replace(order.options, strip_weights=False), gpu, tell)
+            options = replace(order.options, strip_weights=False, lora_plugin=False)
+            yield _built(task, library, options, gpu, tell)
+
+
+def _check_plugin(library: Library, precision: str) -> None:
+    """Raises BackendError where --lora-plugin cannot be had."""
+    library.plugins()
+    if precision == "fp32":
+        raise BackendError("--lora-plugin multiplies in fp16 or bf16; choose one of them by --precision")
+    if missing := [name for name in ("torch", "triton") if find_spec(name) is None]:
+        raise BackendError(
+            f"--lora-plugin compiles our kernel, which needs {' and '.join(missing)}; pip install 'stepforge[torch]'"
+        )
+    found = first_gpu()
+    if found is not None and found.capability < OLDEST:
+        raise BackendError(f"--lora-plugin is for GPUs from sm_{OLDEST[0]}{OLDEST[1]} on, and this is {found}")
 
 
 def _network(bundle: Bundle, component: ComponentId, order: Order) -> _Task:

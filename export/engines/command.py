@@ -48,6 +48,9 @@ def build_command(
     hardware_compatible: Annotated[
         bool, typer.Option(help="Plans for every GPU from Ampere on (tensorrt); slower.")
     ] = False,
+    lora_plugin: Annotated[
+        bool, typer.Option(help="Multiply by the first matrices of LoRA banks in our own kernel (tensorrt, fp16 and bf16).")
+    ] = False,
     level: Annotated[
         int | None, typer.Option(min=0, max=5, help="Effort of the search for kernels. [default: the library's]")
     ] = None,
@@ -58,14 +61,14 @@ def build_command(
 ) -> None:  # fmt: skip
     """Build TensorRT engines of a bundle's networks. `--backend tensorrt` or `tensorrt-rtx` runs them."""
     from stepforge.export.engines.build import Order, build_plans
-    from stepforge.export.engines.profiles import Use
+    from stepforge.runtime.backends.tensorrt.profiles import Use
 
     if precision not in PRECISIONS:
         raise BackendError(f"precision {printable(precision, 40)} is unknown; choose one of {', '.join(PRECISIONS)}")
     opened = read(bundle)
     options = BuildOptions(
         tuple(target or ()), strip_weights, version_compatible, hardware_compatible, level,
-        workspace and workspace << 20,
+        workspace and workspace << 20, lora_plugin,
     )  # fmt: skip
     order = Order(engine, precision, Use.parse(opened, rows or ("1..2", "3..8"), size), options)
     wanted = _components(tuple(opened.components), component)

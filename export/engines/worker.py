@@ -19,7 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from stepforge.export.engines import plugin
 from stepforge.export.engines.lower import lowered, weight_table
+from stepforge.runtime.backends.gpu import OLDEST, first_gpu
 from stepforge.runtime.backends.tensorrt.library import BuildOptions, Library
 from stepforge.runtime.backends.tensorrt.plans import INLINE, PLAN, Shapes
 from stepforge.runtime.bundle.typed import Between, parse
@@ -73,6 +75,10 @@ def build(job: Job) -> dict[str, Any]:
     parser = module.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
         raise BackendError(f"{library.name} cannot parse the graph: {'; '.join(library.errors(parser)) or logger.last}")
+    if job.options.lora_plugin:
+        gpu = first_gpu()
+        major, minor = OLDEST if gpu is None or job.options.hardware_compatible else gpu.capability
+        plugin.insert(network, module, library.plugins(), plugin.sites(graph, job.banks), 10 * major + minor)
     config = builder.create_builder_config()
     library.configure(config, job.options)
     for shapes in job.profiles:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from stepforge.kernels.aot.programs import Program, programs
+from stepforge.kernels.aot.ptx import assemble, bare, parameters
 from stepforge.kernels.aot.sass import disassemble, entry_parameters
 from stepforge.kernels.dispatch.tiles import SHARED_LIMIT, WIDE_ARCHES
 from stepforge.kernels.launch import interpreted
@@ -48,7 +49,7 @@ def report(program: Program) -> Report:
     kernel = build(program)
     code = disassemble(kernel.asm["cubin"])
     found = code["instructions"]
-    parameters, hidden = entry_parameters(kernel.asm["ptx"])
+    count, hidden = entry_parameters(kernel.asm["ptx"])
     declared = sum(kind != "constexpr" for kind in program.signature().values())
     return {
         "registers": code["registers"],
@@ -60,10 +61,22 @@ def report(program: Program) -> Report:
         "atomics": sorted(name for name in found if name.split(".")[0] in ("ATOM", "ATOMG", "RED", "REDG")),
         "tma": sorted(name for name in found if name.startswith(("UTMA", "UBLKCP"))),
         "hidden": hidden,
-        "undeclared": parameters - declared - 2,
+        "undeclared": count - declared - 2,
         "scratch": [kernel.metadata.global_scratch_size, kernel.metadata.profile_scratch_size],
         "threads": f".reqntid {32 * program.warps}" in kernel.asm["ptx"],
+        "bare": without_scratch(program, kernel.asm["ptx"]) if program.is_plugin else "",
     }
+
+
+def without_scratch(program: Program, ptx: str) -> str:
+    """Why the program cannot be launched with its declared arguments alone; empty if it can."""
+    types = [{"*": "u64"}.get(kind[0], "u32") for kind in program.signature().values() if kind != "constexpr"]
+    try:
+        short = bare(ptx)
+        assemble(short, program.arch)
+    except ValueError as error:
+        return str(error)
+    return "" if parameters(short) == types else f"parameters are {parameters(short)}, declared {types}"
 
 
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "QGMMA", "DMMA")  # HFMA2.MMA is no matrix product
@@ -119,6 +132,8 @@ def faults(program: Program, got: Report) -> list[str]:
         found.append(
             f"parameters {got['undeclared']} {got['hidden']}, scratch {got['scratch']}, threads {got['threads']}"
         )
+    if got["bare"]:
+        found.append(got["bare"])
     return found
 
 

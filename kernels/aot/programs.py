@@ -6,15 +6,17 @@ A program without a bias, a residual or a table is the same code with less in it
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from stepforge.kernels import conv, gated, lowrank, norms, sums, update, wide
+from stepforge.kernels import bank, conv, gated, lowrank, norms, sums, update, wide
 from stepforge.kernels.dispatch.tiles import (
     ARCHES,
+    BANK_RANKS,
     EXPAND_RANKS,
     ONEPASS_RANKS,
     Tile,
+    bank_tile,
     block_rows,
     expand_tile,
     onepass_tile,
@@ -22,8 +24,8 @@ from stepforge.kernels.dispatch.tiles import (
 )
 
 DTYPES = ("fp16", "bf16")
-FP32 = ("scale", "s", "parts", "guidance", "table", "scale_in", "state", "z")
-INT32 = ("ranks", "table", "step", "places", "sources")
+FP32 = ("scale", "strength", "s", "parts", "guidance", "table", "scale_in", "state", "z")
+INT32 = ("ranks", "adapter", "table", "step", "places", "sources")
 RUNTIME_FLOATS = ("eps",)
 ANY_NUMBER = (
     "M",
@@ -39,6 +41,7 @@ ANY_NUMBER = (
     "pixels",
     "height",
     "width",
+    "tokens",
 )  # not multiples of 16
 CONV_NUMBERS = ("out_height", "out_width", "stride", "pad")
 
@@ -56,7 +59,8 @@ class Program:
     constants: dict[str, Any]
     dots: tuple[tuple[int, int, int], ...] = ()
     async_loads: int = 0  # asynchronous 16-byte loads a thread must have, at least
-    extra: dict[str, Any] = field(default_factory=dict)
+    is_plugin: bool = False  # launched by TensorRT, which passes the declared arguments and nothing else
+    ragged: tuple[str, ...] = ()  # numbers that are no multiples of 16, beside those that never need be
 
     def signature(self) -> dict[str, str]:
         """The type of each argument, in Triton's notation."""
@@ -81,14 +85,14 @@ class Program:
         return [
             arg
             for arg, kind in self.signature().items()
-            if kind.startswith("*") or (kind == "i32" and arg not in numbers)
+            if kind.startswith("*") or (kind == "i32" and arg not in numbers and arg not in self.ragged)
         ]
 
 
 POINTERS = {
     "x", "w", "a", "b", "scale", "ranks", "table", "bias", "residual", "out", "s", "parts", "weight", "shift",
     "h", "prediction", "guidance", "scale_in", "step", "state", "z", "sample", "places",
-    "sources", "other", "extra", "total", "pre",
+    "sources", "other", "extra", "total", "pre", "bank", "adapter", "strength",
 }  # fmt: skip
 
 
@@ -110,6 +114,7 @@ def programs() -> Iterator[Program]:
         for dtype in DTYPES:
             yield from linear_programs(arch, dtype)
             yield from shrink_programs(arch, dtype)
+            yield from (bank_program(arch, dtype, ranks) for ranks in BANK_RANKS)
             yield from other_programs(arch, dtype)
 
 
@@ -161,6 +166,18 @@ def shrink_programs(arch: int, dtype: str) -> Iterator[Program]:
             {"R": rank, "SIDE": 3, "BLOCK_K": 64, **shape}, dots=((tile.block_m, rank, 64),),
             async_loads=tile.block_m * 64 * 2 // 16 // (32 * tile.warps) * (tile.stages - 1),
         )  # fmt: skip
+
+
+def bank_program(arch: int, dtype: str, ranks: int, depth: int = 16) -> Program:
+    """The shrink that TensorRT runs as a plugin, for banks [L, depth, ranks]."""
+    tile = bank_tile(ranks)
+    return Program(
+        f"bank_shrink r{tile.block_n} {dtype} sm_{arch}", bank.bank_shrink_kernel, arch, dtype, tile.warps, tile.stages,
+        {"BLOCK_M": tile.block_m, "BLOCK_R": tile.block_n, "BLOCK_K": tile.block_k, "UPCAST": False},
+        dots=((tile.block_m, tile.block_n, tile.block_k),),
+        async_loads=tile.block_m * tile.block_k * 2 // 16 // (32 * tile.warps) * (tile.stages - 1),
+        is_plugin=True, ragged=tuple(name for name, size in (("K", depth), ("R", ranks)) if size % 16),
+    )  # fmt: skip
 
 
 def other_programs(arch: int, dtype: str) -> Iterator[Program]:

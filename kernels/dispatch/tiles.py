@@ -61,4 +61,14 @@ def shrink_tile(block_m: int, rank: int) -> Tile:
     return Tile(min(32, block_m), 0, 64 if rank == 64 else 128, warps=4, stages=3)  # 128 deep spilled 8 bytes at R = 64
 
 
+BANK_RANKS = (16, 64)  # columns of a tile of `bank_shrink`; layers that share an input have their ranks side by side
+
+
+def bank_tile(ranks: int) -> Tile:
+    """The tile of `bank_shrink` for a bank of so many columns."""
+    return (
+        Tile(32, BANK_RANKS[0], 128, warps=4, stages=3) if ranks <= BANK_RANKS[0] else Tile(32, BANK_RANKS[1], 64, 4, 3)
+    )
+
+
 WHOLE_NORM = 16384  # elements of a padded group of a norm that one program holds in registers

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -22,29 +23,58 @@ from stepforge.runtime.backends.gpu import driver, first_gpu
 from stepforge.runtime.backends.graph_file import checked_graph
 from stepforge.runtime.backends.onnxruntime import why
 from stepforge.runtime.backends.signature import Signature
-from stepforge.runtime.backends.tensorrt.plans import component_hash
+from stepforge.runtime.backends.tensorrt.plans import Profile, component_hash
+from stepforge.runtime.backends.tensorrt.profiles import Use, profiles
 from stepforge.runtime.bundle import Bundle, ComponentId
 from stepforge.runtime.errors import BackendError
 
 # Operators that may not run on the CPU beside a GPU; shapes and indices belong there.
 HEAVY = frozenset(("Attention", "Conv", "Gemm", "InstanceNormalization", "LayerNormalization", "MatMul", "MultiHeadAttention",
                    "FusedMatMul", "FusedConv", "Softmax", "Resize", "SkipLayerNormalization"))  # fmt: skip
-# Providers' options and why; values as ONNX Runtime reads them, all text.
-CUDA = {
-    "device_id": "0",
-    "use_tf32": "0",  # fp32 means fp32
-    "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE measures anew for each of many shapes
-    "cudnn_conv_use_max_workspace": "1",
-    "arena_extend_strategy": "kSameAsRequested",  # powers of two waste up to half of the memory
-    "do_copy_in_default_stream": "1",
-}
-TENSORRT = {
-    "device_id": "0",
-    "trt_engine_cache_enable": "1",
-    "trt_timing_cache_enable": "1",
-    "trt_engine_cache_path": "",  # set to a folder of our key: the provider itself looks at nothing but the graph's name
-    "trt_timing_cache_path": "",
-}
+ROWS = "1..8"  # rows of a call that engines are built for, unless STEPFORGE_ROWS says others; Engine's max_rows
+
+
+@dataclass(frozen=True, slots=True)
+class CudaOptions:
+    """Options of the CUDA provider, by ONNX Runtime's names, and why they are not its defaults."""
+
+    device_id: int = 0
+    use_tf32: bool = False  # fp32 means fp32
+    cudnn_conv_algo_search: Literal["HEURISTIC", "EXHAUSTIVE", "DEFAULT"] = (
+        "HEURISTIC"  # not measured for each of many shapes
+    )
+    cudnn_conv_use_max_workspace: bool = True
+    arena_extend_strategy: Literal["kSameAsRequested", "kNextPowerOfTwo"] = (
+        "kSameAsRequested"  # powers waste up to half
+    )
+    do_copy_in_default_stream: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRtOptions:
+    """Options of the TensorRT provider. Caches lie in a folder of our key: the provider looks at the graph's name alone."""
+
+    device_id: int = 0
+    trt_engine_cache_enable: bool = False
+    trt_engine_cache_path: str = ""
+    trt_timing_cache_enable: bool = False
+    trt_timing_cache_path: str = ""
+    trt_profile_min_shapes: str = (
+        ""  # "sample:1x4x64x64,...": with them an engine is built once, without for each shape
+    )
+    trt_profile_opt_shapes: str = ""
+    trt_profile_max_shapes: str = ""
+
+
+Options = CudaOptions | TensorRtOptions
+
+
+def texts(options: Options) -> dict[str, str]:
+    """As ONNX Runtime reads them; what is empty is not stated."""
+    found = {
+        name: str(int(value)) if isinstance(value, bool) else str(value) for name, value in asdict(options).items()
+    }
+    return {name: text for name, text in found.items() if text}
 
 
 class OnnxRuntimeCuda:
@@ -53,7 +83,6 @@ class OnnxRuntimeCuda:
     name = "onnxruntime-cuda"
     provider = "CUDAExecutionProvider"
     device = "cuda"
-    options: Mapping[str, str] = CUDA
 
     def __init__(self, bundle: Bundle, *, precision: str, threads: int) -> None:
         if precision not in ("auto", bundle.precision):
@@ -67,6 +96,7 @@ class OnnxRuntimeCuda:
         self._bundle, self._threads = bundle, threads
         self.precision = bundle.precision
         self.versions = {"onnxruntime": onnxruntime.__version__}
+        self._profiles: dict[ComponentId, Profile] = {}
         self._placed: dict[int, tuple[Any, Any]] = {}  # id of a bank -> the bank, which keeps its id, and its copy
         if hasattr(onnxruntime, "preload_dlls") and self.device == "cuda":
             onnxruntime.preload_dlls()  # CUDA and cuDNN of pip's packages
@@ -78,8 +108,11 @@ class OnnxRuntimeCuda:
         entry = self._bundle.components[component]
         return entry.derived.get("onnxruntime", entry.graph)
 
-    def _options(self, component: ComponentId) -> dict[str, str]:
-        return dict(self.options)
+    def _options(self, component: ComponentId) -> Options:
+        return CudaOptions()
+
+    def check_shapes(self, component: ComponentId, inputs: Arrays) -> None:
+        """Raises BackendError for shapes that the session was not made for."""
 
     def open(self, component: ComponentId, banks: Arrays | None = None) -> _Graph:
         graph = self._graph(component)
@@ -89,7 +122,7 @@ class OnnxRuntimeCuda:
         settings.log_severity_level = 4
         settings.enable_mem_pattern = False
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        wanted = self._options(component)
+        wanted = texts(self._options(component))
         with loading(self.name, graph, why):
             session = onnxruntime.InferenceSession(path, settings, providers=[(self.provider, wanted)])
             session.disable_fallback()
@@ -125,21 +158,45 @@ class OnnxRuntimeCuda:
 
 
 class OnnxRuntimeTensorRt(OnnxRuntimeCuda):
-    """Engines are built when a shape is first met, and kept for the next process."""
+    """One engine for each network, for the rows of STEPFORGE_ROWS and the sides of STEPFORGE_SIZE, built when the network is
+    opened and kept for the next process."""
 
     name = "onnxruntime-tensorrt"
     provider = "TensorrtExecutionProvider"
-    options = TENSORRT
+
+    def __init__(self, bundle: Bundle, *, precision: str, threads: int) -> None:
+        super().__init__(bundle, precision=precision, threads=threads)
+        said = ("STEPFORGE_ROWS", "STEPFORGE_SIZE")
+        rows, size = (os.environ.get(name) for name in said)
+        self._use = Use.parse(bundle, (rows or ROWS,), size, said)
 
     def _graph(self, component: ComponentId) -> str:
         return self._bundle.components[component].graph  # TensorRT knows no operators of ONNX Runtime's own
 
-    def _options(self, component: ComponentId) -> dict[str, str]:
-        options = dict(self.options)
+    def _profile(self, component: ComponentId) -> Profile:
+        """The widest: residuals from none to full."""
+        if component not in self._profiles:
+            self._profiles[component] = profiles(self._bundle, component, self._use)[-1]
+        return self._profiles[component]
+
+    def _options(self, component: ComponentId) -> TensorRtOptions:
+        shapes = [
+            ",".join(f"{name}:{'x'.join(map(str, getattr(s, which)))}" for name, s in self._profile(component).items())
+            for which in ("low", "best", "high")
+        ]
+        found = TensorRtOptions(
+            trt_profile_min_shapes=shapes[0], trt_profile_opt_shapes=shapes[1], trt_profile_max_shapes=shapes[2]
+        )
         base = root()
         if base is None:
-            return {name: value for name, value in options.items() if "cache" not in name}
-        body = [component_hash(self._bundle, component), onnxruntime.__version__, str(first_gpu()), driver(), options]
+            return found
+        body = [
+            component_hash(self._bundle, component),
+            onnxruntime.__version__,
+            str(first_gpu()),
+            driver(),
+            asdict(found),
+        ]
         key = hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16]
         folder = base / f"onnxruntime-tensorrt-{onnxruntime.__version__}" / key
         try:
@@ -147,8 +204,22 @@ class OnnxRuntimeTensorRt(OnnxRuntimeCuda):
             if not os.access(folder, os.W_OK):
                 raise PermissionError
         except OSError:
-            return {name: value for name, value in options.items() if "cache" not in name}
-        return options | {"trt_engine_cache_path": str(folder), "trt_timing_cache_path": str(folder)}
+            return found
+        place = str(folder)
+        return replace(
+            found, trt_engine_cache_enable=True, trt_engine_cache_path=place, trt_timing_cache_enable=True,
+            trt_timing_cache_path=place,
+        )  # fmt: skip
+
+    def check_shapes(self, component: ComponentId, inputs: Arrays) -> None:
+        profile = self._profile(component)
+        for name, array in inputs.items():
+            if name in profile and not profile[name].holds(array.shape):
+                low, high = list(profile[name].low), list(profile[name].high)
+                raise BackendError(
+                    f"{self.name} runs {component} with {name} of {low} to {high}, not {list(array.shape)}; STEPFORGE_ROWS and "
+                    "STEPFORGE_SIZE, such as 1..8 and 512..1024, say what it is for"
+                )
 
 
 class _Graph:
@@ -168,6 +239,7 @@ class _Graph:
             self._binding.bind_ortvalue_input(name, value)
 
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        self._backend.check_shapes(self._component, inputs)
         with running(self._backend.name, self._component, why):
             self._refresh()
             for name, array in inputs.items():

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from stepforge.runtime.bundle import Bundle, ComponentId, ModelCard
+from stepforge.runtime.bundle import UNET, Bundle, ComponentId, ModelCard
 from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan.guidance import Guidance, weights
@@ -136,6 +136,8 @@ def check_variants(plan: Plan, bundle: Bundle) -> None:
             )
     for denoiser, variant in sorted({(step.denoiser, step.reuse) for step in plan.steps if step.reuse}):
         if ComponentId("denoiser", denoiser, variant) not in bundle.components:
+            if ComponentId("denoiser", UNET.name, variant) in bundle.components:
+                raise RequestError(f"{denoiser} has no variant {variant!r}; leave out reuse, or that expert")
             raise RequestError(f"the bundle has no variant {variant!r}; export it with --reuse {variant}")
 
 

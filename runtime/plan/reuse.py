@@ -86,7 +86,8 @@ class Reuse:
 def variants(reuse: Reuse, steps: Sequence[Step]) -> tuple[str, ...]:
     """The variant that each evaluation runs, "" for the whole network.
 
-    An evaluation whose rows were not all run by the last one that its variant would reuse is whole as well.
+    An evaluation whose rows were not all run by the last one that its variant would reuse is whole as well; so is one
+    that would reuse what another denoiser made.
     """
     count = len(steps)
     first, last = int(reuse.window[0] * count), int(reuse.window[1] * count)
@@ -94,6 +95,8 @@ def variants(reuse: Reuse, steps: Sequence[Step]) -> tuple[str, ...]:
     chosen: list[str] = []
     made: dict[str, frozenset[str]] = {}
     for k, step in enumerate(steps):
+        if k and step.denoiser != steps[k - 1].denoiser:
+            made.clear()
         skips = reuse.interval and first <= k < last and (k - first) % reuse.interval
         variant = DEEPCACHE if skips else TGATE if reuse.gate < 1.0 and k >= gate else ""
         need, rows = NEEDS[variant], roles(step.guidance)

@@ -185,17 +185,8 @@ def check(case: tuple[str, ComponentId, str, bytes], base: Any) -> None:
 
 INTEGERS = (0, 1, -1, 2, 3, 7, 1 << 16, 1 << 31, -(1 << 31), (1 << 63) - 1, -(1 << 63))
 TEXTS = (
-    "",
-    "x",
-    "../outside/secret.bin",
-    "../../outside/secret.bin",
-    "/etc/passwd",
-    "a" * 5000,
-    "\0",
-    "\x1b[2J",
-    "é",
-    "NOTSET",
-)
+    "", "x", "../outside/secret.bin", "../../outside/secret.bin", "/etc/passwd", "a" * 5000, "\0", "\x1b[2J", "é", "NOTSET",
+)  # fmt: skip
 OPS = (
     "Loop", "If", "Scan", "Constant", "ConstantOfShape", "Expand", "Tile", "Range", "Resize", "Conv", "ConvTranspose", "Gemm",
     "MatMul", "Reshape", "Split", "Concat", "Slice", "Gather", "GatherND", "Pad", "TopK", "Einsum", "SequenceMap", "LSTM",
@@ -377,6 +368,18 @@ def a_huge_value(model: Any, rng: random.Random) -> None:
     model.graph.node.append(helper.make_node(kind, inputs, [last]))
 
 
+def a_reshape(model: Any, rng: random.Random) -> None:
+    """An operand goes through a Reshape to as many numbers, fewer or more; zeros stand for sizes that are there."""
+    at = rng.randrange(len(model.graph.node))
+    node = model.graph.node[at]
+    which = rng.randrange(len(node.input))
+    target = np.array([rng.choice((0, 0, 1, 2, 4, 7, -1, 1000)) for _ in range(rng.randint(1, 5))])
+    model.graph.initializer.append(numpy_helper.from_array(target, "target"))
+    options = {"allowzero": 1} if rng.random() < 0.2 else {}
+    model.graph.node.insert(at, helper.make_node("Reshape", [node.input[which], "target"], ["reshaped"], **options))
+    model.graph.node[at + 1].input[which] = "reshaped"
+
+
 def versions(model: Any, rng: random.Random) -> None:
     model.ir_version = rng.choice((0, 1, 3, 10, 99, -1))
     model.opset_import[0].version = rng.choice((-1, 0, 1, 6, 9, 13, 18, 20, 23, 99, 1 << 40))
@@ -390,5 +393,5 @@ def no_graph(model: Any, rng: random.Random) -> None:
 
 CHANGES = (
     an_operator, a_domain, an_attribute, an_edge, an_order, a_shape, a_reshaped_weight, a_type, a_number, external_data,
-    an_interface, another_output, an_endless_loop, a_function, a_huge_value, versions, no_graph,
+    an_interface, another_output, an_endless_loop, a_function, a_huge_value, a_reshape, versions, no_graph,
 )  # fmt: skip

@@ -30,7 +30,7 @@ if os.environ.get("TRITON_INTERPRET", "1") == "1":
     if "triton" in sys.modules:
         forget_triton()
     importlib.import_module("triton.experimental.gluon")  # the interpreter's first launch does, and it looks too
-    for name in ("conv", "gated", "lowrank", "norms", "sums", "update", "wide"):
+    for name in ("bank", "conv", "gated", "lowrank", "norms", "sums", "update", "wide"):
         importlib.import_module(f"stepforge.kernels.{name}")
 
     if before is None:

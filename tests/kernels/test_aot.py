@@ -42,7 +42,7 @@ def test_what_changes_from_call_to_call_is_data():
 def test_golden_figures_pass_the_gate():
     """What the figures alone can show: registers, shared memory, matrix instructions, asynchronous loads."""
     clean = {"stack": 0, "spills": 0, "atomics": [], "tma": [], "hidden": [False, False], "undeclared": 0}
-    clean |= {"scratch": [0, 0], "threads": True}
+    clean |= {"scratch": [0, 0], "threads": True, "bare": ""}
     for name, figures in GOLDEN["programs"].items():
         assert not aot.faults(PROGRAMS[name], figures | clean), name
 
@@ -69,7 +69,7 @@ FAULTS = {
 def test_gate_can_fail(figure):
     name = "onepass r16 m64 fp16 sm_89"
     good = {**GOLDEN["programs"][name], "stack": 0, "spills": 0, "atomics": [], "tma": [], "hidden": [False, False]}
-    good |= {"undeclared": 0, "scratch": [0, 0], "threads": True}
+    good |= {"undeclared": 0, "scratch": [0, 0], "threads": True, "bare": ""}
     assert not aot.faults(PROGRAMS[name], good)
     value, message = FAULTS[figure]
     assert any(message in fault for fault in aot.faults(PROGRAMS[name], {**good, figure: value}))

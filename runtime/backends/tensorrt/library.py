@@ -9,6 +9,7 @@ functions, nowhere else:
                           release notes of 11.3)                    code generation without one (tests/engines)
     timing cache          kept between builds                       no effect, and asks for a GPU: never set
     version compatible    yes, with a lean runtime of its own       no
+    Python plugins        compiled ahead of time, as PTX            none: its networks have no add_plugin_v3
     CUDA graphs           captured as they are                      REQUIRE_USER_ALLOCATION, else capture may fail
     strong typing         a flag of the network in both; the only mode of 11 and of RTX
 """
@@ -40,6 +41,7 @@ class Traits:
     refit: str  # flag of a plan without weights
     has_timing_cache: bool
     has_versions: bool  # plans that newer releases can load
+    has_plugins: bool  # kernels of ours as PTX inside its plans
     lean: str = ""  # package that loads these, and builds nothing
     flags: tuple[str, ...] = ()  # always set
 
@@ -47,11 +49,11 @@ class Traits:
 LIBRARIES: Mapping[str, Traits] = {
     "tensorrt": Traits(
         "tensorrt", (10, 8), (12,), targets=(), refit="REFIT_IDENTICAL", has_timing_cache=True, has_versions=True,
-        lean="tensorrt_lean",
+        has_plugins=True, lean="tensorrt_lean",
     ),
     "tensorrt-rtx": Traits(
         "tensorrt_rtx", (1, 3), (2,), targets=("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"), refit="REFIT",
-        has_timing_cache=False, has_versions=False, flags=("REQUIRE_USER_ALLOCATION",),
+        has_timing_cache=False, has_versions=False, has_plugins=False, flags=("REQUIRE_USER_ALLOCATION",),
     ),
 }  # fmt: skip
 
@@ -66,6 +68,7 @@ class BuildOptions:
     hardware_compatible: bool = False  # a plan of `tensorrt` for every GPU from Ampere on
     level: int | None = None
     workspace: int | None = None  # bytes that a layer may ask for
+    lora_plugin: bool = False  # LoRA's first product by our kernel
 
 
 class Library:
@@ -106,6 +109,18 @@ class Library:
             raise BackendError(f"{self.name} takes targets in place of hardware compatibility")
         if options.strip_weights and len(options.targets) > 1:
             raise BackendError(f"{self.name} builds plans without weights for one target at a time")
+        if options.lora_plugin and not traits.has_plugins:
+            raise BackendError(f"{self.name} has no plugins; build without --lora-plugin")
+        if options.lora_plugin and options.version_compatible:
+            raise BackendError(
+                "--lora-plugin makes plans for the release that builds them: leave --version-compatible out"
+            )
+
+    def plugins(self) -> Any:
+        """The package's module of Python plugins. Raises BackendError where it has none that are compiled ahead of time."""
+        if not self.traits.has_plugins or not hasattr(self.module, "QuickPluginCreationRequest"):
+            raise BackendError(f"{self.name} {self.version} has no plugins that are compiled ahead of time; update it")
+        return importlib.import_module(f"{self.traits.package}.plugin")
 
     def network(self, builder: trt.Builder) -> trt.INetworkDefinition:
         """An empty strongly typed network: types are the graph's, and none is chosen by the builder."""

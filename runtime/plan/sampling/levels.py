@@ -19,6 +19,7 @@ from stepforge.runtime.plan.sampling.schedules import (
     alphas_cumprod,
     check_timesteps,
     float32_table,
+    midpoint_times,
     ratio,
     spaced,
     times_of,
@@ -175,8 +176,8 @@ def kdpm2_levels(card: SchedulerCard, options: SamplerOptions) -> NoisePath:
         times = np.round(times)
     middles = np.sqrt(sigmas[:-1] * sigmas[1:])
     grid = spaced(options.spacing, options.steps, card.num_train_timesteps, offset=card.steps_offset)
-    rounded = np.append(rounded_sigmas(card, options, grid), 0.0)
-    middle_times = times_of(np.sqrt(rounded[:-1] * rounded[1:]), float32_table(card))
+    rounded = rounded_sigmas(card, options, grid).astype(np.float32)
+    middle_times = [*midpoint_times(rounded, float32_table(card)), 0.0]  # the step to sigma 0 has none
     at: list[Level] = []
     moves: list[tuple[Level, ...]] = []
     for i, t in enumerate(times):

@@ -9,14 +9,17 @@ numbers, and a last bit decides which.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stepforge.runtime.arrays import Float32, Float64
 from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.checks import shown
 from stepforge.runtime.errors import RequestError
+
+Floats = TypeVar("Floats", Float32, Float64)
 
 
 def betas_of(card: SchedulerCard) -> Float64:
@@ -52,8 +55,8 @@ def ratio(alphas_bar: Float64) -> Float64:
 def float32_table(card: SchedulerCard) -> Float32:
     """sigma of every training timestep, through the roundings of diffusers' float32 tables.
 
-    Not to the last bit: torch's float32 `** 0.5`, where numpy's root stands here, is off by one unit for a fifth of all
-    timesteps, which moves a timestep between two whole numbers by as much.
+    The root is rounded correctly. Torch's float32 `** 0.5` is MKL's, off by one unit for a fifth of all timesteps on AMD EPYC,
+    which moves a timestep between two whole numbers by as much.
     """
     one = np.float32(1.0)
     if card.trained_betas is not None:
@@ -145,10 +148,22 @@ def times_of(sigmas: Float64, table: Float32) -> Float64:
 
     As diffusers' `_sigma_to_t`: logs and their distances in the table's float32, the rest in float64.
     """
-    known, logs = np.log(table), np.log(np.maximum(sigmas, 1e-10))
-    low = np.clip(np.searchsorted(known, logs, side="right") - 1, 0, len(known) - 2)
-    share = np.clip((known[low] - logs) / (known[low] - known[low + 1]), 0, 1)
+    low, share = placed(np.log(np.maximum(sigmas, 1e-10)), np.log(table))
     return np.asarray((1 - share) * low + share * (low + 1), np.float64)
+
+
+def midpoint_times(sigmas: Float32, table: Float32) -> Float64:
+    """Where the geometric means of neighbouring sigmas lie: diffusers' KDPM2 does all of it in float32, as torch tensors."""
+    logs = np.log(sigmas)
+    low, share = placed(np.log(np.exp(logs[:-1] - (logs[:-1] - logs[1:]) * np.float32(0.5))), np.log(table))
+    whole = low.astype(np.float32)
+    return ((1 - share) * whole + share * (whole + 1)).astype(np.float64)
+
+
+def placed(logs: Floats, known: Float32) -> tuple[NDArray[np.intp], Floats]:
+    """Index of the greatest known log below each, and how far it is to the next one, 0 to 1."""
+    low = np.clip(np.searchsorted(known, logs, side="right") - 1, 0, len(known) - 2)
+    return low, np.clip((known[low] - logs) / (known[low] - known[low + 1]), 0, 1)
 
 
 def check_timesteps(values: Any, low: int, high: int) -> Float64:

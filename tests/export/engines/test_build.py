@@ -17,10 +17,10 @@ import pytest
 from stepforge.export.build import BankOptions, export_bundle
 from stepforge.export.engines import build as building
 from stepforge.export.engines.build import Order, build_plans
-from stepforge.export.engines.profiles import Use, profiles
 from stepforge.export.graph.rewire import Variants
 from stepforge.runtime.backends.tensorrt import plans, step
 from stepforge.runtime.backends.tensorrt.library import BuildOptions, Library
+from stepforge.runtime.backends.tensorrt.profiles import Use, profiles
 from stepforge.runtime.bundle import UNET, ComponentId, read
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.errors import BackendError
@@ -176,6 +176,7 @@ def test_builders_share_the_work_and_a_killed_one_leaves_nothing(demo, place, mo
     data[100] ^= 4
     file.write_bytes(data)
     assert [built.is_new for built in build_plans(demo, asked, [HINT])] == [True], "what is damaged is built anew"
+    check_what_the_library_refuses(file.read_bytes())
 
     popen = subprocess.Popen
 
@@ -188,6 +189,33 @@ def test_builders_share_the_work_and_a_killed_one_leaves_nothing(demo, place, mo
     with pytest.raises(BackendError, match=r"building control/silhouette/hint failed \(signal 9\)"):
         list(build_plans(demo, order(demo, "bf16"), [HINT]))
     assert not list(place.glob("*/.private-*"))
+
+
+def check_what_the_library_refuses(plan):
+    """Plans whose card was made to fit as well: the library gives no engine. Of the whole one it says nothing but that CUDA
+    is missing."""
+    module = Library("tensorrt-rtx").module
+
+    class Logger(module.ILogger):
+        def __init__(self):
+            module.ILogger.__init__(self)
+            self.lines = []
+
+        def log(self, severity, text):
+            self.lines.append(text)
+
+    logger = Logger()
+    runtime = module.Runtime(logger)
+    broken = bytearray(plan)
+    broken[10] ^= 255
+    for data in (bytes(broken), b"not a plan" * 99, plan[:99]):
+        logger.lines.clear()
+        assert runtime.deserialize_cuda_engine(data) is None
+        assert any("Serialization" in line for line in logger.lines), logger.lines
+    logger.lines.clear()
+    engine = runtime.deserialize_cuda_engine(plan)
+    assert not any("Serialization" in line for line in logger.lines), logger.lines
+    assert (engine is None) == (building.first_gpu() is None)
 
 
 def test_types_against_the_real_bindings(tmp_path):

@@ -326,6 +326,22 @@ def test_marks_of_cosxl(tiny_sdxl: Path, published: Callable[..., None], tmp_pat
         assert theirs[name] == source.scheduler[name], name
 
 
+@pytest.mark.slow
+def test_cosxl_to_its_end(
+    tiny_sdxl: Path, tiny_sdxl_bundle: Path, published: Callable[..., None], tmp_path: Path
+) -> None:
+    """CosXL's noise levels and v-prediction through diffusers' pipeline; taken for an epsilon model, as before, it fails."""
+    published(tiny_sdxl, "xl_base")
+    tokenizer = tiny_sdxl / "tokenizer"
+    marks = {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
+    single = original(tiny_sdxl, tmp_path / "m.safetensors", **marks)
+    plain = read(tiny_sdxl_bundle)
+    bundle = replace(plain, scheduler=scheduler_card(load(single, tokenizer=tokenizer).scheduler, (SETTINGS.steps,)))
+    known = make_references(single, tiny_sdxl_bundle, tokenizer=tokenizer)
+    assert failed(bundle, known) == set()
+    assert {"trajectory", "image"} <= failed(plain, known)
+
+
 def test_published_configs() -> None:
     """The networks of the configs have as many weights as the published models' papers and cards count."""
     from accelerate import init_empty_weights

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -19,10 +20,44 @@ from stepforge.runtime.backends import (
     reason,
     runnable,
 )
+from stepforge.runtime.backends.tensorrt.library import LIBRARIES, BuildOptions
+from stepforge.runtime.backends.tensorrt.profiles import Use
 from stepforge.runtime.bundle import UNET, ComponentId, read
 from stepforge.runtime.errors import BackendError
 
 REAL = ("openvino", "onnxruntime", "torch", "torch-exact")
+PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
+
+
+def absent(name: str) -> str:
+    """Why a GPU backend cannot be tried here; empty if it can."""
+    if gpu.first_gpu() is None:
+        return "there is no NVIDIA GPU"
+    if name in LIBRARIES:
+        return "" if find_spec(LIBRARIES[name].package) else f"{name} is not installed"
+    return "" if PROVIDERS[name] in onnxruntime.onnxruntime.get_available_providers() else f"no {PROVIDERS[name]}"
+
+
+ON_GPU = [
+    pytest.param(name, marks=[pytest.mark.gpu, pytest.mark.skipif(bool(absent(name)), reason=absent(name) or "-")])
+    for name in (*LIBRARIES, *PROVIDERS)
+]
+
+
+@pytest.fixture
+def ready(tmp_path, monkeypatch):
+    """ready(backend, bundle): builds what the backend wants built."""
+    monkeypatch.setenv("STEPFORGE_PLANS", str(tmp_path / "plans"))
+    monkeypatch.setenv("STEPFORGE_SIZE", "32..128")
+
+    def prepare(backend, bundle):
+        if backend in LIBRARIES:
+            from stepforge.export.engines.build import Order, build_plans
+
+            use = Use.parse(read(bundle), ("1..8",), "32..128")
+            list(build_plans(read(bundle), Order(backend, "fp32", use, BuildOptions())))
+
+    return prepare
 
 
 def denoiser_inputs(rows: int, height: int, width: int) -> dict[str, np.ndarray]:
@@ -34,9 +69,10 @@ def denoiser_inputs(rows: int, height: int, width: int) -> dict[str, np.ndarray]
     }
 
 
-@pytest.mark.parametrize("backend", REAL)
-def test_rows_are_independent(tiny_sd1_bundle, backend):
+@pytest.mark.parametrize("backend", [*REAL, *ON_GPU])
+def test_rows_are_independent(tiny_sd1_bundle, ready, backend):
     """A row's prediction does not depend on its neighbours: within 1e-5, summation order may change with the rows."""
+    ready(backend, tiny_sd1_bundle)
     graph = open_backend(backend, read(tiny_sd1_bundle), precision="fp32").open(UNET)
     inputs = denoiser_inputs(3, 16, 24)
     together = np.array(graph(inputs)["prediction"])
@@ -45,8 +81,9 @@ def test_rows_are_independent(tiny_sd1_bundle, backend):
         np.testing.assert_allclose(alone[0], together[row], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", REAL)
-def test_a_repeated_call_is_bit_equal(tiny_sd1_bundle, backend):
+@pytest.mark.parametrize("backend", [*REAL, *ON_GPU])
+def test_a_repeated_call_is_bit_equal(tiny_sd1_bundle, ready, backend):
+    ready(backend, tiny_sd1_bundle)
     graph = open_backend(backend, read(tiny_sd1_bundle), precision="fp32").open(UNET)
     inputs = denoiser_inputs(2, 16, 16)
     first = np.array(graph(inputs)["prediction"])
@@ -63,8 +100,9 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("backend", [*REAL[:3], pytest.param(REAL[3], marks=pytest.mark.slow)])
-def test_batch_mates_do_not_change_an_image(tiny_sd1_bundle, backend):
+@pytest.mark.parametrize("backend", [*REAL[:3], pytest.param(REAL[3], marks=pytest.mark.slow), *ON_GPU])
+def test_batch_mates_do_not_change_an_image(tiny_sd1_bundle, ready, backend):
+    ready(backend, tiny_sd1_bundle)
     with load(tiny_sd1_bundle, backend=backend, precision="fp32") as engine:
         alone = [engine.generate(request) for request in MIXED]
         together = engine.generate(MIXED)
@@ -73,9 +111,11 @@ def test_batch_mates_do_not_change_an_image(tiny_sd1_bundle, backend):
         assert error <= 1e-5, a.request
 
 
-def test_backends_agree(tiny_sd1_bundle):
+@pytest.mark.parametrize("others", [REAL[1:], *ON_GPU])
+def test_backends_agree(tiny_sd1_bundle, ready, others):
     results = []
-    for backend in REAL:
+    for backend in (REAL[0], *((others,) if isinstance(others, str) else others)):
+        ready(backend, tiny_sd1_bundle)
         with load(tiny_sd1_bundle, backend=backend, precision="fp32") as engine:
             results.append(engine.generate(MIXED[0]).latents)
     for other in results[1:]:

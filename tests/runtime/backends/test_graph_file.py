@@ -1,5 +1,6 @@
 """Graphs that are refused before an engine sees them, and outputs that are not what the manifest states."""
 
+import gc
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,43 @@ def test_what_an_engine_raises_in_a_call_is_one_line(bundle, backend):
     with pytest.raises(BackendError, match=f"{backend} cannot run vae_decoder: .") as caught:
         graph({"latents": np.zeros((1, 5, 8, 12), np.float32)})
     assert str(caught.value).isprintable()
+
+
+def seven_wide(model: onnx.ModelProto) -> None:
+    """Pixels in a shape that has not as many numbers, seen in a call only: a zero in the target is the size that is there."""
+    last = model.graph.node[-1]
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0, 3, 1, 7]), "target"))
+    model.graph.node.append(helper.make_node("Reshape", ["whole", "target"], [last.output[0]]))
+    last.output[0] = "whole"
+
+
+def beyond_its_memory(model: onnx.ModelProto) -> None:
+    """A mean over fifty numbers for each that a weight has is added to the pixels: shapes that are fixed."""
+    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 1 and tensor.data_type == 1)
+    last = model.graph.node[-1]
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0, 50]), "target"))
+    model.graph.node.extend((
+        helper.make_node("Reshape", [weight.name, "target"], ["long"]),
+        helper.make_node("ReduceMean", ["long"], ["mean"], keepdims=0),
+        helper.make_node("Add", ["whole", "mean"], [last.output[0]]),
+    ))  # fmt: skip
+    last.output[0] = "whole"
+
+
+@pytest.mark.parametrize("change", [seven_wide, beyond_its_memory])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reshapes_that_do_not_fit_are_errors_and_leave_the_engine_sound(bundle, backend, change):
+    """OpenVINO 2026.4.1 alone ends the process in the second network, or reads what lies behind the weight."""
+    latents = {"latents": np.zeros((1, 4, 8, 12), np.float32)}
+    sound = Path(shutil.copytree(bundle.path, bundle.path.parent / "sound"))
+    with pytest.raises(BackendError, match=f"{backend} cannot (load|run) .*vae_decoder.*: .") as caught:
+        open_backend(backend, rewritten(bundle, VAE_DECODER, change), precision="fp32").open(VAE_DECODER)(latents)
+    assert str(caught.value).isprintable()
+    del caught  # the network goes with its traceback
+    gc.collect()
+    pixels = open_backend(backend, read(sound), precision="fp32").open(VAE_DECODER)(latents)["pixels"]
+    assert pixels.shape == (1, 3, 16, 24)
+    assert np.isfinite(pixels).all()
 
 
 def test_a_signature_binds_sizes_by_the_inputs():

@@ -1,6 +1,6 @@
 """ONNX Runtime's GPU backends, with the CPU's provider in the place of CUDA's: binding, banks, and what is read back."""
 
-from typing import ClassVar
+from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime
@@ -12,8 +12,21 @@ from stepforge.runtime.bundle import UNET, read
 from stepforge.runtime.errors import BackendError
 
 
+@dataclass(frozen=True)
+class NoOptions:
+    """The CPU's provider has none."""
+
+
+@dataclass(frozen=True)
+class Device:
+    device_id: int = 0
+
+
 class OnCpu(gpu.OnnxRuntimeCuda):
-    provider, device, options = "CPUExecutionProvider", "cpu", {}
+    provider, device, options = "CPUExecutionProvider", "cpu", NoOptions()
+
+    def _options(self, component):
+        return self.options
 
 
 def call(rows, side):
@@ -57,15 +70,13 @@ def test_what_the_session_is_not_is_an_error(tiny_sd1_bundle, monkeypatch):
     with pytest.raises(BackendError, match="computes in the type of the bundle's weights, fp32; export it in fp16"):
         OnCpu(bundle, precision="fp16", threads=1)
     opened = OnCpu(bundle, precision="auto", threads=1)
-    monkeypatch.setattr(OnCpu, "options", {"device_id": "0"})
+    monkeypatch.setattr(OnCpu, "options", Device())
     with pytest.raises(BackendError, match="has not taken device_id=0"):
         opened.open(UNET)
-    monkeypatch.setattr(OnCpu, "options", {})
+    monkeypatch.setattr(OnCpu, "options", NoOptions())
 
     class Cuda(gpu.OnnxRuntimeCuda):
         """ONNX Runtime takes the CPU for CUDA without a word, as it does where CUDA's libraries are missing."""
-
-        options: ClassVar = {}
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
@@ -77,6 +88,52 @@ def test_what_the_session_is_not_is_an_error(tiny_sd1_bundle, monkeypatch):
     )
     with pytest.raises(BackendError, match="has fallen back from CUDAExecutionProvider to CPUExecutionProvider"):
         Cuda(bundle, precision="auto", threads=1).open(UNET)
+
+
+@pytest.fixture
+def with_tensorrt(monkeypatch, tmp_path):
+    """ONNX Runtime as if it had TensorRT's provider."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    monkeypatch.setenv("STEPFORGE_CACHE", str(tmp_path))
+
+
+@pytest.mark.usefixtures("with_tensorrt")
+def test_tensorrts_shapes_follow_from_the_declared_use(tiny_sd1_control_bundle, monkeypatch):
+    """Every dynamic input in each of the three lists, residuals from none to full; another use is another folder of engines."""
+    bundle = read(tiny_sd1_control_bundle)
+    folders = set()
+    for rows, size, sample in (
+        ("", "", ["1x4x32x32", "8x4x32x32", "8x4x32x32"]),
+        ("1..4", "64..128", ["1x4x32x32", "4x4x32x32", "4x4x64x64"]),
+    ):
+        monkeypatch.setenv("STEPFORGE_ROWS", rows)
+        monkeypatch.setenv("STEPFORGE_SIZE", size)
+        opened = gpu.OnnxRuntimeTensorRt(bundle, precision="auto", threads=1)
+        options = opened._options(UNET)
+        stated = [dict(part.split(":") for part in getattr(options, f"trt_profile_{which}_shapes").split(","))
+                  for which in ("min", "opt", "max")]  # fmt: skip
+        dynamic = {t.name for t in bundle.components[UNET].inputs if any(isinstance(s, str) for s in t.shape)}
+        assert all(one.keys() == dynamic for one in stated)
+        assert [one["sample"] for one in stated] == sample
+        assert stated[0]["residual_0"] == "1x32x1x1"
+        assert stated[2]["residual_0"] == sample[2].replace("x4x", "x32x")
+        taken = gpu.texts(options)
+        assert (taken["trt_engine_cache_enable"], taken["device_id"]) == ("1", "0")
+        assert not set(taken.values()) & {"", "True", "False"}
+        folders.add(options.trt_engine_cache_path)
+        inputs = {name: np.zeros(list(map(int, shape.split("x"))), np.float32) for name, shape in stated[2].items()}
+        opened.check_shapes(UNET, inputs)
+        with pytest.raises(
+            BackendError, match=r"with sample of \[1, 4, 32, 32\] to .*, not \[9, 4, 8, 8\]; STEPFORGE_ROWS and"
+        ):
+            opened.check_shapes(UNET, {"sample": np.zeros((9, 4, 8, 8), np.float32)})
+    assert len(folders) == 2
+    monkeypatch.setenv("STEPFORGE_CACHE", "")
+    assert gpu.texts(opened._options(UNET)).get("trt_engine_cache_path") is None
+    monkeypatch.setenv("STEPFORGE_ROWS", "4..1")
+    with pytest.raises(BackendError, match=r"STEPFORGE_ROWS '4\.\.1' is not understood"):
+        gpu.OnnxRuntimeTensorRt(bundle, precision="auto", threads=1)
 
 
 def test_heavy_operators_on_the_cpu_are_an_error(tiny_sd1_bundle):

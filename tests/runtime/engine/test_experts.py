@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import save_file
 
 import stepforge
 from stepforge import AdapterError, Request, RequestError
 from stepforge.export.build import BankOptions, export_bundle
 from stepforge.export.cli import parse_experts
+from stepforge.export.graph.rewire import Variants
 from stepforge.export.parity.verify import verify
 from stepforge.runtime.bundle import UNET, read
 
 PROMPT, NEGATIVE = "a cat", "a dog"
-SIGMA = 3.0
+WINDOWS = {"high": "sigma=3..inf", "low": "sigma=0..0.6"}
 # fp32 of two engines over ten steps; a wrong cut, text or time_ids is below 45 dB
 PSNR = 60.0
 
@@ -92,14 +95,31 @@ def changed_unet(model: Path, out: Path) -> Path:
     return out
 
 
+def lora_file(model: Path, out: Path) -> Path:
+    """A LoRA of some linears and convolutions, as diffusers writes it."""
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    torch.manual_seed(5)
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    with torch.no_grad():
+        for name, value in unet.named_parameters():
+            if "lora_" in name:
+                value.normal_().mul_(0.1)
+    unet.save_lora_adapter(out)
+    return out / "pytorch_lora_weights.safetensors"
+
+
 @pytest.fixture(scope="module")
 def noisy(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with an expert of high noise, LoRA banks and a ControlNet; the expert lies beside it."""
+    """A bundle with an expert of high noise, a UNet, and one of low noise, a LoRA file, which lie beside it; with LoRA banks, a
+    ControlNet and a reuse variant."""
     folder = tmp_path_factory.mktemp("noisy")
-    high = changed_unet(tiny_sd1, folder / "high")
+    files = {"high": changed_unet(tiny_sd1, folder / "high"), "low": lora_file(tiny_sd1, folder / "low")}
     export_bundle(
-        tiny_sd1, folder / "bundle", experts=parse_experts([f"high={high}@sigma={SIGMA}..inf"]),
-        controls={"a": tiny_sd1_controls["a"]}, bank=BankOptions(2, 4),
+        tiny_sd1, folder / "bundle", experts=parse_experts([f"{n}={files[n]}@{WINDOWS[n]}" for n in files]),
+        controls={"a": tiny_sd1_controls["a"]}, bank=BankOptions(2, 4), reuse=Variants(deepcache=0),
     )  # fmt: skip
     return folder / "bundle"
 
@@ -108,17 +128,90 @@ def noisy(tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], tmp_path_factory: 
 def test_expert_of_one_architecture(
     tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], noisy: Path, backends: tuple[str, ...]
 ):
-    """One trajectory whose network changes, as diffusers with its UNet replaced; on disk the changed layer alone is added."""
-    bundle = read(noisy)
-    own = bundle.files["denoiser/unet/high.data"][0]
-    assert 0 < own < 0.2 * bundle.files["denoiser/unet/model.onnx.data"][0]
+    """One trajectory whose network changes, as diffusers with its UNet replaced; on disk changed layers alone are added."""
+    files = read(noisy).files
+    whole, high, low = (files[f"denoiser/unet/{n}.data"][0] for n in ("model.onnx", "high", "low"))
+    assert 0 < high < 0.2 * whole
+    assert 0 < low < 0.7 * whole
+    models = {"high": noisy.with_name("high"), "low": noisy.with_name("low") / "pytorch_lora_weights.safetensors"}
     verdict = verify(
-        noisy, tiny_sd1, experts={"high": noisy.with_name("high")}, backends=backends,
+        noisy, tiny_sd1, experts=models, backends=backends,
         precisions=["fp32"], prompts=[PROMPT], steps=8, store=False, controls={"a": tiny_sd1_controls["a"]},
     )  # fmt: skip
     checks = [check for check in verdict["checks"] if check["name"].startswith("expert")]
     assert {check["level"] for check in checks} == {"component", "step", "trajectory", "image"}
     assert all(check["passed"] for check in verdict["checks"]), verdict["checks"]
+
+
+def as_planned(pipeline, plan, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """A pipeline of diffusers whose UNet runs as the plan says: its network and whether by DeepCache, a hook of ours."""
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    low = UNet2DConditionModel.from_pretrained(pipeline.unet.config._name_or_path)
+    low.load_lora_adapter(folder / "low", prefix=None)
+    networks = {"high": UNet2DConditionModel.from_pretrained(folder / "high"), "low": low}
+    forwards = {name: network.forward for name, network in networks.items()} | {"unet": pipeline.unet.forward}
+    steps, now = iter(plan.steps), {}
+
+    def cache(module, args):
+        deep = args[0].shape[1] - pipeline.unet.conv_in.out_channels
+        if now["step"].reuse:
+            return (torch.cat([now["deep"], args[0][:, deep:]], dim=1), *args[1:])
+        now["deep"] = args[0][:, :deep]
+        return None
+
+    def forward(*args, **options):
+        now["step"] = next(steps)
+        return forwards[now["step"].denoiser](*args, **options)
+
+    for network in (*networks.values(), pipeline.unet):
+        network.up_blocks[-1].resnets[-1].register_forward_pre_hook(cache)
+    monkeypatch.setattr(pipeline.unet, "forward", forward)
+    return pipeline
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ControlNet", "Img2Img", "Inpaint"])
+def test_experts_with_control_reuse_and_init(
+    kind: str, noisy: Path, tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    """Every expert with a ControlNet and DeepCache, which takes nothing of another's; an image that passes all of them."""
+    import diffusers
+
+    picture = Image.fromarray(np.random.default_rng(2).integers(0, 255, (8, 8, 3), np.uint8)).resize((64, 64))
+    mask = Image.fromarray(np.uint8([[0, 255]]).repeat(64, 0).repeat(32, 1))
+    ours, theirs, loaded = {
+        "ControlNet": (
+            {"controls": [{"name": "a", "image": picture, "scale": 0.8}], "reuse": "deepcache(2)"},
+            {"image": picture, "controlnet_conditioning_scale": 0.8},
+            {"controlnet": diffusers.ControlNetModel.from_pretrained(tiny_sd1_controls["a"])},
+        ),
+        "Img2Img": ({"init": {"image": picture, "strength": 0.8}}, {"image": picture, "strength": 0.8}, {}),
+        "Inpaint": (
+            {"init": {"image": picture, "mask": mask, "strength": 0.9}},
+            {"image": picture, "mask_image": mask, "strength": 0.9, "width": 64, "height": 64},
+            {},
+        ),
+    }[kind]
+    request = Request(
+        prompt=PROMPT, negative=NEGATIVE, steps=10, sampler="ddim", guidance=4.0, prompt_syntax="plain", **ours
+    )
+    with stepforge.load(noisy, backend="onnxruntime", precision="fp32") as engine:
+        result = engine.generate(request)
+    assert {step.denoiser for step in result.plan.steps} == {"high", "unet", "low"}
+    if kind == "ControlNet":
+        runs = [(step.denoiser, step.reuse) for step in result.plan.steps]
+        assert all(not reuse for (name, reuse), (before, _) in zip(runs[1:], runs, strict=False) if name != before)
+        assert {name for name, reuse in runs if reuse} == {"high", "unet", "low"}
+    pipeline = getattr(diffusers, f"StableDiffusion{kind}Pipeline").from_pretrained(tiny_sd1, **loaded)
+    as_planned(pipeline, result.plan, noisy.parent, monkeypatch)
+    expected = pipeline(
+        PROMPT, negative_prompt=NEGATIVE, num_inference_steps=10, guidance_scale=4.0, output_type="latent",
+        generator=torch.Generator().manual_seed(0), **theirs,
+    ).images[0]  # fmt: skip
+    assert psnr(result.latents[0], expected.numpy()) >= PSNR
 
 
 @pytest.mark.slow
@@ -132,10 +225,10 @@ def test_adapters_of_experts(noisy: Path, tmp_path: Path):
     with stepforge.load(noisy, backend="onnxruntime", precision="fp32") as engine:
         both = engine.adapters.load("both", tmp_path / "a.safetensors")
         high = engine.adapters.load("high", tmp_path / "a.safetensors", denoisers=["high"])
-        assert [key.name for key in both.components] == ["high", "unet"]
+        assert [key.name for key in both.components] == ["high", "low", "unet"]
         assert [key.name for key in high.components] == ["high"]
-        with pytest.raises(AdapterError, match=r"no denoiser 'low'; it has unet, high"):
-            engine.adapters.load("low", tmp_path / "a.safetensors", denoisers=["low"])
+        with pytest.raises(AdapterError, match=r"no denoiser 'mid'; it has unet, high, low"):
+            engine.adapters.load("mid", tmp_path / "a.safetensors", denoisers=["mid"])
         alone = {"prompt": PROMPT, "steps": 2, "experts": "base"}
         plain, one, two = engine.generate(
             [Request(**alone), Request(**alone, adapters={"high": 1.0}), Request(**alone, adapters={"both": 1.0})]
@@ -174,6 +267,41 @@ def test_base_and_refiner_are_diffusers_two_pipelines(backend: str, opened, pipe
 
 
 @pytest.mark.slow
+def test_an_init_image_goes_through_both(opened, pipelines):
+    """Base from the image's step on, then the refiner, as diffusers by strength and denoising_end, then denoising_start."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+
+    base, refiner = pipelines
+    parts = {key: value for key, value in base.components.items() if key not in ("image_encoder", "feature_extractor")}
+    first = StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
+    first.set_progress_bar_config(disable=True)
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 255, (8, 8, 3), np.uint8)).resize((64, 64))
+    generator, given = torch.Generator().manual_seed(0), image
+    for pipeline, cut in ((first, {"strength": 0.6, "denoising_end": 0.8}), (refiner, {"denoising_start": 0.8})):
+        pipeline.scheduler = EulerDiscreteScheduler.from_config(base.scheduler.config)
+        given = pipeline(
+            PROMPT, negative_prompt=NEGATIVE, image=given, num_inference_steps=10, guidance_scale=3.0,
+            generator=generator, output_type="latent", **cut,
+        ).images  # fmt: skip
+    options = {"sampler": "euler", "spacing": "leading", "prompt_syntax": "plain", "experts": "refiner@0.8..1"}
+    request = Request(
+        prompt=PROMPT, negative=NEGATIVE, steps=10, guidance=3.0, init={"image": image, "strength": 0.6}, **options
+    )
+    engine = opened("onnxruntime")
+    assert [step.denoiser for step in engine.plan(request).steps] == ["unet"] * 4 + ["refiner"] * 2
+    assert psnr(last(engine, request), given[0].numpy()) >= PSNR
+    for changed, message in (
+        ({"init": {"image": image, "strength": 0.2}}, "strength leaves unet no step; raise it, or the steps"),
+        (
+            {"init": {"image": image, "mask": image, "strength": 0.6}},
+            "inpainting does not go with experts in fractions",
+        ),
+    ):
+        with pytest.raises(RequestError, match=message):
+            engine.plan(replace(request, **changed))
+
+
+@pytest.mark.slow
 def test_text_encoder_is_stored_once_and_missing_experts_are_refused(
     refined: Path, opened, tiny_sdxl: Path, tiny_refiner: Path
 ):
@@ -209,3 +337,18 @@ def test_neighbours_with_other_experts_change_nothing(opened):
         alone = engine.generate(request)
         assert np.abs(alone.latents[0] - result.latents[0]).max() < 1e-4
         assert {"unet", "refiner"} & set(alone.stats.rows) == {step.denoiser for step in engine.plan(request).steps}
+
+
+def test_plans_for_tensorrt_know_the_shapes_of_every_network(refined):
+    """Profiles of the experts as of the base model: all their dynamic inputs, rows and sides as declared."""
+    from stepforge.runtime.backends.tensorrt.profiles import Use, profiles
+
+    bundle = read(refined)
+    use = Use.parse(bundle, ("1..4",), "64..128")
+    found = {key: profiles(bundle, key, use)[-1] for key in bundle.components}
+    for key, profile in found.items():
+        dynamic = {t.name for t in bundle.components[key].inputs if any(isinstance(s, str) for s in t.shape)}
+        assert profile.keys() == dynamic, key
+    experts = [key for key in found if key.role == "denoiser" and key != UNET]
+    assert experts
+    assert all(found[key]["sample"] == found[UNET]["sample"] for key in experts)

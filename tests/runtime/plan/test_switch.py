@@ -8,11 +8,14 @@ import diffusers
 import pytest
 import torch
 
-from stepforge.runtime.bundle import ExpertCard
+from stepforge.runtime.backends.fake import fake_bundle
+from stepforge.runtime.bundle import UNET, ExpertCard
 from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.errors import RequestError
+from stepforge.runtime.plan.compile import check_variants, compile_plan
 from stepforge.runtime.plan.sampling.sample import sample_steps
 from stepforge.runtime.plan.switch import Switch, default_switch
+from stepforge.runtime.request import Request
 
 XL = SchedulerCard(
     sampler="euler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
@@ -119,6 +122,18 @@ def test_experts_in_sigma_are_one_trajectory():
         assert {step.denoiser for step in found} == {"unet", "high"}
         first = {step.index: step.sigma for step in reversed(found)}
         assert all((step.denoiser == "high") == (first[step.index] > 2) for step in found)
+
+
+def test_nothing_of_another_denoiser_is_reused():
+    request = Request(prompt="", steps=8, sampler="ddim", experts="high@sigma=3..inf", reuse="deepcache(8)")
+    plan = compile_plan(request, XL)
+    runs = [step.denoiser + step.reuse for step in plan.steps]
+    assert runs == ["high", "highdeepcache", "unet", *["unetdeepcache"] * 5]
+    fake = fake_bundle()
+    given = {replace(UNET, name=name, variant=variant) for name, variant in (("high", ""), ("unet", "deepcache"))}
+    bundle = replace(fake, components={**fake.components, **dict.fromkeys(given, fake.components[UNET])})
+    with pytest.raises(RequestError, match=r"^high has no variant 'deepcache'; leave out reuse, or that expert$"):
+        check_variants(plan, bundle)
 
 
 def test_grammar():

@@ -19,12 +19,12 @@ import numpy as np
 import onnxruntime
 
 from stepforge.export.engines import step
-from stepforge.export.engines.profiles import Use, profiles
 from stepforge.runtime.backends.gpu import Gpu
 from stepforge.runtime.backends.tensorrt import backend, plans
 from stepforge.runtime.backends.tensorrt import step as runtime_step
 from stepforge.runtime.backends.tensorrt.cuda import Memory
 from stepforge.runtime.backends.tensorrt.library import LIBRARIES, Library
+from stepforge.runtime.backends.tensorrt.profiles import Use, profiles
 from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.bundle.typed import parse
 

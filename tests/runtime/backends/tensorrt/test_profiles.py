@@ -2,7 +2,7 @@
 
 import pytest
 
-from stepforge.export.engines.profiles import Range, Use, profiles
+from stepforge.runtime.backends.tensorrt.profiles import Range, Use, profiles
 from stepforge.runtime.bundle import UNET, VAE_DECODER, VAE_ENCODER, ComponentId, read
 from stepforge.runtime.errors import BackendError
 

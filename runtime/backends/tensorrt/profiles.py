@@ -58,13 +58,15 @@ class Use:
     size: Range
 
     @classmethod
-    def parse(cls, bundle: Bundle, rows: Sequence[str], size: str | None) -> Use:
-        """The model's own size where none is given. Raises BackendError."""
-        ranges = tuple(Range.parse("--rows", text, MOST_ROWS) for text in rows)
+    def parse(
+        cls, bundle: Bundle, rows: Sequence[str], size: str | None, said: tuple[str, str] = ("--rows", "--size")
+    ) -> Use:
+        """The model's own size where none is given. said: where the two were stated. Raises BackendError."""
+        ranges = tuple(Range.parse(said[0], text, MOST_ROWS) for text in rows)
         card = bundle.card
-        sides = Range.parse("--size", size, MOST_SIDE) if size else Range(*sorted((card.width, card.height)))
+        sides = Range.parse(said[1], size, MOST_SIDE) if size else Range(*sorted((card.width, card.height)))
         if off := [side for side in (sides.low, sides.high) if side % card.size_multiple]:
-            raise BackendError(f"--size {off[0]} is no multiple of {card.size_multiple}, which {card.name} needs")
+            raise BackendError(f"{said[1]} {off[0]} is no multiple of {card.size_multiple}, which {card.name} needs")
         return cls(ranges, sides)
 
 
