@@ -181,7 +181,7 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def floats(quantised: Bundle, adapter: Path) -> list[np.ndarray]:
-    """Images of `REQUESTS` in fp32, of one engine for both: engines differ in fp32 by a thousandth of int8's limit."""
+    """Images of `REQUESTS` in fp32, of one engine for both: engines agree in fp32 to LIMITS["fp32"], far below int8's."""
     with load(quantised.path, backend="onnxruntime", precision="fp32", threads=1) as engine:
         engine.adapters.load("x", adapter)
         return [np.asarray(engine.generate(request).images[0]) for request in REQUESTS]
