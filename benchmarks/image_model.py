@@ -194,7 +194,7 @@ def measure(model: str, work: Path, steps: int, runs: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", choices=sorted(SIDES), default=sorted(SIDES))
+    parser.add_argument("--models", nargs="*", choices=sorted(SIDES), default=sorted(SIDES))
     parser.add_argument("--measure", choices=sorted(SIDES), help="on a CUDA GPU, beside diffusers")
     parser.add_argument("--work", type=Path, default=Path("out/gpu"))
     parser.add_argument("--steps", type=int, default=20)
