@@ -31,6 +31,11 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return found
 
 
+def third(number: float) -> float:
+    """Whole where a float cannot hold it."""
+    return number // 3 if isinstance(number, int) and abs(number) >= 1 << 1000 else number / 3
+
+
 def mutated(value: Any, rng: random.Random, strange: tuple[Any, ...] = STRANGE) -> Any:
     """A copy of a JSON value with one to three places changed."""
     value = copy.deepcopy(value)
@@ -57,7 +62,7 @@ def mutated(value: Any, rng: random.Random, strange: tuple[Any, ...] = STRANGE) 
                     inner.extend(more * (rng.choice((1, 300)) if len(places(inner)) < 30 else 1))
             case 7 if isinstance(container[key], int | float) and not isinstance(container[key], bool):
                 container[key] = rng.choice(
-                    (-container[key], container[key] + 1, container[key] * 2**20, container[key] / 3)
+                    (-container[key], container[key] + 1, container[key] * 2**20, third(container[key]))
                 )
             case 8 if isinstance(container[key], str):
                 container[key] = rng.choice(
