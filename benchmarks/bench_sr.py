@@ -288,7 +288,9 @@ def measure(args: argparse.Namespace) -> None:
     seconds, worked = time.perf_counter() - started, time.process_time() - worked
     np.save(args.work / f"{task}-{args.one.replace(' ', '-')}.npy", made)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    print(json.dumps({"seconds": round(seconds, 2), "processor seconds": round(worked, 2), "peak, GiB": round(peak, 2)}))
+    print(
+        json.dumps({"seconds": round(seconds, 2), "processor seconds": round(worked, 2), "peak, GiB": round(peak, 2)})
+    )
 
 
 def main() -> None:
