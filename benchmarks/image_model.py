@@ -1,9 +1,9 @@
 """Whole images by the roofline beside what others and we measured: `python benchmarks/image_model.py`, a minute, no GPU.
 
-An image is its text encoders, a denoiser call of two rows a step, and the decoder of its VAE: bytes and FLOPs of every operator,
+An image is its text encoders, a denoiser call of two rows a step, and the decoder of its VAE: bytes and FLOPs of every operator
 in fp16, batch 1. The denoiser is the program that the torch backend runs on CUDA (`network_model`); encoders and decoder are
-counted layer by layer. Rates are those of one H100 (`stepforge/kernels/dispatch/cost.py`), and other GPUs are assumed to sustain
-the same shares of their peaks. Nothing is overlapped, and the host is free: this says what is left to gain, not what is.
+counted layer by layer. Rates are those of one H100 (`stepforge/kernels/dispatch/cost.py`), and other GPUs are assumed to
+sustain the same shares of their peaks. Nothing is overlapped, and the host is free: it says what is left to gain.
 
     python benchmarks/image_model.py --measure sd15     on a GPU: the same image by us and by diffusers, eager and compiled
 """

@@ -25,6 +25,7 @@ ADAPTERS = {
 }
 HINT = EMOJI / "control/hints/heart.png"
 BANKS = ("--lora-slots", "6", "--lora-rank", "16")
+DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
 RANK = 16  # of the adapter of random numbers
 
 
@@ -154,7 +155,7 @@ def prepare_genai(model: Model) -> Path:
         (folder / name / "config.json").write_text(json.dumps(stated(config)))
     scheduler = json.loads((model.folder / "scheduler/scheduler_config.json").read_text())
     (folder / "scheduler").mkdir()
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(stated(scheduler)))
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(stated(scheduler | DDIM)))
     own = CLIPTokenizerFast.from_pretrained(model.folder / "tokenizer", local_files_only=True)
     openvino.save_model(convert_tokenizer(own), str(folder / "tokenizer/openvino_tokenizer.xml"))
     index = json.loads((model.folder / "model_index.json").read_text())
