@@ -13,7 +13,7 @@ CONTROL := --control silhouette=examples/emoji/control/silhouette
 SR := --sr sr=examples/emoji/sr --sr subject_sr=out/subject_sr
 
 demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw four contact sheets into out/
-	$(BIN)/python examples/emoji/train_sr_subject.py --merge out/subject_sr
+	$(BIN)/python examples/emoji/sr_merge.py out/subject_sr
 	$(BIN)/stepforge export examples/emoji/model -o out/emoji.bundle --name emoji --lora-slots 6 --lora-rank 16 \
 		$(CONTROL) $(SR) --reuse tgate --reuse deepcache --overwrite
 	$(BIN)/stepforge verify out/emoji.bundle examples/emoji/model $(CONTROL) $(SR)
@@ -69,8 +69,8 @@ test-interop: $(INTEROP:%=.venv-%/.installed)  ## Ray, Ray Serve, MLPerf LoadGen
 
 ENGINES := .venv-engines
 
-test-engines: $(ENGINES)/.installed  ## TensorRT for RTX builds the demo model for three GPUs without one: 250 MB
-	$(ENGINES)/bin/pytest tests/export/engines tests/runtime/backends/tensorrt
+test-engines: $(ENGINES)/.installed  ## TensorRT for RTX builds the demo model for three GPUs without one; an environment of 3.3 GB
+	$(ENGINES)/bin/pytest -n 2 --dist loadfile tests/export/engines tests/runtime/backends/tensorrt
 
 $(ENGINES)/.installed: setup.py requirements.txt tests/export/engines/requirements.txt
 	$(PYTHON) -m venv $(ENGINES)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -59,6 +60,12 @@ def weights(bundle: Bundle, component: ComponentId) -> int:
     return size // (2 if bundle.precision == "fp32" else 1)
 
 
+def processor_seconds() -> float:
+    """Of the children so far: what a build costs whatever else the machine does."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path)
@@ -83,30 +90,33 @@ def main() -> None:
         print(machine())
         print(f"{bundle.card.name}, {library.name} {library.version}, {args.precision} for {', '.join(args.target)}, rows "
               f"{' and '.join(args.rows)}, size {args.size or bundle.card.width}")  # fmt: skip
-        print(f"{'network':40}{'weights MB':>11}{'s':>8}{'plan MB':>9}{'peak GB':>9}{'profiles':>10}")
+        print(f"{'network':40}{'weights MB':>11}{'s':>8}{'CPU s':>8}{'plan MB':>9}{'peak GB':>9}{'profiles':>10}")
         report: list[dict[str, Any]] = []
         for component in bundle.components:
             line = f"{component!s:40}{weights(bundle, component) / 1e6:11.1f}"
             if (need := OF_WEIGHTS * weights(bundle, component) / (1 << 30)) > args.memory:
                 print(f"{line}  not built: it may take {need:.1f} GiB")
                 continue
+            before = processor_seconds()
             try:
                 (built,) = build_plans(bundle, order, [component])
             except BackendError as error:
                 print(f"{line}  {error}")
                 continue
-            card = built.plan.card
+            card, spent = built.plan.card, round(processor_seconds() - before, 1)
             print(
-                f"{line}{card.seconds:8.1f}{card.bytes / 1e6:9.1f}{card.peak_bytes / 1e9:9.2f}{len(card.profiles):10}"
+                f"{line}{card.seconds:8.1f}{spent:8.1f}{card.bytes / 1e6:9.1f}{card.peak_bytes / 1e9:9.2f}"
+                f"{len(card.profiles):10}",
+                flush=True,
             )
             kept = {
                 key: value
                 for key, value in asdict(card).items()
                 if key not in ("weights", "profiles", "inputs", "outputs")
             }
-            report.append({**kept, "weights_bytes": weights(bundle, component)})
-        if args.json:
-            args.json.write_text(json.dumps({"machine": machine(), "plans": report}, indent=1) + "\n", "utf-8")
+            report.append({**kept, "weights_bytes": weights(bundle, component), "processor_seconds": spent})
+            if args.json:  # after each, which may be the last that memory allows
+                args.json.write_text(json.dumps({"machine": machine(), "plans": report}, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from harness import machine
 sys.path.append(str(ROOT / "examples" / "emoji"))
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from train_experts import SPLIT, conditions
+from train_sr_subject import WEIGHTS
 from train_style import fresh_unet
 
 HERE = ROOT / "examples/emoji"
@@ -33,7 +34,7 @@ BAND = 100
 
 def adapted(model: Path, adapter: Path) -> UNet2DConditionModel:
     unet = fresh_unet(model)
-    unet.load_lora_adapter(adapter, prefix=None)
+    unet.load_lora_adapter(adapter, weight_name=WEIGHTS, prefix=None)
     unet.fuse_lora()
     return unet
 

@@ -1,7 +1,7 @@
 """DreamBooth (arXiv 2208.12242, section 4.4) on the SR network: a LoRA that knows the subject's fine detail.
 
-    python examples/emoji/train_sr_subject.py                      # adapters/subject_sr/pytorch_lora_weights.safetensors
-    python examples/emoji/train_sr_subject.py --merge out/subject  # the SR folder with the adapter merged into it
+    python examples/emoji/train_sr_subject.py        # adapters/subject_sr/pytorch_lora_weights.safetensors
+    python examples/emoji/sr_merge.py out/subject_sr # the SR folder with the adapter merged into it
 
 Pairs: the five pictures of adapters/subject/ at 64 px, as drawn and as the demo's decoder draws them at best
 (train_subject.refine), and the same drawings at 128 px. As in the paper the noise level of the low-res picture is far below
@@ -22,7 +22,7 @@ from data import BACKGROUNDS, SIZE
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
-from sr import load, save, upsample
+from sr import load, upsample
 from sr_data import pair
 from sr_pool import to_uint8
 from subject import TRAINING, Pose, ink
@@ -34,6 +34,7 @@ from train_vae import to_tensor
 HERE = Path(__file__).resolve().parent
 RANK = 8
 TARGETS = ["conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"]
+WEIGHTS = "pytorch_lora_weights.safetensors"  # a name: without one diffusers asks the hub
 MOST_NOISE = 12  # 1 - ᾱ = 9e-4
 
 
@@ -62,7 +63,7 @@ def training_pairs(model: Path) -> tuple[torch.Tensor, torch.Tensor]:
 def adapted(folder: Path, adapter: Path) -> UNet2DConditionModel:
     """The SR network with the adapter merged."""
     unet = load(folder)
-    unet.load_lora_adapter(adapter, prefix=None, adapter_name="subject")
+    unet.load_lora_adapter(adapter, weight_name=WEIGHTS, prefix=None)
     unet.fuse_lora()
     unet.unload_lora()
     return unet
@@ -112,16 +113,9 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--run", type=Path, default=Path("runs/emoji/sr_subject"), help="folder of the checkpoint")
     parser.add_argument("--out", type=Path, default=HERE / "adapters" / "subject_sr")
-    parser.add_argument(
-        "--merge", type=Path, help="do not train: write the SR folder with the adapter of --out merged in"
-    )
     parser.add_argument("--most-noise", type=int, default=MOST_NOISE)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    if arguments.merge:
-        save(adapted(arguments.sr, arguments.out), arguments.merge)
-    else:
-        train(arguments)
+    train(parser.parse_args())

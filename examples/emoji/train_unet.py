@@ -166,7 +166,9 @@ def train(args: argparse.Namespace) -> None:
         shadow, first = state["shadow"], state["step"] + 1
     elif args.init is not None and args.init.is_dir():
         model.unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.init / "unet").float().state_dict())
-        model.text_encoder.load_state_dict(CLIPTextModel.from_pretrained(args.init / "text_encoder").float().state_dict())
+        model.text_encoder.load_state_dict(
+            CLIPTextModel.from_pretrained(args.init / "text_encoder").float().state_dict()
+        )
         shadow = {key: value.clone() for key, value in model.state_dict().items()}
     elif args.init is not None:
         model.load_state_dict(torch.load(args.init, weights_only=True, map_location=device)["model"])

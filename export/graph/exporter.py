@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputSpec
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.fx.passes import type_promotion
 
 aten = torch.ops.aten
 CHECKS = (aten._assert_scalar.default, aten._assert_tensor_metadata.default)  # torch.onnx removes them
+CASTS = {aten.to.dtype: 2, aten.to.device: 3}  # arguments, of which the type is the last
 # Operators that torch.onnx translates as they are
 TRANSLATED = frozenset(
     (
-        aten.add.Tensor, aten.alias.default, aten.arange.start, aten.cat.default, aten.chunk.default,
-        aten.concat.default, aten.contiguous.default, aten.conv2d.default, aten.cos.default, aten.div.Tensor,
-        aten.dropout.default, aten.embedding.default, aten.exp.default, aten.expand.default,
-        aten.flatten.using_ints, aten.gelu.default, aten.group_norm.default, aten.layer_norm.default,
-        aten.linear.default, aten.mul.Tensor, aten.permute.default, aten.reshape.default,
+        aten.add.Tensor, aten.alias.default, aten.arange.default, aten.arange.start, aten.argmax.default,
+        aten.cat.default, aten.chunk.default, aten.concat.default, aten.contiguous.default, aten.conv2d.default,
+        aten.cos.default, aten.div.Tensor, aten.dropout.default, aten.embedding.default, aten.exp.default, aten.expand.default,
+        aten.flatten.using_ints, aten.gelu.default, aten.group_norm.default, aten.index.Tensor,
+        aten.layer_norm.default, aten.linear.default, aten.mul.Tensor, aten.permute.default, aten.reshape.default,
         aten.scaled_dot_product_attention.default, aten.select.int, aten.sigmoid.default, aten.silu.default,
         aten.sin.default, aten.slice.Tensor, aten.sym_size.int, aten.transpose.int, aten.unsqueeze.default,
         aten.upsample_nearest2d.vec, aten.view.default,
@@ -29,30 +33,55 @@ TRANSLATED = frozenset(
 
 @contextmanager
 def lean() -> Iterator[None]:
-    """Inside the block torch.onnx decomposes nothing that it translates anyhow, and onnxscript's optimizer is linear."""
-    with slice_rule_at_slices(), casts_in_place():
+    """Inside the block torch.onnx reads its translations once in a process, decomposes nothing that it translates anyhow and
+    runs no operator again whose types agree; onnxscript's optimizer is linear."""
+    with slice_rule_at_slices(), registry_once(), casts_in_place(), promotions_where_types_differ():
         yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[Any]:
+    """Another attribute inside the block; gives the one that it hides."""
+    own, whole = vars(owner).get(name), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield whole
+    finally:
+        delattr(owner, name) if own is None else setattr(owner, name, own)
+
+
+@contextmanager
+def registry_once() -> Iterator[None]:
+    """torch.onnx (2.13) parses the source of its 1,800 translations at every export, a second for each."""
+    with replaced(ONNXRegistry, "from_torchlib", staticmethod(_registry)):
+        yield
+
+
+_whole_registry: Callable[..., ONNXRegistry] = ONNXRegistry.from_torchlib
+
+
+@cache
+def _registry(opset_version: int) -> ONNXRegistry:
+    return _whole_registry(opset_version)
 
 
 @contextmanager
 def casts_in_place() -> Iterator[None]:
     """torch.onnx (2.13) traces a program twice more, with sizes as symbols, to decompose operators that it cannot translate.
-    Of those, most diffusion networks have `aten.to` only: inside the block it is replaced where it stands, and programs with
-    others are decomposed as ever. Of a UNet's export this takes a third."""
+    Of those, most diffusion networks have `aten.to` only, and VAE encoders a padding: inside the block these are replaced where
+    they stand, and programs with others are decomposed as ever. Of a UNet's export this takes a third."""
     whole = ExportedProgram.run_decompositions
 
     def run(program: ExportedProgram, *given: Any, **options: Any) -> ExportedProgram:
         return program if casts_replaced(program) else whole(program, *given, **options)
 
-    ExportedProgram.run_decompositions = run
-    try:
+    with replaced(ExportedProgram, "run_decompositions", run):
         yield
-    finally:
-        ExportedProgram.run_decompositions = whole
 
 
 def casts_replaced(program: ExportedProgram) -> bool:
-    """Replace each `aten.to` by a cast, or by nothing; False, and nothing is changed, if other operators need more."""
+    """Replace each `aten.to` by a cast, or by nothing, and constant paddings by their operator; False, and nothing is changed,
+    if other operators need more."""
     graph = program.graph
     calls = [node for node in graph.nodes if node.op == "call_function"]
     if any(node.op == "get_attr" for node in graph.nodes) or not all(_is_plain(node) for node in calls):
@@ -60,8 +89,10 @@ def casts_replaced(program: ExportedProgram) -> bool:
     for node in calls:
         if node.target in CHECKS:
             graph.erase_node(node)
-        elif node.target is aten.to.dtype:
-            value, dtype = node.args
+        elif node.target is aten.pad.default:
+            node.target, node.args = aten.constant_pad_nd.default, (*node.args[:2], 0.0)
+        elif node.target in CASTS:
+            value, dtype = node.args[0], node.args[-1]
             if value.meta["val"].dtype == dtype:
                 node.replace_all_uses_with(value)
                 _rename(program.graph_signature.output_specs, node.name, value.name)
@@ -73,8 +104,10 @@ def casts_replaced(program: ExportedProgram) -> bool:
 
 
 def _is_plain(node: Any) -> bool:
-    if node.target is aten.to.dtype:
-        return len(node.args) == 2 and not node.kwargs
+    if node.target in CASTS:
+        return len(node.args) == CASTS[node.target] and not node.kwargs
+    if node.target is aten.pad.default:  # with zeros, as `functional.pad` gives it
+        return node.args[2:] in ((), ("constant",), ("constant", None), ("constant", 0.0)) and not node.kwargs
     return node.target in CHECKS or node.target in TRANSLATED or not isinstance(node.target, torch._ops.OperatorBase)
 
 
@@ -85,16 +118,30 @@ def _rename(specs: list[OutputSpec], old: str, new: str) -> None:
 
 
 @contextmanager
+def promotions_where_types_differ() -> Iterator[None]:
+    """torch.onnx (2.13) runs each operator a third time, to see which values it has to cast. What they are is known from the
+    trace: inside the block only operators whose arguments are cast run again."""
+
+    def run_node(interpreter: Any, node: Any) -> Any:
+        if node.op != "call_function" or "val" not in node.meta:
+            return whole(interpreter, node)
+        if rule := type_promotion.get_type_promotion_rule(node, interpreter.type_promotion_table):
+            with interpreter._set_current_node(node):
+                interpreter._maybe_promote_node(node, rule)
+        return node.meta["val"]
+
+    with replaced(type_promotion._TypePromotionInterpreter, "run_node", run_node) as whole:
+        yield
+
+
+@contextmanager
 def slice_rule_at_slices() -> Iterator[None]:
     """onnxscript's optimizer (0.7) lists the whole graph at every node, to see whether two Slices are a Split: the square of
     its nodes. Inside the block it does so at Slices only."""
     from onnxscript.rewriter.rules.common import slice_split_rule as rule
 
-    whole = rule.try_rewrite
-    rule.try_rewrite = lambda model, graph, node, **options: (
-        whole(model, graph, node, **options) if node.op_type == "Slice" else None
-    )
-    try:
+    def at_slices(model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        return whole(model, graph, node, **options) if node.op_type == "Slice" else None
+
+    with replaced(rule, "try_rewrite", at_slices) as whole:
         yield
-    finally:
-        del rule.try_rewrite  # the class's own shows again

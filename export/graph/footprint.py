@@ -59,6 +59,13 @@ def _sizes(model: onnx.ModelProto, side: int) -> dict[str, int]:
         dims = value.type.tensor_type.shape.dim
         for axis, size in ((0, 1), (2, side), (3, side)):
             dims[axis].dim_value = size
+    kept = [tensor for tensor in copy.graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL]
+    outside = [tensor for tensor in copy.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(
+        kept
+    )  # of the others, whose values it would look for in the working directory, shapes do
+    copy.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in outside)
     inferred = SymbolicShapeInference.infer_shapes(copy, auto_merge=True).graph  # onnx's own stops at computed shapes
     found: dict[str, int] = {}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):

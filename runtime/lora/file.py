@@ -246,7 +246,8 @@ def _finite(shown: str, name: str, values: NDArray[Any]) -> Float32:
 
 
 def _embedded(shown: str, metadata: Mapping[str, Any]) -> dict[str, PeftConfig]:
-    """PEFT's settings as diffusers writes them: {"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.r": ...}."""
+    """PEFT's settings as diffusers writes them: {"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.r": ...}; by
+    `unet.save_lora_adapter` without a prefix, as the file's keys are."""
     text = metadata.get(METADATA)
     if text is None:
         return {}
@@ -255,8 +256,8 @@ def _embedded(shown: str, metadata: Mapping[str, Any]) -> dict[str, PeftConfig]:
         raise AdapterError(f"{what} is no text")
     options: dict[str, dict[str, Any]] = {}
     for key, value in _object(what, text.encode()).items():
-        component, _, option = key.partition(".")
-        options.setdefault(f"{component}.", {})[option] = value
+        component, dot, option = key.rpartition(".")
+        options.setdefault(component + dot, {})[option] = value
     return {prefix: PeftConfig.parse(what, values) for prefix, values in options.items()}
 
 

@@ -255,33 +255,36 @@ def main() -> None:
     parser.add_argument("--cases", type=int, help="in place of each generator's own SOAK")
     parser.add_argument("--quick", action="store_true", help="each generator's QUICK cases")
     parser.add_argument("--only", type=int, help="repeat one case")
-    parser.add_argument("--json", type=Path, help="write the counts there; of generators not run they stay")
+    parser.add_argument(
+        "--json", type=Path, help="write the counts there after each generator; of generators not named they stay"
+    )
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         name, *numbers = args.worker
         return worker(name, *map(int, numbers))
-    found = {}
+    found: dict[str, Any] = {}
+    if args.json is not None and args.generators and args.json.exists():  # those of the others stay
+        found = json.loads(args.json.read_text(encoding="utf-8"))["generators"]
+    keys = ("cases", *GOOD, *BAD)
     for name in args.generators or names():
         module = load(name)
         if args.only is not None:
             return repeat(name, args.seed, args.only)
-        found[name] = soak(name, args.seed, args.cases or (module.QUICK if args.quick else module.SOAK))
-        counts = {kind: n for kind, n in found[name].items() if kind != "failures" and (n or kind in GOOD)}
+        one = soak(name, args.seed, args.cases or (module.QUICK if args.quick else module.SOAK))
+        counts = {kind: n for kind, n in one.items() if kind != "failures" and (n or kind in GOOD)}
         print(name, *(f"{kind} {n}" for kind, n in counts.items()), flush=True)
-        for failure in found[name]["failures"]:
+        for failure in one["failures"]:
             print(f"  {failure['outcome']} {failure['index']}: {failure['case']}\n    {failure['text']}")
-    if args.json is not None and args.generators and args.json.exists():  # those of the others stay
-        found = {**json.loads(args.json.read_text(encoding="utf-8"))["generators"], **found}
-    keys = ("cases", *GOOD, *BAD)
-    total = {key: sum(one[key] for one in found.values()) for key in keys}
+        if not one["failures"]:
+            del one["failures"]
+        found[name] = one
+        total = {key: sum(one[key] for one in found.values()) for key in keys}
+        if args.json is not None:  # after each generator: a run that is killed keeps what it has
+            known = {name: found[name] for name in sorted(found)}
+            report = {"command": "make test-soak", "seed": args.seed, "total": total, "generators": known, **machine()}
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("all", *(f"{kind} {n}" for kind, n in total.items()))
-    if args.json is not None:
-        for one in found.values():
-            if not one.get("failures"):
-                one.pop("failures", None)
-        report = {"command": "make test-soak", "seed": args.seed, "total": total, "generators": found, **machine()}
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     sys.exit(any(total[kind] for kind in BAD))
 
 

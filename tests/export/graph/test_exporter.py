@@ -15,7 +15,8 @@ from stepforge.export.graph import exporter, trace
 
 
 class Casts(nn.Module):
-    """To another type, to the same one in the middle and at the end, and back at the border."""
+    """To another type, to the same one in the middle and at the end, and back at the border; a padding as VAE encoders have; a
+    whole number among the operands, which has to become one of their type."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -23,7 +24,8 @@ class Casts(nn.Module):
         self.dropout, self.dtype = nn.Dropout(0.5), dtype
 
     def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
-        inner = self.norm(sample.to(self.dtype)).to(self.dtype)
+        padded = nn.functional.pad(sample.to(self.dtype), (0, 1), mode="constant", value=0)[..., :-1]
+        inner = self.norm(padded * 2).to(sample.device, self.dtype)
         scores = nn.functional.scaled_dot_product_attention(*(inner.unsqueeze(1),) * 3)
         scores = scores.reshape(sample.shape)
         return self.dropout(self.linear(nn.functional.silu(scores))).float(), inner.float()

@@ -102,7 +102,7 @@ def lora_file(model: Path, out: Path) -> Path:
 
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
     torch.manual_seed(5)
-    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "conv1"], init_lora_weights=False))
     with torch.no_grad():
         for name, value in unet.named_parameters():
             if "lora_" in name:
@@ -150,7 +150,7 @@ def as_planned(pipeline, plan, folder: Path, monkeypatch: pytest.MonkeyPatch):
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     low = UNet2DConditionModel.from_pretrained(pipeline.unet.config._name_or_path)
-    low.load_lora_adapter(folder / "low", prefix=None)
+    low.load_lora_adapter(folder / "low", weight_name="pytorch_lora_weights.safetensors", prefix=None)
     networks = {"high": UNet2DConditionModel.from_pretrained(folder / "high"), "low": low}
     forwards = {name: network.forward for name, network in networks.items()} | {"unet": pipeline.unet.forward}
     steps, now = iter(plan.steps), {}

@@ -13,7 +13,7 @@ from stepforge import Control, Request, load
 from stepforge.runtime.backends.tensorrt import loop
 from stepforge.runtime.bundle import read
 
-ASK = {"prompt": "cat", "steps": 3, "sampler": "ddim", "guidance": 3.0}
+ASK = {"prompt": "cat", "steps": 3, "sampler": "ddim", "guidance": 3.0, "width": 32, "height": 32}
 
 
 def hint(seed):
@@ -51,7 +51,7 @@ def test_a_loop_draws_what_the_host_draws(tiny_sd1_control_bundle, tmp_path, mon
         Request(**ASK, controls=(Control(name=last, image=hint(4), guess_mode=True),)),
         Request(**ASK, controls=tuple(Control(name=first, image=hint(5 + i), start=i / 2) for i in range(2))),
     ]  # fmt: skip
-    stub.build(bundle, rows=("1..2", "3..4"))
+    stub.build(bundle, rows=("1..2", "3..4"), size="32")
     with load(tiny_sd1_control_bundle, backend="onnxruntime", precision="fp32") as engine:
         wanted = [engine.generate(request).latents for request in requests]
     with load(tiny_sd1_control_bundle, backend="tensorrt-rtx", precision="fp32") as engine:

@@ -119,6 +119,26 @@ def _decoder(bundle):
     return next(key for key in bundle.components if key.role == "vae_decoder")
 
 
+def test_footprint_reads_no_weights(tiny_sd1_bundle, tmp_path):
+    """Weights of 1 KB and more stand outside the graph: of a real VAE's, the affine of its norms too, which operators that
+    shapes are computed by read."""
+    import onnx
+
+    from stepforge.export.graph.footprint import footprint
+
+    bundle = read(tiny_sd1_bundle)
+    entry = bundle.components[_decoder(bundle)]
+    model = onnx.load(bundle.file(entry.graph), load_external_data=False)
+    inside = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
+    assert {tensor.data_location for tensor in inside} > {onnx.TensorProto.EXTERNAL}
+    for tensor in inside:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.dims and tensor.dims[0] >= 32:
+            onnx.external_data_helper.set_external_data(tensor, "nowhere.data", 0, 4)
+            tensor.ClearField("raw_data")
+    onnx.save(model, tmp_path / "model.onnx")
+    assert footprint(tmp_path / "model.onnx", None) == replace(entry.footprint, tile=0)
+
+
 def test_budgets_and_settings_are_refused():
     with pytest.raises(RequestError, match="at least 1024000"):
         Tiling(1000).tile(Footprint(1000.0), 64, 64, 1, "the network")
