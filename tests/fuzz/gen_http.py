@@ -57,7 +57,8 @@ class Base:
 def start(folder: Path) -> Base:
     (folder / "adapters").mkdir()
     (folder / "keys").write_text(f"{KEY} tester admin\n", encoding="utf-8")
-    for name in ("uvicorn.error", "python_multipart"):  # both warn of what is no HTTP and no form
+    # they warn of what is no HTTP, of what is no form, and once of guidance below 1
+    for name in ("uvicorn.error", "python_multipart", "stepforge.runtime.engine.engine"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # spooled files of a form that is refused are memory only, and go with it
     warnings.filterwarnings("ignore", message="Unclosed file", category=ResourceWarning)
