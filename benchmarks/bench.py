@@ -69,8 +69,8 @@ def run_case(case: Case, args: argparse.Namespace, store: Store) -> Record:
             return Record(case, refused=f"not done in {LIMIT} s")
         if done.returncode:
             store.image(case).with_suffix(".log").write_text(done.stdout + done.stderr, "utf-8")
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-            return Record(case, refused=lines[-1][:200])
+            lines = [line for line in done.stderr.splitlines() if line.strip() and done.returncode > 0]
+            return Record(case, refused=(lines or [f"exit code {done.returncode}"])[-1][:200])
         return Record(**{**json.loads(Path(answer.name).read_text("utf-8")), "case": case})
 
 

@@ -1,9 +1,9 @@
-"""Whole images by the roofline, beside what others published and we measured: `python benchmarks/image_model.py`, a minute, no GPU.
+"""Whole images by the roofline beside what others and we measured: `python benchmarks/image_model.py`, a minute, no GPU.
 
-An image is its text encoders, a denoiser call of two rows a step, and the decoder of its VAE: bytes and FLOPs of every operator, in
-fp16, batch 1. The denoiser is the program that the torch backend runs on CUDA (`network_model`); encoders and decoder are counted
-layer by layer. Rates are those of one H100 (`stepforge/kernels/dispatch/cost.py`), and other GPUs are assumed to sustain the same
-shares of their peaks. Nothing is overlapped, and the host is free: a model of this kind says what is left to gain, not what is.
+An image is its text encoders, a denoiser call of two rows a step, and the decoder of its VAE: bytes and FLOPs of every operator
+in fp16, batch 1. The denoiser is the program that the torch backend runs on CUDA (`network_model`); encoders and decoder are
+counted layer by layer. Rates are those of one H100 (`stepforge/kernels/dispatch/cost.py`), and other GPUs are assumed to
+sustain the same shares of their peaks. Nothing is overlapped, and the host is free: it says what is left to gain.
 
     python benchmarks/image_model.py --measure sd15     on a GPU: the same image by us and by diffusers, eager and compiled
 """
@@ -29,12 +29,13 @@ from stepforge.kernels.dispatch.cost import GPUS, Gpu
 MODELED = ("A100", "H100", "4090", "B200")
 SIDES = {"sd15": 512, "sdxl": 1024}
 FAMILY = {"sd15": "sd1", "sdxl": "sdxl"}
+PARTS = ("a step", "text and decoder")
 PROMPT = "a photograph of a cat sitting on a wooden table"
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """An image that somebody timed, batch 1, 16 bits, guided. steps: of two rows each; decoded: text and decoder counted too."""
+    """An image that somebody timed: batch 1, 16 bits, guided. steps: of two rows each. decoded: text and decoder counted."""
 
     gpu: str
     model: str
@@ -125,9 +126,9 @@ def milliseconds(found: list[Work], gpu: Gpu) -> float:
 
 def predict(model: str) -> dict[str, Any]:
     step, rest = denoiser(model), around(model)
-    print(f"\n{model}, {SIDES[model]}x{SIDES[model]}, fp16, one guided image: "
-          f"a step {sum(w.flops for w in step) / 1e12:.2f} TFLOP, {2e-9 * sum(w.elements for w in step):.1f} GB; "
-          f"text and decoder {sum(w.flops for w in rest) / 1e12:.2f} TFLOP, {2e-9 * sum(w.elements for w in rest):.1f} GB")  # fmt: skip
+    work = [(sum(w.flops for w in one) / 1e12, 2e-9 * sum(w.elements for w in one)) for one in (step, rest)]
+    told = [f"{what} {flops:.2f} TFLOP, {size:.1f} GB" for what, (flops, size) in zip(PARTS, work, strict=True)]
+    print(f"\n{model}, {SIDES[model]}x{SIDES[model]}, fp16, one guided image: {'; '.join(told)}")
     report: dict[str, Any] = {}
     print(f"{'':6}{'step, ms':>10}{'text+VAE':>10}{'20 steps':>10}{'30 steps':>10}{'50 steps':>10}")
     for name in MODELED:

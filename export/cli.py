@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,12 +125,26 @@ def export_command(
             metavar="VARIANT", help="Variants for approximate plans: tgate, deepcache, deepcache(BRANCH); repeatable."
         ),
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="int8", help="Add INT8 networks, as `stepforge quantize` does.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts of --quantize, one a line, like those of your users.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Compile a model into a bundle."""
     from stepforge.export.build import BankOptions, export_bundle
     from stepforge.export.graph.rewire import Variants
+
+    if quantize not in (None, "int8"):
+        raise RequestError(f"--quantize is {printable(quantize)}; allowed is int8")
+    if quantize and precision != "fp32":
+        raise RequestError(f"--quantize int8 makes integers of fp32 weights, and --precision is {printable(precision)}")
+    if calibrate and not quantize:
+        raise RequestError("--calibrate is for --quantize int8")
+    texts = prompts_of(calibrate) if quantize else []
 
     def progress(stage: str, done: int, total: int) -> None:
         print(f"[{done}/{total}] {stage}", file=sys.stderr)
@@ -151,6 +165,10 @@ def export_command(
         overwrite=overwrite,
         progress=progress,
     )
+    if quantize:
+        from stepforge.export.int8.quantize import Calibration, quantize_bundle
+
+        bundle, _ = quantize_bundle(out, Calibration(texts), progress=lambda stage: print(stage, file=sys.stderr))
     size = sum(size for size, _ in bundle.files.values())
     if as_json:
         print(json.dumps({"bundle": str(out), "digest": bundle.digest, "bytes": size, "files": len(bundle.files)}))
@@ -236,6 +254,16 @@ def outcome(verdict: Mapping[str, Any]) -> str:
     return ("PASSED" if verdict["passed"] else "FAILED") + said
 
 
+def prompts_of(file: Path | None) -> Sequence[str]:
+    """Prompts to calibrate on: of a file, or those that `verify` draws."""
+    from stepforge.export.parity.verify import PROMPTS
+
+    texts = PROMPTS if file is None else [line for _, line in read_lines(file)]
+    if not texts:
+        raise RequestError(f"{printable(file)} has no prompts; write one a line")
+    return texts
+
+
 def quantize_command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory with fp32 weights.")],
     out: Annotated[
@@ -255,12 +283,8 @@ def quantize_command(
 ) -> None:
     """Add INT8 networks to a bundle. `--precision int8` runs them, on a CPU."""
     from stepforge.export.int8.quantize import LIMIT, Calibration, quantize_bundle
-    from stepforge.export.parity.verify import PROMPTS
 
-    texts = PROMPTS if prompts is None else [line for _, line in read_lines(prompts)]
-    if not texts:
-        raise RequestError(f"{printable(prompts)} has no prompts; write one a line")
-    calibration = Calibration(texts, steps, guidance, width, height)
+    calibration = Calibration(prompts_of(prompts), steps, guidance, width, height)
     done, chosen = quantize_bundle(
         bundle,
         calibration,

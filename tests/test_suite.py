@@ -83,10 +83,10 @@ def test_gate_and_resumption(tmp_path, monkeypatch, capsys, fails):
 
 def test_runs_are_compared_by_ratio(tmp_path, capsys):
     path = tmp_path / "history.jsonl"
-    for ratio in (2.0, 1.9, 1.2):
-        history.append(path, "quick", [{"key": OURS.key, "ratio": ratio, "commit": "abc", "machine": "one"}])
+    for commit, ratio in (("a", 2.0), ("b", 3.0), ("b", 1.9), ("c", 1.2)):  # b is reported twice
+        history.append(path, "quick", [{"key": OURS.key, "ratio": ratio, "commit": commit, "machine": "one"}])
         print(history.compare(path, "quick", 0.15))
-    assert [line for line in capsys.readouterr().out.splitlines() if len(line) == 1] == ["0", "0", "1"]
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) == 1] == ["0", "0", "0", "1"]
     history.append(path, "quick", [{"key": OURS.key, "ratio": 0.5, "commit": "abc", "machine": "another"}])
     assert history.compare(path, "quick", 0.15) == 0
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 4

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def append(path: Path, profile: str, rows: Sequence[dict[str, Any]]) -> None:
-    """One run's ratios by case, with its commit and machine."""
+    """One run's ratios by case, with its commit and machine, in the place of an earlier report of the same run."""
     line = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "profile": profile,
@@ -18,14 +18,18 @@ def append(path: Path, profile: str, rows: Sequence[dict[str, Any]]) -> None:
         "machine": rows[0]["machine"],
         "ratios": {row["key"]: row["ratio"] for row in rows if row.get("ratio")},
     }
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    same = ("profile", "commit", "machine")
+    kept = [old for old in read(path) if any(old[key] != line[key] for key in same)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in [*kept, line]), "utf-8")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def compare(path: Path, profile: str, tolerance: float) -> int:
     """Print the newest run beside the one before it on the same machine; 1 if a ratio of ours fell by more than tolerance."""
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    runs = [line for line in lines if line["profile"] == profile]
+    runs = [line for line in read(path) if line["profile"] == profile]
     before = [run for run in runs[:-1] if run["machine"] == runs[-1]["machine"]]
     if not before:
         print("no two runs of this profile on one kind of machine")

@@ -25,6 +25,7 @@ ADAPTERS = {
 }
 HINT = EMOJI / "control/hints/heart.png"
 BANKS = ("--lora-slots", "6", "--lora-rank", "16")
+DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
 RANK = 16  # of the adapter of random numbers
 
 
@@ -151,14 +152,20 @@ def prepare_genai(model: Model) -> Path:
     for name, source in {"unet": "unet", "text_encoder": "text_encoder", "vae_decoder": "vae"}.items():
         config = json.loads((model.folder / source / "config.json").read_text())
         config |= {"scaling_factor": 1.0} if name == "vae_decoder" else {}  # our decoder's graph has it
-        (folder / name / "config.json").write_text(json.dumps(config))
-    shutil.copytree(model.folder / "scheduler", folder / "scheduler")
+        (folder / name / "config.json").write_text(json.dumps(stated(config)))
+    scheduler = json.loads((model.folder / "scheduler/scheduler_config.json").read_text())
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(stated(scheduler | DDIM)))
     own = CLIPTokenizerFast.from_pretrained(model.folder / "tokenizer", local_files_only=True)
     openvino.save_model(convert_tokenizer(own), str(folder / "tokenizer/openvino_tokenizer.xml"))
     index = json.loads((model.folder / "model_index.json").read_text())
-    index["vae_decoder"] = index.pop("vae")
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(stated(index)))
     return folder
+
+
+def stated(values: dict[str, object]) -> dict[str, object]:
+    """Without what is null, or a pair of nulls, which GenAI does not read."""
+    return {key: value for key, value in values.items() if value is not None and value != [None, None]}
 
 
 def whole_steps(graph: object) -> None:

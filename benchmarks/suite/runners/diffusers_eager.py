@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from suite.cases import Workload
-from suite.models import HINT, Model
+from suite.models import DDIM, HINT, Model
 
 
 def pipeline(model: Model, precision: str, *, control: bool) -> Any:
@@ -36,9 +36,6 @@ def pipeline(model: Model, precision: str, *, control: bool) -> Any:
     made.scheduler = DDIMScheduler.from_config(made.scheduler.config, **DDIM)
     made.set_progress_bar_config(disable=True)
     return made
-
-
-DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
 
 
 class Diffusers:

@@ -33,6 +33,12 @@ ERRORS = {
     "long input": (["generate", "fake", "x", "--control", "z" * 100_000], 2, "give NAME=IMAGE"),
     "control characters": (["generate", "fake", "x", "--timesteps", "\x1b[2J\n"], 2, r"--timesteps \x1b[2J is not"),
     "no model": (["export", "nowhere", "-o", "b"], 1, "does not exist"),
+    "no such integers": (["export", "m", "-o", "b", "--quantize", "int4"], 2, "--quantize is int4; allowed is int8"),
+    "integers of halves": (
+        ["export", "m", "-o", "b", "--quantize", "int8", "--precision", "fp16"],
+        2,
+        "makes integers of fp32 weights",
+    ),
     "bad reuse": (["plan", "fake", "--reuse", "deepcache"], 2, "give deepcache(INTERVAL)"),
     "reuse without a variant": (["generate", "fake", "x", "--reuse", "tgate(0.5)"], 2, "export it with --reuse tgate"),
     "bad control": (["generate", "fake", "x", "--control", "a"], 2, "give NAME=IMAGE or NAME=IMAGE:SCALE"),
