@@ -119,6 +119,8 @@ class SchedulerCard:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SchedulerCard:
         """Reads what `to_dict` wrote; nothing may be missing or unknown."""
+        if not isinstance(values, Mapping):
+            raise BundleError(f"scheduler card is {shown(values)}; an object is expected")
         names = {field.name for field in fields(cls)} - {"table"}
         if values.keys() != names:
             wrong = ", ".join(sorted(values.keys() ^ names))

@@ -88,6 +88,8 @@ def further(path: Path, rng: random.Random) -> None:
 
 def changed(path: Path, rng: random.Random) -> None:
     file = content(path, rng)
+    if file.stat().st_size > 1 << 24:
+        raise OSError("sparse by a change before")
     data = file.read_bytes()
     file.write_bytes(new if (new := flipped(data, rng)) != data else data + b"x")
 

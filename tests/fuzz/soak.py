@@ -1,6 +1,6 @@
 """Hostile inputs by the thousand: every generator's cases go through their door in child processes, and are counted.
 
-    python tests/fuzz/soak.py [GENERATOR ...] [--seed N] [--cases N] [--quick] [--json FILE]
+    python tests/fuzz/soak.py [GENERATOR ...] [--seed N] [--cases N] [--quick] [--json FILE [--resume]]
 
 A generator is a module `gen_<name>.py` beside this file:
 
@@ -24,7 +24,7 @@ What becomes of a case: `accepted`; `refused`, by one of ERRORS in one printable
     noise      something on standard error (engines' own logging, warnings) although QUIET
 
 Case i of a seed is the same in every run, whatever ran before: `soak.py GENERATOR --seed 0 --only i` repeats it here, with its
-traceback. Exit code 1 if there was any failure.
+traceback. Exit code 1 if there was any failure. SIGTERM ends a run and keeps its counts; `--resume` goes on from there.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ import random
 import re
 import resource
 import selectors
+import signal
 import struct
 import subprocess
 import sys
@@ -160,7 +161,9 @@ class Child:
     def __init__(self, name: str, seed: int, first: int, count: int, scratch: Path) -> None:
         command = [sys.executable, __file__, "--worker", name, str(seed), str(first), str(count)]
         with (scratch / "errors").open("wb") as errors:
-            self._process = subprocess.Popen(command, cwd=scratch, stdout=subprocess.PIPE, stderr=errors)
+            self._process = subprocess.Popen(
+                command, cwd=scratch, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+            )
         assert self._process.stdout is not None
         self._output = self._process.stdout.fileno()
         self._selector = selectors.DefaultSelector()
@@ -189,11 +192,19 @@ class Child:
         return self._process.wait()
 
 
-def soak(name: str, seed: int, count: int) -> dict[str, Any]:
-    """Run cases 0..count−1 of a generator; counts of what became of them, and the first failures."""
+class Stopped(Exception):
+    """SIGTERM: counts are kept, and the run ends."""
+
+
+def stop(*_: object) -> None:
+    raise Stopped
+
+
+def soak(name: str, seed: int, index: int, count: int) -> dict[str, Any]:
+    """Run cases index..count−1 of a generator; counts of what became of them, and the first failures."""
     counts: Counter[str] = Counter()
     failures: list[dict[str, Any]] = []
-    started, limit, index = time.monotonic(), getattr(load(name), "SECONDS", 10.0), 0
+    started, limit = time.monotonic(), getattr(load(name), "SECONDS", 10.0)
     while index < count:
         with tempfile.TemporaryDirectory(prefix="stepforge-fuzz-") as scratch:
             child, case, outcome = Child(name, seed, index, count, Path(scratch)), None, "crash"
@@ -206,6 +217,9 @@ def soak(name: str, seed: int, count: int) -> dict[str, Any]:
                     index, case = index + 1, None
             except TimeoutError:
                 outcome = "hang"
+            except Stopped:
+                child.end()
+                break
             code = child.end()
             if index == count:
                 break
@@ -221,6 +235,15 @@ def soak(name: str, seed: int, count: int) -> dict[str, Any]:
         "cases": sum(counts.values()),
         **{kind: counts[kind] for kind in (*GOOD, *BAD)},
         "seconds": round(time.monotonic() - started, 1),
+        "failures": failures,
+    }
+
+
+def added(first: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Counts of two runs over neighbouring cases."""
+    failures = [*first.get("failures", ()), *more["failures"]]
+    return {
+        **{key: round(first[key] + value, 1) for key, value in more.items() if key != "failures"},
         "failures": failures,
     }
 
@@ -258,11 +281,13 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, help="write the counts there after each generator; of generators not named they stay"
     )
+    parser.add_argument("--resume", action="store_true", help="go on after the cases that FILE counts")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         name, *numbers = args.worker
         return worker(name, *map(int, numbers))
+    signal.signal(signal.SIGTERM, stop)
     found: dict[str, Any] = {}
     if args.json is not None and args.generators and args.json.exists():  # those of the others stay
         found = json.loads(args.json.read_text(encoding="utf-8"))["generators"]
@@ -271,7 +296,11 @@ def main() -> None:
         module = load(name)
         if args.only is not None:
             return repeat(name, args.seed, args.only)
-        one = soak(name, args.seed, args.cases or (module.QUICK if args.quick else module.SOAK))
+        wanted = args.cases or (module.QUICK if args.quick else module.SOAK)
+        before = found.get(name) if args.resume else None
+        one = soak(name, args.seed, before["cases"] if before else 0, wanted)
+        stopped = one["cases"] + (before["cases"] if before else 0) < wanted
+        one = added(before, one) if before else one
         counts = {kind: n for kind, n in one.items() if kind != "failures" and (n or kind in GOOD)}
         print(name, *(f"{kind} {n}" for kind, n in counts.items()), flush=True)
         for failure in one["failures"]:
@@ -284,6 +313,8 @@ def main() -> None:
             known = {name: found[name] for name in sorted(found)}
             report = {"command": "make test-soak", "seed": args.seed, "total": total, "generators": known, **machine()}
             args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if stopped:
+            sys.exit(f"stopped after {one['cases']} cases of {name}; --resume goes on")
     print("all", *(f"{kind} {n}" for kind, n in total.items()))
     sys.exit(any(total[kind] for kind in BAD))
 

@@ -109,7 +109,9 @@ def test_a_killed_driver_goes_on(command, whole, descendants, until, tmp_path):
         until(lambda below=below: not any(Path(f"/proc/{child}").exists() for child in below), 180)
     code, report, _ = command("out")
     assert (code, report["left"]) == (1, 0)
-    assert report["resumed"] >= 15
+    assert (
+        report["resumed"] >= 15 - 1
+    )  # the driver publishes one at a time: a picture whose journal line is missing is drawn again
     assert files(tmp_path / "out") == whole
 
 

@@ -113,7 +113,7 @@ def test_deployment(serve, replicas, until):
     process.send_signal(signal.SIGINT)
     caller.join(60)
     assert given[0][0] == 200, given
-    assert process.wait(60) is not None
+    assert process.wait(180) is not None
 
 
 def together(number, call):

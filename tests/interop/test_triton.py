@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,14 @@ def inputs(module, **values):
     return found
 
 
+def answers(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def triton(tmp_path_factory):
     """A server of two models, `emoji` and the decoupled `emoji_stream`; its process, HTTP and gRPC addresses, its log."""
@@ -64,7 +73,7 @@ def triton(tmp_path_factory):
             [*map(str, command)], stdout=file, stderr=file, env={**os.environ, "LD_LIBRARY_PATH": libraries}
         )
     deadline = time.monotonic() + 120
-    while b"Started HTTPService" not in log.read_bytes():
+    while not answers(ports[0]):
         assert process.poll() is None, log.read_text()[-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -96,7 +105,7 @@ def stream(triton):
             "emoji_stream", inputs(grpc, **values), outputs=wanted, enable_empty_final_response=True
         )
 
-    yield send, lambda: answers.get(timeout=60), client
+    yield send, lambda: answers.get(timeout=180), client
     client.stop_stream()
     client.close()
 
@@ -182,7 +191,7 @@ def test_cancelled_streams_stop_the_work(stream, triton):
     answers = queue.Queue()
     other.start_stream(callback=lambda result, error: answers.put(error or result))
     other.async_stream_infer("emoji_stream", inputs(grpc, prompt="y", **SMALL))
-    assert answers.get(timeout=60).as_numpy("images").shape == (1, 64, 64, 3)
+    assert answers.get(timeout=180).as_numpy("images").shape == (1, 64, 64, 3)
     other.stop_stream()
     other.close()
 

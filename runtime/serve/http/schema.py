@@ -83,15 +83,20 @@ def document(settings: Settings) -> dict[str, Any]:
             },
             "/health/live": {"get": {**_operation("The server answers"), "security": []}},
             "/health/ready": {"get": {**_operation("Requests are taken"), "security": []}},
-            "/metrics": {"get": {"summary": "Prometheus metrics", "responses": {200: {"description": "Text"}}}},
+            "/metrics": {"get": _operation("Prometheus metrics", answer=TEXT, media="text/plain")},
         },
     }
 
 
 def _operation(
-    summary: str, body: dict[str, Any] | None = None, answer: dict[str, Any] | None = None, *, stream: bool = False
+    summary: str,
+    body: dict[str, Any] | None = None,
+    answer: dict[str, Any] | None = None,
+    *,
+    stream: bool = False,
+    media: str = "application/json",
 ) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": answer or OBJECT}}
+    content: dict[str, Any] = {media: {"schema": answer or OBJECT}}
     if stream:
         content["text/event-stream"] = {"schema": TEXT}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import stepforge
+from stepforge.export.build import export_bundle
 from stepforge.export.models.load import load
 from stepforge.export.models.pixel.t5 import read_t5_tokenizer
 from stepforge.export.models.upscaler import read_upscaler
@@ -154,6 +155,19 @@ def test_verify(tiny_if: Path, tiny_if_bundle: Path, tiny_if_sr: dict[str, Path]
     assert {"a cat", "stage ii", "stage plain", "text_encoder", "ii text_encoder", "ii denoiser", "denoiser"} <= names
     with pytest.raises(CheckpointError, match="the bundle has the stage 'ii'; give its model too"):
         verify(tiny_if_bundle, tiny_if, upscalers={"plain": tiny_if_sr["plain"]})
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_cascade_in_fp16(tiny_if: Path, tiny_if_sr: dict[str, Path], tmp_path: Path):
+    """Text through T5, stages II with text and without; computed in fp32, of weights rounded to fp16."""
+    export_bundle(tiny_if, tmp_path / "bundle", upscalers=tiny_if_sr, precision="fp16")
+    verdict = verify(
+        tmp_path / "bundle", tiny_if, upscalers=tiny_if_sr, backends=["openvino", "onnxruntime"], precisions=["fp32"],
+        prompts=["a cat"], steps=3, store=False,
+    )  # fmt: skip
+    assert verdict["passed"], [check for check in verdict["checks"] if not check["passed"]]
+    assert {"stage ii", "stage plain", "a cat"} <= {c["name"] for c in verdict["checks"] if c["level"] == "image"}
 
 
 @pytest.mark.parametrize("source", ["tokenizer.json", "spiece.model"])

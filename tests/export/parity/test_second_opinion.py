@@ -336,8 +336,10 @@ def test_cosxl_to_its_end(
     marks = {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
     single = original(tiny_sdxl, tmp_path / "m.safetensors", **marks)
     plain = read(tiny_sdxl_bundle)
-    bundle = replace(plain, scheduler=scheduler_card(load(single, tokenizer=tokenizer).scheduler, (SETTINGS.steps,)))
-    known = make_references(single, tiny_sdxl_bundle, tokenizer=tokenizer)
+    source = load(single, tokenizer=tokenizer)
+    bundle = replace(plain, scheduler=scheduler_card(source.scheduler, (SETTINGS.steps,)))
+    known = run_references(load_pipeline(single, source, tokenizer=tokenizer), (), bundle, SETTINGS, lambda stage: None)
+    assert sum("EDMEulerScheduler takes no init image" in line for line in known.assumed) == 2
     assert failed(bundle, known) == set()
     assert {"trajectory", "image"} <= failed(plain, known)
 

@@ -64,6 +64,8 @@ def test_json_round_trip():
         SchedulerCard.from_dict({key.replace("shift", "shifd"): value for key, value in values.items()})
     with pytest.raises(BundleError, match="wrong kind"):
         SchedulerCard.from_dict({**values, "beta_start": "0.1"})
+    with pytest.raises(BundleError, match="scheduler card is 7; an object is expected"):
+        SchedulerCard.from_dict(7)
     with pytest.raises(BundleError, match="sampler is 'eular'"):
         SchedulerCard.from_dict({**values, "sampler": "eular"})
 
