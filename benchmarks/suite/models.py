@@ -43,6 +43,10 @@ class Model:
     def control(self) -> Path:
         return EMOJI / "control/silhouette" if self.name == "demo" else self.work / self.name / "control"
 
+    @property
+    def control_name(self) -> str:
+        return "silhouette" if self.name == "demo" else "net"
+
     def adapter(self, name: str) -> Path:
         return ADAPTERS[name] if self.name == "demo" else self.work / self.name / f"{name}.safetensors"
 
@@ -117,7 +121,7 @@ def export_command(model: Model, kind: str) -> list[str]:
         model.name,
     ]
     if kind == "full":
-        command += [*BANKS, "--control", f"net={model.control}"]
+        command += [*BANKS, "--control", f"{model.control_name}={model.control}"]
         command += ["--lora-targets", "transformer"] if model.name != "demo" else []
     if kind == "merged":
         command += ["--lora", f"{model.adapter('poster')}:1.0"]

@@ -26,7 +26,7 @@ def measure(case: Case, context: Context) -> Record:
         run(export_command(model, "full"))
     command = [
         sys.executable, "-m", "stepforge.runtime", "verify", bundle, model.folder, "--backend", case.runner.split()[1],
-        "--precision", case.precision, "--steps", "10", "--control", f"silhouette={model.control}", "--json",
+        "--precision", case.precision, "--steps", "10", "--control", f"{model.control_name}={model.control}", "--json",
     ]  # fmt: skip
     started = time.perf_counter()
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)

@@ -16,8 +16,7 @@ def request(workload: Workload, model: Model) -> Request:
     options: dict[str, object] = {}
     if workload.control is not None:
         image = Image.open(HINT).convert("RGB").resize((workload.size, workload.size))
-        name = "silhouette" if model.name == "demo" else "net"
-        options["controls"] = ({"name": name, "image": image, "end": workload.control},)
+        options["controls"] = ({"name": model.control_name, "image": image, "end": workload.control},)
     guidance: float | str = workload.guidance
     if workload.guided < 1:
         guidance = f"interval({workload.guidance}, steps=0..{workload.guided})"

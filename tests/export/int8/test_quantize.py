@@ -21,6 +21,7 @@ from stepforge.export.parity.measures import relative_error
 from stepforge.export.parity.verify import LIMITS
 from stepforge.runtime.backends import choose as choose_backend
 from stepforge.runtime.backends import open_backend
+from stepforge.runtime.backends.fake import fake_bundle
 from stepforge.runtime.bundle import UNET, Bundle, ComponentId, read
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.errors import BackendError, CheckpointError
@@ -235,18 +236,17 @@ def test_refusals(quantised, tiny_sd1_bundle, tmp_path, monkeypatch):
     )  # float where a network has none
 
 
-def test_export_quantizes_what_it_wrote(quantised, tmp_path, monkeypatch, capsys):
+def test_export_quantizes_what_it_wrote(tmp_path, monkeypatch, capsys):
     """`export --quantize int8` calibrates on the prompts given; the bundle it tells of is the quantised one."""
     from stepforge.export import build
 
-    prompts, asked = tmp_path / "prompts.txt", []
+    prompts, asked, made = tmp_path / "prompts.txt", [], fake_bundle()
     prompts.write_text("a cat\na dog\n")
-    monkeypatch.setattr(build, "export_bundle", lambda model, out, **options: quantised)
-    monkeypatch.setattr(
-        quantize, "quantize_bundle", lambda *given, **options: (asked.append(given), (quantised, {}))[1]
-    )
+    monkeypatch.setattr(build, "export_bundle", lambda model, out, **options: made)
+    monkeypatch.setattr(quantize, "quantize_bundle", lambda *given, **options: (asked.append(given), (made, {}))[1])
     out = tmp_path / "out"
-    main(["export", "model", "-o", str(out), "--quantize", "int8", "--calibrate", str(prompts)])
+    with pytest.raises(SystemExit, match="0"):
+        main(["export", "model", "-o", str(out), "--quantize", "int8", "--calibrate", str(prompts)])
     [(path, calibration)] = asked
     assert (path, list(calibration.prompts)) == (out, ["a cat", "a dog"])
-    assert quantised.digest[:16] in capsys.readouterr().out
+    assert made.digest[:16] in capsys.readouterr().out
