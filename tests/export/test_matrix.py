@@ -104,13 +104,14 @@ def test_verifies_on_every_engine(family, precision, request, tiny_full):
     assert {check["backend"] for check in verdict["checks"]} == set(ENGINES)
 
 
-def test_plain_bundles_in_fp16(tiny_fp16):
-    """Without banks, control and reuse the graphs are others, whatever the family: no probes, no bank inputs."""
-    bundle = tiny_fp16("sd1")
+@pytest.mark.parametrize(("family", "precision"), MATRIX)
+def test_plain_bundles(family, precision, request, tiny_fp16):
+    """Without banks, control and reuse the graphs are others: no probes, no bank inputs. They load, draw and verify alike."""
+    bundle = tiny_fp16(family) if precision == "fp16" else request.getfixturevalue(f"tiny_{family}_bundle")
     assert [tensor.name for tensor in read(bundle).components[UNET].outputs] == ["prediction"]
-    results = []
-    for engine in ENGINES:
-        with load(bundle, backend=engine, precision="fp32") as opened:
-            results.append(opened.generate(Request(**COMMON)).latents)
-    for latents in results:
-        assert relative_error(latents, results[0]) <= LIMITS["fp16"].trajectory
+    verdict = verify(
+        bundle, request.getfixturevalue(f"tiny_{family}"), backends=ENGINES, precisions=["fp32"], prompts=["a cat"], steps=4,
+        store=False,
+    )  # fmt: skip
+    assert verdict["passed"], [check for check in verdict["checks"] if not check["passed"]]
+    assert {check["backend"] for check in verdict["checks"]} == set(ENGINES)
