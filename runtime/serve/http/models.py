@@ -84,8 +84,12 @@ class Models:
             raise unavailable(state)
 
     def find(self, name: str | None) -> tuple[Model, Engine]:
-        """A model that has been loaded; without a name the first. Raises ApiError."""
+        """`named`, for calls that no door has let in yet. Raises ApiError while no new work is taken."""
         self.check_open()
+        return self.named(name)
+
+    def named(self, name: str | None) -> tuple[Model, Engine]:
+        """A model that has been loaded; without a name the first. Raises ApiError."""
         chosen = next(iter(self.models)) if name is None else self.aliases.get(name, name)
         model = self.models.get(chosen)
         if model is None or model.engine is None:

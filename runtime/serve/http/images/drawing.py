@@ -51,7 +51,7 @@ class Drawing:
         asked = read_fields(values, settings, edit=self._edit)
         if asked.priority > 0 and not call.caller.is_admin:
             raise ApiError(403, "a priority above 0 needs an admin's key", "admin_only", param="priority")
-        model, engine = self._service.models.find(asked.model)
+        model, engine = self._service.models.named(asked.model)  # a call that was let in is drawn, a drain or not
         size = engine.size(asked.request)
         if (pixels := size.width * size.height) > settings.max_pixels:
             text = f"an image would have {size.width}x{size.height} pixels, {pixels}; at most {settings.max_pixels} are drawn"

@@ -6,6 +6,7 @@ import json
 import queue
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -159,6 +160,21 @@ def test_sigterm_finishes_what_is_under_way_and_refuses_the_rest():
         streamed.join()
         assert [answer.status_code for answer in found] == [200, 200]
         assert any("image_generation.completed" in answer.text for answer in found)
+        assert server.process.wait(30) == 0
+
+
+def test_what_was_let_in_before_sigterm_is_drawn():
+    """Its body ends after the signal."""
+    body = json.dumps({"prompt": "a cat", "steps": 2, "size": "64x64"}).encode()
+    head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    with running("--drain", "60") as server, socket.create_connection(("127.0.0.1", server.port), 60) as connection:
+        connection.sendall(head.encode() + body[:10])
+        until_busy(server, 1)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait("draining")
+        connection.sendall(body[10:])
+        assert connection.recv(64).startswith(b"HTTP/1.1 200 ")
         assert server.process.wait(30) == 0
 
 
