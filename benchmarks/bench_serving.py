@@ -231,8 +231,11 @@ def plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(report["mixes"]), figsize=(5.2 * len(report["mixes"]), 7), squeeze=False)
-    for column, (mix, found) in enumerate(report["mixes"].items()):
+    mixes = {mix: found for mix, found in report["mixes"].items() if any(found["open"].values())}
+    if not mixes:
+        return
+    figure, axes = plt.subplots(2, len(mixes), figsize=(5.2 * len(mixes), 7), squeeze=False)
+    for column, (mix, found) in enumerate(mixes.items()):
         above, below = axes[:, column]
         for name, color in zip(ROWS, ("tab:blue", "tab:green", "tab:red"), strict=True):
             rows = found["open"][name]
@@ -290,6 +293,7 @@ def main() -> None:
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--option", action="append", default=[], help="a word more for `stepforge serve`")
     parser.add_argument("--plan", default=PLAN, metavar="GUIDANCE;REUSE", help="of `planned`; w: the request's weight")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the peer, unmeasured")
     parser.add_argument(
         "--mix", action="append", choices=("plain", "mixed"), help="the others' rows in --json are kept"
     )
