@@ -21,6 +21,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,17 @@ def child(*arguments: object) -> dict[str, Any]:
     """Run one of this file's tasks in a fresh process; its last line is JSON. Adds the peaks of its tree of processes."""
     command = [sys.executable, __file__, "--task", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with peaks_of(process) as peaks:
+        out = process.communicate()[0]
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, arguments))} ended with {process.returncode}")
+    answer: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return {**answer, "resident": peaks[0], "anonymous": peaks[1]}
+
+
+@contextmanager
+def peaks_of(process: subprocess.Popen[Any]) -> Iterator[list[int]]:
+    """Most of what `held` gives while a process runs, 10 samples a second; the block waits for its end."""
     peaks = [0, 0]
 
     def sample() -> None:
@@ -45,12 +58,8 @@ def child(*arguments: object) -> dict[str, Any]:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    out = process.communicate()[0]
+    yield peaks
     sampler.join()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(map(str, arguments))} ended with {process.returncode}")
-    answer: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return {**answer, "resident": peaks[0], "anonymous": peaks[1]}
 
 
 def held(root: int) -> tuple[int, int]:

@@ -47,7 +47,7 @@ def diffusers_runner(model: Path, precision: str, compiled: bool, device: str) -
     torch.backends.cudnn.allow_tf32 = False
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     unet = UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=dtype, local_files_only=True).to(device)
-    if compiled:  # as diffusers' guide to speed has it
+    if compiled:  # layout and mode of diffusers' guide to speed
         unet = torch.compile(unet.to(memory_format=torch.channels_last), mode="reduce-overhead", fullgraph=True)
 
     def run(values: dict[str, np.ndarray]) -> np.ndarray:

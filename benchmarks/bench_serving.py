@@ -309,7 +309,7 @@ def main() -> None:
     dtype, seconds = (args.dtype, {}) if args.dtype else faster(args.model, [])
     report: dict[str, Any] = {
         "machine": machine(), "threads": available_threads(), "peer_dtype": dtype, "peer_seconds": seconds,
-        "options": args.option, "plan": args.plan, "rounds": args.rounds, "seconds": args.seconds, "mixes": {},
+        "options": args.option, "plan": args.plan, "mixes": {},
     }  # fmt: skip
     if args.mix and args.json and args.json.exists():
         report["mixes"] = json.loads(args.json.read_text(encoding="utf-8"))["mixes"]
@@ -333,7 +333,7 @@ def main() -> None:
 def measure(servers: dict[str, Server], mix: str, names: list[str], args: argparse.Namespace) -> dict[str, Any]:
     asked = bodies(mix, names, 1)
     forms = {"planned": lambda body: planned(body, args.plan)}
-    found: dict[str, Any] = {"closed": {}, "quality": {}, "open": {name: [] for name in ROWS}}
+    found: dict[str, Any] = {"seconds": args.seconds, "closed": {}, "quality": {}, "open": {name: [] for name in ROWS}}
 
     def of(name: str, requests: Iterable[Body]) -> Iterator[Body]:
         return map(forms.get(name, dict), requests)

@@ -179,7 +179,7 @@ def measure(model: str, work: Path, steps: int, runs: int) -> dict[str, Any]:
     for compiled in (False, True):
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float16, local_files_only=True).to("cuda")
         pipe.set_progress_bar_config(disable=True)
-        if compiled:  # as diffusers' guide to speed has it
+        if compiled:  # layout and mode of diffusers' guide to speed
             pipe.unet.to(memory_format=torch.channels_last)
             pipe.unet = torch.compile(pipe.unet, mode="reduce-overhead", fullgraph=True)
         name = f"diffusers fp16{', torch.compile' if compiled else ''}"

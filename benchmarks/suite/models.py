@@ -26,7 +26,7 @@ ADAPTERS = {
 HINT = EMOJI / "control/hints/heart.png"
 BANKS = ("--lora-slots", "6", "--lora-rank", "16")
 DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
-RANK = 16  # of the adapter of random numbers
+RANK = 16  # rank of the adapters, whose numbers are random
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from checkpoint import keep, resume
 from data import gallery, pictures
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig
 from train_style import CONVOLUTIONS, LINEARS, Diffusion, encode, fresh_text_encoder, fresh_unet, tokenize
 from train_unet import UNCONDITIONAL
 
@@ -60,13 +61,8 @@ def train(args: argparse.Namespace) -> None:
     weights = [p for p in unet.parameters() if p.requires_grad]
     print(f"{len(latents)} pictures, {sum(p.numel() for p in weights):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    first, checkpoint = 1, args.run / f"{args.expert}.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=args.device)
-        set_peft_model_state_dict(unet, state["adapter"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"] + 1
-        torch.manual_seed(first)
+    checkpoint = args.run / f"{args.expert}.pt"
+    first = resume(unet, optimizer, checkpoint, args.device)
     diffusion = Diffusion(args.model, BETWEEN[args.expert], bf16=args.bf16, device=args.device)
     started, losses = time.time(), []
     for step in range(first, args.steps + 1):
@@ -83,11 +79,7 @@ def train(args: argparse.Namespace) -> None:
             rate = (step - first + 1) * args.batch / (time.time() - started)
             print(f"step {step:5d}  loss {np.mean(losses[-50:]):.4f}  {rate:.1f} img/s", flush=True)
         if step % 20 == 0 or step == args.steps:
-            adapter = get_peft_model_state_dict(unet)
-            torch.save(
-                {"adapter": adapter, "optimizer": optimizer.state_dict(), "step": step}, checkpoint.with_suffix(".tmp")
-            )
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            keep(unet, optimizer, step, checkpoint)
     save(unet, args.out / args.expert)
 
 

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from checkpoint import keep, resume
 from data import BACKGROUNDS, SIZE
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig
 from PIL import Image
 from sr import load, upsample
 from sr_data import pair
@@ -78,13 +79,8 @@ def train(args: argparse.Namespace) -> None:
     print(f"{sum(p.numel() for p in weights):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     loss_of = Loss(args.device)
-    first, checkpoint = 1, args.run / f"noise_{args.most_noise}.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=args.device)
-        set_peft_model_state_dict(unet, state["adapter"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"] + 1
-        torch.manual_seed(first)
+    checkpoint = args.run / f"noise_{args.most_noise}.pt"
+    first = resume(unet, optimizer, checkpoint, args.device)
     started, losses = time.time(), []
     for step in range(first, args.steps + 1):
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / 10) * (1 - step / (args.steps + 1))
@@ -100,10 +96,7 @@ def train(args: argparse.Namespace) -> None:
             rate = (step - first + 1) * args.batch / (time.time() - started)
             print(f"step {step:5d}  loss {np.mean(losses[-50:]):.5f}  {rate:.1f} pictures/s", flush=True)
         if step % 50 == 0 or step == args.steps:
-            args.run.mkdir(parents=True, exist_ok=True)
-            state = {"adapter": get_peft_model_state_dict(unet), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            keep(unet, optimizer, step, checkpoint)
     unet.half().save_lora_adapter(args.out)
 
 

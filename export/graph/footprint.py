@@ -62,9 +62,8 @@ def _sizes(model: onnx.ModelProto, side: int) -> dict[str, int]:
     kept = [tensor for tensor in copy.graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL]
     outside = [tensor for tensor in copy.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     del copy.graph.initializer[:]
-    copy.graph.initializer.extend(
-        kept
-    )  # of the others, whose values it would look for in the working directory, shapes do
+    # weights outside become inputs: inference needs their shapes, and would look for values in the working directory
+    copy.graph.initializer.extend(kept)
     copy.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in outside)
     inferred = SymbolicShapeInference.infer_shapes(copy, auto_merge=True).graph  # onnx's own stops at computed shapes
     found: dict[str, int] = {}

@@ -289,7 +289,7 @@ def main() -> None:
         return worker(name, *map(int, numbers))
     signal.signal(signal.SIGTERM, stop)
     found: dict[str, Any] = {}
-    if args.json is not None and args.generators and args.json.exists():  # those of the others stay
+    if args.json is not None and args.generators and args.json.exists():  # counts of other generators stay
         found = json.loads(args.json.read_text(encoding="utf-8"))["generators"]
     keys = ("cases", *GOOD, *BAD)
     for name in args.generators or names():

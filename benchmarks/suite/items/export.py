@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 
@@ -28,7 +27,7 @@ def cases(quick: bool, precisions: Sequence[str]) -> list[Case]:
 
 
 def measure(case: Case, context: Context) -> Record:
-    from bench_export import held
+    from bench_export import peaks_of
 
     model = context.model(case.model)
     kind = case.runner.split()[-1]
@@ -50,17 +49,8 @@ def measure(case: Case, context: Context) -> Record:
         return Record(case, refused=f"less than {disk_needed(case.model) // 2 >> 30} GiB of disk are free")
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=sys.stderr)
-    peaks = [0, 0]
-
-    def sample() -> None:
-        while process.poll() is None:
-            peaks[:] = map(max, peaks, held(process.pid))
-            time.sleep(0.1)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    process.wait()
-    sampler.join()
+    with peaks_of(process) as peaks:
+        process.wait()
     if process.returncode:
         raise SystemExit(f"{case.key} ended with {process.returncode}")
     for made in context.image.parent.glob(f"{context.image.stem}.onnx*"):

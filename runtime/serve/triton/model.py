@@ -169,7 +169,7 @@ class _Call:
         try:
             if self._sender is not None:
                 self._sender.send(_built(answer) if flags else answer(), flags=flags)
-        except Exception:  # Triton's own, for a client that has gone
+        except Exception:  # errors of Triton's, whose types are its own: the client has gone
             log.exception("a response was not sent")
         finally:
             if flags:

@@ -344,7 +344,9 @@ def test_timesteps_are_those_of_diffusers(sampler: str):
             if sampler in BROKEN:
                 with ieee_roots():
                     scheduler.set_timesteps(steps)
-                rounded = scheduler.timesteps.numpy().astype(np.float32)  # as networks take them; kdpm2 keeps float64
+                rounded = scheduler.timesteps.numpy().astype(
+                    np.float32
+                )  # float32 is what networks take; kdpm2 keeps float64
                 np.testing.assert_array_equal(ours, rounded, err_msg=where)
 
 
