@@ -57,7 +57,7 @@ from stepforge.runtime.bundle import (
     sha256,
     write_manifest,
 )
-from stepforge.runtime.bundle.steps import STEPS_FILE, written
+from stepforge.runtime.bundle.steps import steps_file, written
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.files import printable
 
@@ -309,9 +309,10 @@ class _Export:
     def bundle(self, card: ModelCard, stages: Mapping[str, StageCard], experts: Mapping[str, ExpertCard]) -> Bundle:
         """The manifest of what the folder holds."""
         scheduler = scheduler_card(self.source.scheduler)
-        if scheduler.table is not None:
-            (self.folder / STEPS_FILE).parent.mkdir()
-            (self.folder / STEPS_FILE).write_bytes(written(scheduler.table.counts))
+        for stage, own in {"": scheduler, **{name: card.scheduler for name, card in stages.items()}}.items():
+            if own is not None and own.table is not None:
+                (self.folder / steps_file(stage)).parent.mkdir()
+                (self.folder / steps_file(stage)).write_bytes(written(own.table.counts))
         provenance = dict(self.source.provenance)
         provenance |= {"assumed": list(self.source.assumed), "corrected": list(self.source.corrected)}
         if self.controls:

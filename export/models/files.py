@@ -12,6 +12,8 @@ from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.files import is_lfs_pointer, strict_json
 
 MOST_BYTES = 16 << 20  # bytes of a JSON or text file; far beyond a tokenizer or an index of shards
+INDEX = "model_index.json"
+FORGETS = "_use_default_values"  # of a config in memory, diffusers never writes it
 KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -64,7 +66,12 @@ def read_small(path: Path) -> bytes:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds. Raises CheckpointError, also for a key that is given twice."""
-    return parse_json(read_small(path), str(path))
+    data = parse_json(read_small(path), str(path))
+    if FORGETS in data and path.name.endswith((INDEX, "config.json")):
+        raise CheckpointError(
+            f"{path} has {FORGETS}, for which diffusers takes defaults in place of what the file says; remove it"
+        )
+    return data
 
 
 def parse_json(text: bytes, what: str) -> dict[str, Any]:

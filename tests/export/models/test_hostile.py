@@ -62,6 +62,9 @@ def refuse(path: Path, text: str, tokenizer: Path | None = None) -> None:
         ("model_index.json", {"vae": ...}, "does not name the component vae"),
         ("model_index.json", {"a\x1b[31m": ["b", "c"]}, r"unknown component 'a\x1b[31m'"),
         ("model_index.json", {"force_zeros_for_empty_prompt": "false"}, "true or false is expected"),
+        ("unet/config.json", {"_use_default_values": ["act_fn"]}, "has _use_default_values, for which diffusers takes"),
+        ("model_index.json", {"_use_default_values": []}, "has _use_default_values"),
+        ("vae/config.json", {"quantization_config": {"quant_method": "x"}}, "vae has a quantization_config; only floating"),
         ("unet/config.json", {"block_out_channels": "x"}, "block_out_channels is 'x'; a list of positive whole numbers"),
         ("unet/config.json", {"block_out_channels": []}, "block_out_channels is []"),
         ("unet/config.json", {"block_out_channels": [32] * 100}, "lists of at most 16"),
@@ -281,6 +284,24 @@ def test_sample_size(model: Path, changes: dict[str, Any], size: Any, said: str)
         parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
         pipeline = StableDiffusionPipeline(unet=unet, **parts, requires_safety_checker=False)
         assert pipeline.unet.config.sample_size == size
+
+
+def test_settings_of_xl_and_of_the_vae(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """diffusers' inpainting pipeline stops at an aesthetic score that its UNet does not read; the others ignore the key."""
+    from diffusers import AutoencoderKL
+
+    xl = Path(shutil.copytree(tiny_sdxl, tmp_path / "xl"))
+    edit_json(xl / "model_index.json", requires_aesthetics_score=True)
+    edit_json(xl / "vae/config.json", scaling_factor=...)
+    source = load(xl)
+    assert "vae scaling_factor: the default of diffusers' AutoencoderKL, because vae/config.json states none" in (
+        source.assumed
+    )
+    assert AutoencoderKL.from_config(AutoencoderKL.load_config(xl / "vae")).config.scaling_factor == 0.18215
+    edit_json(xl / "model_index.json", _class_name="StableDiffusionXLInpaintPipeline")
+    refuse(xl, "requires_aesthetics_score is True; only SDXL's refiner reads an aesthetic score")
+    edit_json(xl / "model_index.json", requires_aesthetics_score=False)
+    load(xl)
 
 
 def test_text_encoder_that_was_saved_with_a_projection(model: Path) -> None:
