@@ -27,6 +27,7 @@ from stepforge.export.graph.rewire import RESIDUAL, Variants, cut_variants, reso
 from stepforge.export.lora.merge import read_all, with_adapters
 from stepforge.export.memory import check_fits
 from stepforge.export.models.controlnet import ControlSource, load_control
+from stepforge.export.models.files import check_names
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
 from stepforge.export.models.pixel.feedforward import FeedForward
@@ -121,6 +122,8 @@ def export_bundle(
     if precision not in DTYPES:
         raise CheckpointError(f"precision {precision!r} is unknown; choose one of {', '.join(DTYPES)}")
     check_out(out, overwrite)
+    named = [path for path, _ in (*loras, *(experts or {}).values())]
+    check_names(name, [model_path, *named], (controls or {}).values(), (upscalers or {}).values())
     source = load(model_path, tokenizer=tokenizer, prediction_type=prediction_type)
     for kind, lines in (("assumed", source.assumed), ("corrected", source.corrected)):
         for line in lines:

@@ -45,7 +45,7 @@ def read_upscaler(path: str | Path) -> Upscaler:
         refuse_code(path)
         index = read_json(path / "model_index.json")
         named = index.get("_class_name")
-        if named not in READERS:
+        if not isinstance(named, str) or named not in READERS:
             raise CheckpointError(
                 f"{path} is a {printable(repr(named), 80)}; supported super-resolution: {', '.join(READERS)}"
             )

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stepforge.export.build import export_bundle
 from stepforge.export.models import stored, weights
 from stepforge.export.models.controlnet import load_control
 from stepforge.export.models.load import load
@@ -329,3 +330,19 @@ def test_numbers_in_names_of_weights(model: Path, tmp_path: Path) -> None:
     state |= {"first_stage_model.decoder.up.0.block.1.conv1.weight": torch.zeros(1)}
     save_file(state | {"cond_stage_model.transformer.x": torch.zeros(1)}, tmp_path / "m.safetensors")
     refuse(tmp_path / "m.safetensors", "is damaged or of an unknown layout", model / "tokenizer")
+
+
+def test_names_that_no_manifest_holds(model: Path, tmp_path: Path) -> None:
+    """Told before minutes of work: a bundle that says them cannot be read."""
+    variant = os.fsdecode(b"unet/diffusion_pytorch_model.\xff.safetensors")
+    shutil.copy(model / UNET, model / variant)
+    load(model)
+    (model / UNET).unlink()
+    refuse(model, r"has diffusion_pytorch_model.\udcff.safetensors, none of it under a known name")
+    (model / variant).rename(model / UNET)
+    for name in ("a\x1b[2J", "a" * 256):
+        with pytest.raises(CheckpointError, match="is not allowed; at most 255 printable letters"):
+            export_bundle(model, tmp_path / "out", name=name)
+    (tmp_path / "link").symlink_to(model.rename(os.fsdecode(os.fsencode(model) + b"\xff")))
+    with pytest.raises(CheckpointError, match="link has a name that is not UTF-8; rename it"):
+        export_bundle(tmp_path / "link", tmp_path / "out")
