@@ -65,6 +65,8 @@ def read_expert(name: str, path: Path, base: Source, window: tuple[str, float, f
     if not WORD.fullmatch(name) or name in (UNET.name, "base"):
         raise CheckpointError(f"expert name {printable(repr(name), 80)} is not allowed; use letters, digits, - and _")
     try:
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist; give a pipeline's or a UNet's folder, or a LoRA file")
         index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
         if index.get("_class_name") == REFINER and index.get("text_encoder", [None]) == [None, None]:
             return _refiner(path, index, base, window or ("timesteps", START, 1.0))
