@@ -121,7 +121,11 @@ def _refiner(path: Path, index: Mapping[str, Any], base: Source, window: tuple[s
     tokens = path / "tokenizer_2"
     check_tokenizers([text], [encoder], [tokens], [None])
     zeros = index.get("force_zeros_for_empty_prompt", True)
-    found = Text(text.load, tokens, zeros is True)
+    if not isinstance(zeros, bool):
+        raise CheckpointError(
+            f"force_zeros_for_empty_prompt is {printable(repr(zeros), 80)}; true or false is expected"
+        )
+    found = Text(text.load, tokens, zeros)
     return Expert(unet.load, unet.build, *window, _provenance(path, unet, text), found)
 
 
