@@ -16,7 +16,8 @@ demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw four
 	$(BIN)/python examples/emoji/sr_merge.py out/subject_sr
 	$(BIN)/stepforge export examples/emoji/model -o out/emoji.bundle --name emoji --lora-slots 6 --lora-rank 16 \
 		$(CONTROL) $(SR) --reuse tgate --reuse deepcache --overwrite
-	$(BIN)/stepforge verify out/emoji.bundle examples/emoji/model $(CONTROL) $(SR)
+	$(BIN)/stepforge verify out/emoji.bundle examples/emoji/model $(CONTROL) $(SR) \
+		--prompt "cat face on a blue background" --guidance 3 --steps 10
 	$(BIN)/stepforge generate out/emoji.bundle --prompts examples/emoji/prompts.txt --guidance 3 \
 		--out out/emoji --sheet out/emoji.png --overwrite
 	$(BIN)/stepforge generate out/emoji.bundle --requests examples/emoji/adapters.jsonl --guidance 3 \
@@ -41,9 +42,10 @@ quick: $(STAMP)  ## without the slow tests
 test-long: $(STAMP)  ## every family in every precision on every engine, and the demo model from its weights to images
 	$(BIN)/pytest $(PARALLEL) -m long
 
-test-soak: $(STAMP)  ## hostile inputs by the thousand through every door, batches killed, mixed requests, a server overrun; counts into benchmarks/results
+test-soak: $(STAMP) .venv-http/.installed  ## hostile inputs by the thousand through every door, batches killed, mixed requests, a server overrun; counts into benchmarks/results
 	test -d out/emoji.bundle || $(MAKE) demo
 	$(BIN)/python tests/fuzz/soak.py --json benchmarks/results/soak.json
+	.venv-http/bin/python tests/fuzz/guided.py --json benchmarks/results/guided.json
 	$(BIN)/python benchmarks/batch_kills.py --json benchmarks/results/batch_kills.json
 	$(BIN)/python benchmarks/batch_memory.py --json benchmarks/results/batch_memory.json
 	$(BIN)/python benchmarks/soak_engine.py out/emoji.bundle --adapter poster=$(ADAPTERS)/poster \

@@ -5,7 +5,8 @@ Feature space and nearest neighbours are those of emoji_quality.py. Pictures: 20
 subject: share of "sks alien on a ... background" whose nearest picture, among every emoji and the upright subject on every
 background, is the subject; `new backgrounds` are the five that its training pictures do not have. `without` is the base
 model on the same prompts and seeds.
-prior: with the subject's adapter on, "alien on a ... background" is still the alien; other prompts keep their top-1.
+prior: with the subject's adapter on, "alien on a ... background" is still the alien; other prompts keep their top-1;
+`held out` are those of emoji that the adapter's training did not show.
 style: over emoji that the style's training never saw, the share of pictures nearer to the stylised gallery than to the
 plain one, and the share whose nearest stylised picture is the prompted emoji. `targets` scores the autoencoder's
 reconstruction of the stylised pictures themselves.
@@ -125,7 +126,13 @@ def prior_report(adapters: dict[str, float], files: dict[str, Path], rounds: int
     asked = [others[i] for i in random.permutation(len(others))[: 50 * rounds]]
     images = draw([row.caption for row in asked], adapters, list(range(5000, 5000 + len(asked))), files)
     found = nearest_emoji(images)[:, 0] == [row.emoji for row in asked]
-    return report | {"other prompts": len(asked), "other prompts, top-1": percent(found)}
+    apart = np.array([row.emoji in HELD_OUT for row in asked])
+    return report | {
+        "other prompts": len(asked),
+        "other prompts, top-1": percent(found),
+        "of them held out": int(apart.sum()),
+        "held out, top-1": percent(found[apart]),
+    }
 
 
 def style_report(style: str, images: np.ndarray, wanted: list[int]) -> dict:
@@ -189,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2, help="seeds for each background, and 50 other prompts each")
     parser.add_argument("--ablation", type=Path, help="a subject adapter trained with --prior 0, to be compared")
+    parser.add_argument("--style", action=argparse.BooleanOptionalAction, default=True, help="measure the styles too")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--sheet", type=Path, help="write a picture: prompts down, adapters across")
     args = parser.parse_args()
@@ -202,9 +210,10 @@ def main() -> None:
         "guidance": 3,
         "subject": {name: subject_report(*variant, args.rounds) for name, variant in variants.items()},
         "prior": {name: prior_report(*variant, args.rounds) for name, variant in variants.items()},
-        "style": styles_report(args.rounds),
         "machine": machine(),
     }
+    if args.style:
+        report["style"] = styles_report(args.rounds)
     print(json.dumps(report, indent=1))
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")

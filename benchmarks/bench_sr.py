@@ -106,13 +106,13 @@ def save_x4(folder: Path) -> None:
 def save_network(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
-    from spandrel.architectures.ESRGAN import ESRGAN
+
+    from stepforge.export.models.pixel.feedforward import spandrel
 
     torch.manual_seed(0)
     folder.mkdir(parents=True)
-    state = {
-        key: value.contiguous() for key, value in ESRGAN(num_filters=64, num_blocks=23, scale=4).state_dict().items()
-    }
+    network = spandrel().architectures.ESRGAN.ESRGAN(num_filters=64, num_blocks=23, scale=4)
+    state = {key: value.contiguous() for key, value in network.state_dict().items()}
     save_file(state, folder / "net.safetensors")
 
 
@@ -174,7 +174,7 @@ def spandrel_network(args: argparse.Namespace) -> Callable[[], np.ndarray]:
     from stepforge.export.models.pixel.feedforward import read_feed_forward
 
     network = read_feed_forward(args.work / "network/net.safetensors").load(torch.float32)
-    image = torch.from_numpy(picture()).permute(2, 0, 1)[None].float() / 255
+    image = torch.from_numpy(picture().copy()).permute(2, 0, 1)[None].float() / 255
 
     def run() -> np.ndarray:
         with torch.no_grad():
@@ -250,10 +250,13 @@ def seams(work: Path) -> dict[str, dict[str, float]]:
     from stepforge.runtime.engine.pictures.tiles import Ratio, Tile, as_diffusers, even
 
     networks = pictures(work / "seams.bundle", "openvino", "fp32", Tiling())
+    scale = np.float32(json.loads((BASE / "vae/config.json").read_text())["scaling_factor"])
     report = {}
     for name, picture in emoji_pictures().items():
-        given = np.ascontiguousarray(networks.encode(picture)[:4])
+        given = scale * networks.encode(picture)[:4]  # the posterior's mean
         whole = networks.decode(given)
+        lost = np.mean((whole - picture) ** 2) * 127.5**2
+        report[f"{name}, whole, to the picture itself"] = {"PSNR, dB": round(float(10 * np.log10(255**2 / lost)), 1)}
         for side in (48, 64, 96):
             overlap, ratio = max(16, side // 4), Ratio(up=4)
             for kind, tiled in (

@@ -27,6 +27,7 @@ from stepforge.export.graph.rewire import RESIDUAL, Variants, cut_variants, reso
 from stepforge.export.lora.merge import read_all, with_adapters
 from stepforge.export.memory import check_fits
 from stepforge.export.models.controlnet import ControlSource, load_control
+from stepforge.export.models.files import check_names
 from stepforge.export.models.load import load
 from stepforge.export.models.networks import modules_of
 from stepforge.export.models.pixel.feedforward import FeedForward
@@ -57,7 +58,7 @@ from stepforge.runtime.bundle import (
     sha256,
     write_manifest,
 )
-from stepforge.runtime.bundle.steps import STEPS_FILE, written
+from stepforge.runtime.bundle.steps import steps_file, written
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.files import printable
 
@@ -121,6 +122,8 @@ def export_bundle(
     if precision not in DTYPES:
         raise CheckpointError(f"precision {precision!r} is unknown; choose one of {', '.join(DTYPES)}")
     check_out(out, overwrite)
+    named = [path for path, _ in (*loras, *(experts or {}).values())]
+    check_names(name, [model_path, *named], (controls or {}).values(), (upscalers or {}).values())
     source = load(model_path, tokenizer=tokenizer, prediction_type=prediction_type)
     for kind, lines in (("assumed", source.assumed), ("corrected", source.corrected)):
         for line in lines:
@@ -309,9 +312,10 @@ class _Export:
     def bundle(self, card: ModelCard, stages: Mapping[str, StageCard], experts: Mapping[str, ExpertCard]) -> Bundle:
         """The manifest of what the folder holds."""
         scheduler = scheduler_card(self.source.scheduler)
-        if scheduler.table is not None:
-            (self.folder / STEPS_FILE).parent.mkdir()
-            (self.folder / STEPS_FILE).write_bytes(written(scheduler.table.counts))
+        for stage, own in {"": scheduler, **{name: card.scheduler for name, card in stages.items()}}.items():
+            if own is not None and own.table is not None:
+                (self.folder / steps_file(stage)).parent.mkdir()
+                (self.folder / steps_file(stage)).write_bytes(written(own.table.counts))
         provenance = dict(self.source.provenance)
         provenance |= {"assumed": list(self.source.assumed), "corrected": list(self.source.corrected)}
         if self.controls:

@@ -68,7 +68,7 @@ def parse_experts(texts: list[str] | None) -> dict[str, tuple[Path, tuple[str, f
     found: dict[str, tuple[Path, tuple[str, float, float | None] | None]] = {}
     for name, given in parse_named("--expert", texts, "refiner=models/refiner").items():
         path, at, window = str(given).rpartition("@")
-        if not at:
+        if not at or given.exists():
             found[name] = (given, None)
             continue
         switch = Switch.parse(f"{name}@{window}")

@@ -65,6 +65,8 @@ def read_expert(name: str, path: Path, base: Source, window: tuple[str, float, f
     if not WORD.fullmatch(name) or name in (UNET.name, "base"):
         raise CheckpointError(f"expert name {printable(repr(name), 80)} is not allowed; use letters, digits, - and _")
     try:
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist; give a pipeline's or a UNet's folder, or a LoRA file")
         index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
         if index.get("_class_name") == REFINER and index.get("text_encoder", [None]) == [None, None]:
             return _refiner(path, index, base, window or ("timesteps", START, 1.0))
@@ -121,7 +123,11 @@ def _refiner(path: Path, index: Mapping[str, Any], base: Source, window: tuple[s
     tokens = path / "tokenizer_2"
     check_tokenizers([text], [encoder], [tokens], [None])
     zeros = index.get("force_zeros_for_empty_prompt", True)
-    found = Text(text.load, tokens, zeros is True)
+    if not isinstance(zeros, bool):
+        raise CheckpointError(
+            f"force_zeros_for_empty_prompt is {printable(repr(zeros), 80)}; true or false is expected"
+        )
+    found = Text(text.load, tokens, zeros)
     return Expert(unet.load, unet.build, *window, _provenance(path, unet, text), found)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -207,12 +208,15 @@ class Double:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Within, the libraries' advice is not logged: of options that they ignore, or change for some step counts."""
+    """Within, the libraries' advice is not logged, and no warning shown: of options that they ignore, or change for some step
+    counts, of networks without numbers."""
     before = {name: logging.getLogger(name).level for name in ("diffusers", "transformers")}
     for name in before:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)

@@ -95,12 +95,6 @@ def export_stage(
     """Export the networks of a stage. base_source, base: of the model whose pictures it enlarges. vae: loads a source's VAE in
     the precision that it needs. Raises CheckpointError."""
     source = stage.source
-    scheduler = scheduler_card(source.scheduler, ())
-    if scheduler.is_compiled:
-        raise CheckpointError(
-            f"stage {name}: stepforge has no formula for {scheduler.sampler} with these options; name another scheduler "
-            "class in its model_index.json"
-        )
     encoders = tuple(
         base.text_encoders if shares_text(stage, base_source) else _text_encoders(name, stage, add, tokenize)
     )
@@ -129,7 +123,7 @@ def export_stage(
         kind=stage.kind,
         scale=stage.scale_over(base.width),
         model=model,
-        scheduler=scheduler,
+        scheduler=scheduler_card(source.scheduler),
         noising=stage.noising,
         most_noise=stage.most_noise,
         noise_level=stage.noise_level,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,9 @@ def encode(model: Path, pictures: np.ndarray) -> torch.Tensor:
     return torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in chunks]) * vae.config.scaling_factor
 
 
+Teacher = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 class Diffusion:
     """The training objective: noise a latent, compare the predicted v, one number an example.
 
@@ -73,16 +77,22 @@ class Diffusion:
         snr = self.alphas / (1 - self.alphas)
         self.weights = (snr + 1).clamp(max=6.0) / (snr + 1)
 
-    def __call__(self, unet: torch.nn.Module, x0: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, unet: torch.nn.Module, x0: torch.Tensor, text: torch.Tensor, teacher: Teacher | None = None
+    ) -> torch.Tensor:
+        """`teacher` predicts, from noisy latents and timesteps, what is wanted of the last rows in place of their v."""
         count = len(x0)
         noise = torch.randn_like(x0)
         strata = (torch.randperm(count, device=self.device) + torch.rand(count, device=self.device)) / count
         timesteps = self.first + (strata * self.span).long()
         a = self.alphas[timesteps].view(-1, 1, 1, 1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            output = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, timesteps, text).sample
-        error = (output.float() - (a.sqrt() * noise - (1 - a).sqrt() * x0)).square().mean((1, 2, 3))
-        return self.weights[timesteps] * error
+            noisy, wanted = a.sqrt() * x0 + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x0
+            output = unet(noisy, timesteps, text).sample
+            if teacher is not None:
+                taught = teacher(noisy, timesteps).float()
+                wanted = torch.cat([wanted[: count - len(taught)], taught])
+        return self.weights[timesteps] * (output.float() - wanted).square().mean((1, 2, 3))
 
 
 def save(unet: PeftModel, style: str, out: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stepforge.runtime.errors import CheckpointError
-from stepforge.runtime.files import is_lfs_pointer, strict_json
+from stepforge.runtime.files import is_lfs_pointer, printable, strict_json
 
 MOST_BYTES = 16 << 20  # bytes of a JSON or text file; far beyond a tokenizer or an index of shards
+INDEX = "model_index.json"
+FORGETS = "_use_default_values"  # of a config in memory, diffusers never writes it
+LONGEST_NAME = 255  # letters of a model's name
 KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -50,6 +54,19 @@ def refuse_code(folder: Path) -> None:
         raise CheckpointError(f"{folder} contains code ({code[0]}); models with code of their own are refused")
 
 
+def check_names(name: str | None, *paths: Iterable[str | Path]) -> None:
+    """Raises CheckpointError for a model's name and names of files that no manifest holds."""
+    if name and not (len(name) <= LONGEST_NAME and name.isprintable()):
+        raise CheckpointError(
+            f"the name {printable(repr(name), 80)} is not allowed; at most {LONGEST_NAME} printable letters"
+        )
+    for path in (path for group in paths for path in group):
+        try:
+            os.path.realpath(path).encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(f"{printable(path)} has a name that is not UTF-8; rename it") from None
+
+
 def read_small(path: Path) -> bytes:
     """A small file. Raises CheckpointError."""
     try:
@@ -64,7 +81,12 @@ def read_small(path: Path) -> bytes:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds. Raises CheckpointError, also for a key that is given twice."""
-    return parse_json(read_small(path), str(path))
+    data = parse_json(read_small(path), str(path))
+    if FORGETS in data and path.name.endswith((INDEX, "config.json")):
+        raise CheckpointError(
+            f"{path} has {FORGETS}, for which diffusers takes defaults in place of what the file says; remove it"
+        )
+    return data
 
 
 def parse_json(text: bytes, what: str) -> dict[str, Any]:

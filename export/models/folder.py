@@ -88,8 +88,17 @@ def read_folder(path: Path, prediction_type: str | None) -> Source:
         raise CheckpointError(
             f"{path}: force_zeros_for_empty_prompt is {printable(repr(zeros), 80)}; true or false is expected"
         )
+    if pipeline == XL[1] and index.get("requires_aesthetics_score", False) is not False:
+        raise CheckpointError(
+            f"{path}: requires_aesthetics_score is {printable(repr(index['requires_aesthetics_score']), 80)}; only SDXL's "
+            "refiner reads an aesthetic score, see --expert"
+        )
     if xl and "force_zeros_for_empty_prompt" not in index:
         assumed.append("force_zeros_for_empty_prompt: true, the default of diffusers' pipeline")
+    if "scaling_factor" not in configs["vae"]:
+        assumed.append(
+            "vae scaling_factor: the default of diffusers' AutoencoderKL, because vae/config.json states none"
+        )
     if index.get("safety_checker") not in (None, [None, None]):
         assumed.append("safety_checker: none; the model's own is not exported, images are not filtered")
 

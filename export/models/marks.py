@@ -17,6 +17,7 @@ SAID = {  # values in metadata: kohya's trainers and ComfyUI write "v" and "epsi
 STATED = ("modelspec.prediction_type", "modelspec.predict_key")  # kohya's trainers, ComfyUI
 V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"  # empty weights of these names, as ComfyUI and NoobAI's trainers write them
 EDM_V = ("edm_vpred.sigma_max", "edm_vpred.sigma_min")
+INPUT, MASKED = "model.diffusion_model.input_blocks.0.0.weight", 9  # its channels in an inpainting model
 MOST_SIGMA = 1000.0  # what ComfyUI's editor of noise levels allows
 SD2_BASE_STEP = 875000  # global_step of the epsilon checkpoints of SD 2.0, the only mark they carry
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
@@ -102,8 +103,11 @@ def _prediction(
     if stated:
         return stated.pop()
     silent = "because neither the file's keys nor its metadata state one"
-    if family == "sd2":  # diffusers' rule
+    if family == "sd2":  # diffusers' rules
         if scalar("global_step") == SD2_BASE_STEP:
+            return EPSILON
+        if header.shapes.get(INPUT, ())[1:2] == (MASKED,):
+            assumed.append(f"prediction_type: {EPSILON}, as SD 2's inpainting model, {silent}")
             return EPSILON
         assumed.append(f"prediction_type: {V}, {silent}; SD 2 base models need --prediction-type epsilon")
         return V

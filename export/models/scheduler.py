@@ -123,6 +123,11 @@ def read_scheduler(
     if ignored := sorted(key for key in config.keys() - known.keys() - every_option() if not key.startswith("_")):
         unknown = printable(", ".join(ignored), 80)
         assumed.append(f"scheduler: without {unknown}, which {name} of diffusers {diffusers.__version__} does not know")
+    for option in [option for option, default in known.items() if option in config and default is not None]:
+        if config[option] is None:  # diffusers takes null for false, and stops at other ones
+            given[option] = False if isinstance(known[option], bool) else known[option]
+            if option != "prediction_type" and given[option] is not False:
+                assumed.append(f"scheduler: {option} {known[option]!r}, {name}'s default, because it is null")
     corrected = []
     if (said := config.get("_class_name", name)) != name:
         corrected.append(f"scheduler: {name}, as model_index.json names it, instead of {printable(said, 80)}")

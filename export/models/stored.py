@@ -12,7 +12,7 @@ from torch import nn
 
 from stepforge.export.models.networks import check_counts
 from stepforge.export.models.tokenizer import Pad, read_tokenizer
-from stepforge.export.models.weights import State, check_fit, fill, first_line, header_state, read_weights
+from stepforge.export.models.weights import NOT_READ, State, check_fit, fill, first_line, header_state, read_weights
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.files import printable
 
@@ -41,6 +41,8 @@ class Stored:
 
     def check(self) -> Any:
         """The network on the meta device. Raises CheckpointError unless the files hold exactly its weights."""
+        if self.config.get("quantization_config"):
+            raise CheckpointError(f"{self.what} has a quantization_config; {NOT_READ}")
         state = header_state(self.files, self.prefix)
         try:
             check_counts(self.config, len(state))

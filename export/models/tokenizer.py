@@ -86,7 +86,7 @@ def _copy(folder: Path, to: Path) -> None:
     for name in names:
         if name.endswith(".json"):
             data = read_json(folder / name)
-            if any(type(each) is not int or not 0 <= each < MOST_IDS for each in _ids(name, data)):
+            if any(type(each) is not int or not 0 <= each < MOST_IDS for each in ids_of(name, data)):
                 raise CheckpointError(f"{folder / name} has an id that is no whole number from 0 to {MOST_IDS}")
             named = data.get("tokenizer_class") if name == "tokenizer_config.json" else None
             if named is not None and named not in CLASSES:
@@ -96,7 +96,7 @@ def _copy(folder: Path, to: Path) -> None:
             (to / name).write_bytes(read_small(folder / name))
 
 
-def _ids(name: str, data: dict[str, Any]) -> list[Any]:
+def ids_of(name: str, data: dict[str, Any]) -> list[Any]:
     """The ids of tokens that a file of a tokenizer gives."""
     match name:
         case "vocab.json" | "added_tokens.json":

@@ -14,7 +14,7 @@ from typing import Any
 from stepforge.export.models import tokenizer
 from stepforge.export.models.files import read_json, reading, refuse_code
 from stepforge.export.models.networks import PLAIN_UNET, empty_clip, empty_network, empty_vae, levels
-from stepforge.export.models.pixel.read import read_pixel_sr
+from stepforge.export.models.pixel.read import NOT_NEEDED, read_pixel_sr
 from stepforge.export.models.scheduler import EXAMINED, noising_card, read_scheduler, scheduler_card
 from stepforge.export.models.source import Source, Upscaler
 from stepforge.export.models.stored import Stored, check_tokenizers
@@ -45,7 +45,7 @@ def read_upscaler(path: str | Path) -> Upscaler:
         refuse_code(path)
         index = read_json(path / "model_index.json")
         named = index.get("_class_name")
-        if named not in READERS:
+        if not isinstance(named, str) or named not in READERS:
             raise CheckpointError(
                 f"{path} is a {printable(repr(named), 80)}; supported super-resolution: {', '.join(READERS)}"
             )
@@ -165,6 +165,8 @@ def _source(
         for name, found in files.items()
         if (variant := variant_of(found))
     ]
+    if any(index.get(name) not in (None, [None, None]) for name in NOT_NEEDED):
+        assumed.append("safety_checker and watermarker: none; images are neither filtered nor marked")
     encoder = any(key.startswith("encoder.") for file in files["vae"] for key in read_header(file).shapes)
     builds: dict[str, Callable[[], Any]] = {
         "unet": unet,

@@ -89,8 +89,8 @@ def _variant(name: str) -> str | None:
     """The variant that a file of whole weights, or an index of shards, is named for."""
     parts = SHARD.sub("", name).split(".")[1:]
     parts = [part for part in parts if part not in ("safetensors", "index", "json")]
-    known = name.endswith((".safetensors", ".json")) and ".safetensors" in name and not SHARD.search(name)
-    return parts[0] if known and len(parts) == 1 else None
+    known = NAME.fullmatch(name) and name.endswith((".safetensors", ".json")) and ".safetensors" in name
+    return parts[0] if known and not SHARD.search(name) and len(parts) == 1 else None
 
 
 def variant_of(files: Sequence[Path]) -> str | None:

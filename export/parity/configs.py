@@ -3,6 +3,7 @@
 diffusers tells the kind of a checkpoint and takes the configs of one published model for it (single_file_utils.py,
 DIFFUSERS_DEFAULT_PIPELINE_PATHS). These are the configs of the same models, so that it finds them without a network:
 stable-diffusion-v1-5, stable-diffusion-2-1 and stable-diffusion-xl-base-1.0. Options at their class's default are left out.
+Inpainting models are these with nine channels; their schedulers are the base models', which verify tells as assumed.
 """
 
 from __future__ import annotations
@@ -168,4 +169,23 @@ MODELS: dict[str, dict[str, Config]] = {  # diffusers' name of the kind -> file 
         },
     },
 }
+
+
+def _inpainting(base: str, size: int, prediction: str) -> dict[str, Config]:
+    """The configs of a base model's inpainting model: nine channels in, latents, a mask and the masked image."""
+    files = MODELS[base]
+    named = str(files["model_index.json"]["_class_name"]).replace("Pipeline", "InpaintPipeline")
+    return files | {
+        "model_index.json": files["model_index.json"] | {"_class_name": named},
+        "unet/config.json": files["unet/config.json"] | {"in_channels": 9, "sample_size": size},
+        "scheduler/scheduler_config.json": files["scheduler/scheduler_config.json"] | {"prediction_type": prediction},
+    }
+
+
+MODELS |= {
+    "inpainting": _inpainting("v1", 64, "epsilon"),
+    "inpainting_v2": _inpainting("v2", 64, "epsilon"),
+    "xl_inpaint": _inpainting("xl_base", 128, "epsilon"),
+}
+PIPELINES = {str(files["model_index.json"]["_class_name"]) for files in MODELS.values()}
 SD2_BASE_SIZE = 64  # sample_size of stable-diffusion-2-base, the epsilon checkpoint of 512 x 512 pixels

@@ -23,7 +23,7 @@ from transformers import CLIPTokenizer
 
 from stepforge.export.models.source import Source
 from stepforge.export.models.weights import opened, read_header, variant_of
-from stepforge.export.parity.configs import MODELS, SD2_BASE_SIZE
+from stepforge.export.parity.configs import MODELS, PIPELINES, SD2_BASE_SIZE
 from stepforge.export.parity.staging import TOKENIZER, reason, stage_component, stage_model, staging, write_json
 from stepforge.runtime.errors import CheckpointError
 
@@ -31,13 +31,14 @@ UNET = "model.diffusion_model."
 SD2_BASE_STEP = 875000  # global_step of stable-diffusion-2-base, by which diffusers' legacy loader tells epsilon
 MARKS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "global_step")
 FP32 = torch.float32
+XL = ("xl_base", "xl_inpaint")  # diffusers' names of kinds
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A pipeline, which loader made it, and the settings that it has from stepforge, a line each."""
 
-    pipeline: Any  # diffusers' StableDiffusionPipeline or StableDiffusionXLPipeline
+    pipeline: Any  # diffusers', of one of PIPELINES or IFPipeline
     loader: str  # "from_pretrained", "from_single_file" or "source"
     assumed: tuple[str, ...] = ()
 
@@ -78,6 +79,8 @@ def load_pipeline(
                 raise CheckpointError(f"{model} is not loaded by diffusers: {reason(error)}") from error
             loaded = _from_source(model, source, error)
     loaded.pipeline.set_progress_bar_config(disable=True)
+    if hasattr(loaded.pipeline, "watermark"):
+        loaded.pipeline.watermark = None  # SDXL's, where the package of its own is installed; the engine draws none
     return loaded
 
 
@@ -120,7 +123,7 @@ def _from_single_file(model: Path, tokenizer: Path | None, prediction_type: str 
         if tokenizer is not None:
             _add_tokenizers(place, index, tokenizer)
         named = index.get("_class_name")
-        if named not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        if named not in PIPELINES:
             raise CheckpointError(f"{config} is of a {named!r:.80}")
         pipeline = getattr(diffusers, named).from_single_file(
             str(model.resolve()), config=str(place), local_files_only=True, torch_dtype=FP32
@@ -132,6 +135,8 @@ def _from_single_file(model: Path, tokenizer: Path | None, prediction_type: str 
     if config is not None:
         return _given(loaded, prediction_type)
     loaded = _stated(loaded, kind, marks, header.metadata, prediction_type)
+    if "inpaint" in kind:
+        loaded = loaded.assuming(f"{type(loaded.pipeline.scheduler).__name__}, as the base model's")
     if kind == "v2" and loaded.pipeline.scheduler.config.prediction_type == "epsilon":
         loaded.pipeline.unet.register_to_config(sample_size=SD2_BASE_SIZE)
         loaded = loaded.assuming("image size 512x512, as SD 2's epsilon models; diffusers takes all for 768x768")
@@ -172,7 +177,7 @@ def _stated(
     Marks: ComfyUI's keys v_pred, ztsnr and edm_vpred.sigma_max; modelspec's prediction_type and predict_key.
     """
     numbers = {key: float(value) for key, value in marks.items() if value.numel() == 1}
-    if kind == "xl_base" and (highest := numbers.get("edm_vpred.sigma_max")) is not None:
+    if kind in XL and (highest := numbers.get("edm_vpred.sigma_max")) is not None:
         loaded.pipeline.scheduler = diffusers.EDMEulerScheduler(
             sigma_min=numbers.get("edm_vpred.sigma_min", 0.002),
             sigma_max=highest,
@@ -199,7 +204,7 @@ def _stated(
     if "ztsnr" in marks and found == "v_prediction":
         if "rescale_betas_zero_snr" not in scheduler.config:  # PNDM; DDIM is what diffusers' documentation names
             loaded.pipeline.scheduler = diffusers.DDIMScheduler.from_config(scheduler.config, prediction_type=found)
-        spacing = {} if kind == "xl_base" else {"timestep_spacing": "trailing"}
+        spacing = {} if kind in XL else {"timestep_spacing": "trailing"}
         line = f"zero terminal SNR, {type(loaded.pipeline.scheduler).__name__}: a mark in the file says so"
         loaded = _with_scheduler(loaded, line, rescale_betas_zero_snr=True, **spacing)
     return loaded

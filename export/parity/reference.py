@@ -20,7 +20,7 @@ from stepforge.export.parity.loaders import Loaded, quiet
 from stepforge.export.parity.recorder import Call, control_calls, control_recorder, plain_calls, plain_recorder
 from stepforge.export.parity.staging import reason
 from stepforge.runtime.arrays import Float32
-from stepforge.runtime.bundle import VAE_ENCODER, Bundle, Size
+from stepforge.runtime.bundle import TEXT_ENCODERS, VAE_ENCODER, Bundle, Size
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.request import Init
 
@@ -107,6 +107,17 @@ def run_references(
             controlled[net.name] = run(control_pipeline(pipeline, network), first, image=hint)
         calls += control_calls(net.name, recorder)
     return References(plain, again, controlled, given, init, hint, calls, size, loaded.loader, tuple(assumed))
+
+
+def inversion_prompts(pipeline: Any, prompts: Sequence[str]) -> tuple[str, ...]:
+    """A prompt with the first textual inversion of several vectors that the model's tokenizers were saved with, unless one of
+    the prompts has it: others do not show how it is read."""
+    for key in TEXT_ENCODERS:
+        tokenizer = getattr(pipeline, key.name.replace("text_encoder", "tokenizer"), None)
+        added = getattr(tokenizer, "added_tokens_encoder", {})
+        if found := [token for token in added if f"{token}_1" in added]:
+            return () if any(token in prompt for token in found for prompt in prompts) else (f"a photo of {found[0]}",)
+    return ()
 
 
 @contextmanager

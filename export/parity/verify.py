@@ -37,7 +37,7 @@ from stepforge.export.parity.experts import ExpertReference, run_experts
 from stepforge.export.parity.loaders import load_pipeline
 from stepforge.export.parity.measures import psnr, relative_error
 from stepforge.export.parity.pixel import run_base, text_modules
-from stepforge.export.parity.reference import Reference, References, Settings, run_references
+from stepforge.export.parity.reference import Reference, References, Settings, inversion_prompts, run_references
 from stepforge.export.parity.stages import StageReference, run_stages
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend, Graph, open_backend, runnable
@@ -130,7 +130,6 @@ def verify(
     places = {name: Path(path) for name, path in (controls or {}).items()}
     nets = exported_controls(bundle, source, places)
     runs = list(_configurations(bundle, backends, precisions))
-    settings = Settings(tuple(prompts), steps, guidance, seed)
 
     progress("reference: loading")
     loaded = load_pipeline(
@@ -141,6 +140,7 @@ def verify(
         config=None if config is None else Path(config),
     )
     loaded = loaded.assuming(*merge_adapters(loaded.pipeline, loras, merged))
+    settings = Settings((*prompts, *inversion_prompts(loaded.pipeline, prompts)), steps, guidance, seed)
     if source.family == "if":
         known = run_base(loaded, bundle, settings, progress)
     else:

@@ -87,6 +87,9 @@ class Fake:
         return np.float32
 
     def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
+        return Lent(self._graph(component))
+
+    def _graph(self, component: ComponentId) -> Graph:
         if component.role == "text_encoder":
             return encode_text
         card = self._bundle.model(component.stage)
@@ -99,6 +102,20 @@ class Fake:
         return Denoiser(self._alphas, card.latent_channels)
 
 
+class Lent:
+    """A graph whose outputs are NaN from its next call on, as engines reuse theirs: who keeps one without a copy is found out."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph, self._outputs = graph, dict[str, NDArray[np.float32]]()
+
+    def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        made = {name: np.array(array) for name, array in self._graph(inputs).items()}  # inputs may be older outputs
+        for array in self._outputs.values():
+            array.fill(np.nan)
+        self._outputs = made
+        return dict(made)
+
+
 def encode_text(inputs: Arrays) -> dict[str, NDArray[np.float32]]:
     """Token ids [n, L] to pretended hidden states [n, L, DIM]."""
     ids = inputs["input_ids"]
@@ -106,7 +123,7 @@ def encode_text(inputs: Arrays) -> dict[str, NDArray[np.float32]]:
 
 
 class Denoiser:
-    """epsilon = E[noise | x_t, prompt] for Gaussian data; what stands beside the latents is not looked at."""
+    """epsilon = E[noise | x_t, prompt] for Gaussian data; what stands beside the latents changes nothing if it is finite."""
 
     def __init__(self, alphas: NDArray[np.float64], channels: int = 4) -> None:
         self._alphas, self._channels = alphas, channels
@@ -117,7 +134,8 @@ class Denoiser:
         alpha, sigma = np.sqrt(alpha_squared), np.sqrt(1 - alpha_squared)
         gain = (sigma / (alpha_squared * SPREAD**2 + sigma**2)).astype(np.float32).reshape(-1, 1, 1, 1)
         mean = inputs["encoder_hidden_states"].mean(axis=1)[:, : x.shape[1]].reshape(len(x), -1, 1, 1)
-        return {"prediction": gain * (x - alpha.astype(np.float32).reshape(-1, 1, 1, 1) * mean)}
+        beside = np.float32(0) * inputs["sample"][:, self._channels :].sum(axis=(1, 2, 3), keepdims=True)
+        return {"prediction": gain * (x - alpha.astype(np.float32).reshape(-1, 1, 1, 1) * mean) + beside}
 
 
 class Decoder:

@@ -5,7 +5,7 @@
     scheduler/steps.json        steps of the model's sampler where stepforge has no formula for it, see steps.py
     text_encoder*/model.onnx    ids [n, L] -> hidden states (SDXL: and pooled)
     denoiser/<name>/model.onnx  sample, timestep, encoder_hidden_states, ... -> prediction
-    sr/<name>/...               the networks of a super-resolution stage, in folders as the base model's
+    sr/<name>/...               the networks of a super-resolution stage and its steps, in folders as the base model's
     control/<name>/hint/model.onnx       image in 0..1 -> hint
     control/<name>/residuals/model.onnx  what the denoiser reads, hint, scale -> residual_i
     vae_decoder/model.onnx      latents -> pixels in [-1, 1]

@@ -30,7 +30,7 @@ from stepforge.runtime.bundle.format import (
 from stepforge.runtime.bundle.preset import Preset
 from stepforge.runtime.bundle.scheduler import SchedulerCard
 from stepforge.runtime.bundle.steps import MOST_BYTES as MOST_STEPS_BYTES
-from stepforge.runtime.bundle.steps import STEPS_FILE, StepTable
+from stepforge.runtime.bundle.steps import StepTable, steps_file
 from stepforge.runtime.bundle.typed import Between, Matches, parse, reader
 from stepforge.runtime.checks import shown
 from stepforge.runtime.errors import BundleError
@@ -88,20 +88,23 @@ def read(path: str | Path, *, check: bool = True) -> Bundle:
     _check_tree(bundle)
     if check:
         _check_hashes(bundle)
-    return _with_table(bundle)
+    stages = {
+        name: card if card.scheduler is None else replace(card, scheduler=_with_table(bundle, card.scheduler, name))
+        for name, card in bundle.stages.items()
+    }
+    return replace(bundle, scheduler=_with_table(bundle, bundle.scheduler), stages=stages)
 
 
-def _with_table(bundle: Bundle) -> Bundle:
-    """The bundle with the compiled steps of its sampler, if it has such."""
-    if not bundle.scheduler.is_compiled:
-        return bundle
-    if STEPS_FILE not in bundle.files:
-        raise BundleError(f"{bundle.path} has the sampler {bundle.scheduler.sampler} without {STEPS_FILE}")
-    size = bundle.files[STEPS_FILE][0]
+def _with_table(bundle: Bundle, scheduler: SchedulerCard, stage: str = "") -> SchedulerCard:
+    """The card with the compiled steps of its sampler, if it has such."""
+    if not scheduler.is_compiled:
+        return scheduler
+    if (file := steps_file(stage)) not in bundle.files:
+        raise BundleError(f"{bundle.path} has the sampler {scheduler.sampler} without {file}")
+    size = bundle.files[file][0]
     if size > MOST_STEPS_BYTES:
-        raise BundleError(f"{bundle.path}: {STEPS_FILE} has {size} bytes; at most {MOST_STEPS_BYTES} are allowed")
-    table = StepTable.parse(bundle.file(STEPS_FILE).read_bytes())
-    return replace(bundle, scheduler=replace(bundle.scheduler, table=table))
+        raise BundleError(f"{bundle.path}: {file} has {size} bytes; at most {MOST_STEPS_BYTES} are allowed")
+    return replace(scheduler, table=StepTable.parse(bundle.file(file).read_bytes()))
 
 
 def _bytes(manifest: Path) -> bytes:

@@ -1,6 +1,7 @@
 """Compiled steps of a model's own sampler, for samplers without a formula in `plan/sampling/samplers.py`; written at export.
 
-    scheduler/steps.json    [{"steps": 20, "init_noise": 1.0, "rows": [[step, t, sigma, scale_in, noise,
+    scheduler/steps.json, or sr/<stage>/scheduler/steps.json
+                              [{"steps": 20, "init_noise": 1.0, "rows": [[step, t, sigma, scale_in, noise,
                             [denoised, denoised], [keep, ...], [gain, ...]], ...]}, ...]
 
 One entry for each step count that can be asked for, one row a network evaluation; numbers as in `plan.step.Step`, and sigma
@@ -78,6 +79,11 @@ class StepTable:
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise BundleError(f"{STEPS_FILE} is damaged: {error}") from None
         return cls(hashlib.sha256(data).hexdigest(), counts)
+
+
+def steps_file(stage: str = "") -> str:
+    """Place of the compiled steps of the base model, or of a stage."""
+    return f"sr/{stage}/{STEPS_FILE}" if stage else STEPS_FILE
 
 
 def written(counts: Mapping[int, tuple[float, tuple[Row, ...]]]) -> bytes:

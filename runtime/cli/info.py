@@ -40,6 +40,11 @@ def info(bundle: options.BundlePath, as_json: options.Json = False) -> None:
     for what in ("assumed", "corrected"):
         for line in lines(opened.source.get(what)):
             print(f"  {what} at export: {line}")
+    upscalers = opened.source.get("upscalers")
+    for name, told in upscalers.items() if isinstance(upscalers, Mapping) else ():
+        for what in ("assumed", "corrected"):
+            for line in lines(told.get(what)) if isinstance(told, Mapping) else ():
+                print(f"  {what} at export: stage {printable(name, 80)}: {line}")
     for line in plan_lines(opened):
         print(f"  plan {line}")
     verdict = opened.verdict

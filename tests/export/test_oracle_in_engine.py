@@ -107,15 +107,42 @@ def with_guidance(w: Any) -> Request:
     return Request(prompt="x", sampler="ddim", steps=10, guidance=w)
 
 
+def with_scheduler(model: Path, out: Path, name: str, **options: Any) -> Path:
+    """A copy of a model with another scheduler in its index, and options in the scheduler's config."""
+    shutil.copytree(model, out)
+    index = json.loads((out / "model_index.json").read_text())
+    (out / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
+    place = out / "scheduler" / "scheduler_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | options))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_stage_with_such_a_sampler_is_exported(tiny_sd1: Path, tiny_x4: Path, tmp_path: Path):
+    stage = with_scheduler(tiny_x4, tmp_path / "x4", "DPMSolverMultistepScheduler", solver_type="heun")
+    out = tmp_path / "x4.bundle"
+    export_bundle(tiny_sd1, out, upscalers={"x4": stage})
+    card = read(out).stages["x4"].scheduler
+    assert card is not None
+    assert (card.sampler, len(card.table.counts)) == ("DPMSolverMultistepScheduler", 100)
+    verdict = verify(
+        out, tiny_sd1, upscalers={"x4": stage}, backends=("onnxruntime",), precisions=("fp32",), prompts=("a cat",), steps=4,
+        store=False,
+    )  # fmt: skip
+    assert verdict["passed"], [check for check in verdict["checks"] if not check["passed"]]
+    assert ("trajectory", "stage x4") in {(check["level"], check["name"]) for check in verdict["checks"]}
+    (out / "sr/x4/scheduler/steps.json").unlink()
+    with pytest.raises(BundleError, match=r"lacks sr/x4/scheduler/steps.json"):
+        read(out)
+
+
 @pytest.mark.slow
 def test_a_model_with_such_a_sampler_is_exported(tiny_sd1: Path, tmp_path: Path):
     """Of another class than its config says, with what the pipeline corrects; verify runs diffusers' own pipeline."""
-    model = shutil.copytree(tiny_sd1, tmp_path / "model")
-    index = json.loads((model / "model_index.json").read_text())
-    index["scheduler"] = ["diffusers", "SASolverScheduler"]
-    (model / "model_index.json").write_text(json.dumps(index))
-    place = model / "scheduler" / "scheduler_config.json"
-    place.write_text(json.dumps({**json.loads(place.read_text()), "_class_name": "PNDMScheduler", "steps_offset": 0}))
+    model = with_scheduler(
+        tiny_sd1, tmp_path / "model", "SASolverScheduler", _class_name="PNDMScheduler", steps_offset=0
+    )
     out = tmp_path / "sa.bundle"
     bundle = export_bundle(model, out)
     assert sorted(read(out).scheduler.table.counts) == list(range(1, 101))

@@ -1,4 +1,5 @@
-"""Tiny models and a ControlNet, as folders and single files, with one thing changed: JSON, headers, kinds of files.
+"""Tiny models, a ControlNet, stages of super-resolution, IF and a refiner, as folders and single files, with one thing
+changed: JSON, headers, kinds of files, SentencePiece models.
 
 What is accepted must also load. Weights whose header was not touched must keep their values, whatever else has changed.
 """
@@ -12,6 +13,7 @@ import random
 import shutil
 import socket
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,7 @@ def start(folder: Path) -> dict[str, Any]:
     models["control.safetensors"] = folder / "control.safetensors"
     shutil.copy(folder / "control/diffusion_pytorch_model.safetensors", models["control.safetensors"])
     assert tokenizer.FILES  # imported here, as transformers is, not in the first case
+    further(build, folder, models)
     tokens = models["sd1"] / "tokenizer"
     unet = dict(UNet2DConditionModel.load_config(models["sd1"] / "unet"))
     base = {"models": models, "tokens": tokens, "unet": unet}
@@ -142,19 +145,63 @@ def start(folder: Path) -> dict[str, Any]:
     return base | {"files": files, "expected": expected}
 
 
+def further(build: Any, folder: Path, models: dict[str, Path]) -> None:
+    """What the tests have beside base models; T5's tokenizer once as a SentencePiece model."""
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    from stepforge.export.models.pixel.feedforward import spandrel
+
+    class Folders:
+        def mktemp(self, _: str) -> Path:
+            return Path(tempfile.mkdtemp(dir=folder))
+
+    made, places = {}, Folders()
+    for name, needed in (("sd1", ()), ("sdxl", ()), ("x4", ()), ("x2", ("sd1",)), ("if", ()), ("refiner", ("sdxl",))):
+        fixture = getattr(build, f"tiny_{name}").__wrapped__
+        made[name] = fixture(*(made[one] for one in needed), places)
+    models |= {name: made[name] for name in ("x4", "x2", "if", "refiner")}
+    models["base"] = made["sdxl"]  # of the refiner
+    models |= {f"if-{name}": path for name, path in build.tiny_if_sr.__wrapped__(places).items()}
+    pieces = import_protobuf().ModelProto()
+    for token, number in json.loads((models["if"] / "tokenizer/tokenizer.json").read_text())["model"]["vocab"]:
+        if not token.startswith("<extra_id_"):
+            pieces.pieces.add(piece=token, score=number)
+    models["if-pieces"] = Path(shutil.copytree(models["if"], folder / "if-pieces"))
+    shutil.rmtree(models["if-pieces"] / "tokenizer")
+    (models["if-pieces"] / "tokenizer").mkdir()
+    (models["if-pieces"] / "tokenizer/spiece.model").write_bytes(pieces.SerializeToString())
+    spandrel()
+    from safetensors.torch import save_file
+    from spandrel.architectures.Compact import Compact
+
+    models["compact.safetensors"] = folder / "compact.safetensors"
+    save_file(Compact(num_feat=8, num_conv=2, upscale=2).state_dict(), models["compact.safetensors"])
+
+
 def networks(name: str, base: dict[str, Any]) -> list[Any]:
-    """All networks of a model, or of a ControlNet for SD 1."""
+    """All networks of a model, of a ControlNet for SD 1, of a stage, or of a refiner."""
     import torch
 
+    from stepforge.export.expert_source import read_expert
     from stepforge.export.models.controlnet import load_control
     from stepforge.export.models.load import load
+    from stepforge.export.models.pixel.feedforward import read_feed_forward
+    from stepforge.export.models.upscaler import read_upscaler
 
     path = base["models"][name]
     if "control" in name:
         return [load_control(path, base["unet"], 2).network(torch.float32)]
-    source = load(path, tokenizer=base["tokens"])
+    if "compact" in name:
+        return [read_feed_forward(path).load(torch.float32).model]
+    if name == "refiner":
+        expert = read_expert(name, path, load(base["models"]["base"]), None)
+        assert expert.text is not None
+        return [expert.unet(torch.float32), expert.text.load(torch.float32)]
+    stage = name.startswith("x") or name in ("if-ii", "if-plain")
+    source = read_upscaler(path).source if stage else load(path, tokenizer=base["tokens"])
     assert all(line.isprintable() for line in (*source.assumed, *source.corrected))
-    return [loader(torch.float32) for loader in (source.unet, source.vae, *source.text_encoders)]
+    loaders = (source.unet, source.vae, *source.text_encoders)
+    return [loader(torch.float32) for loader in loaders if loader is not None]
 
 
 def case(rng: random.Random, base: dict[str, Any]) -> tuple[str, str, str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from stepforge.export.models.files import read_json, read_small, reading
 from stepforge.export.models.networks import built, check_option
-from stepforge.export.models.tokenizer import MOST_IDS, Tokenizer
+from stepforge.export.models.tokenizer import MOST_IDS, Tokenizer, ids_of
 from stepforge.export.models.weights import State, first_line
 from stepforge.export.oracle import silent
 from stepforge.runtime.errors import CheckpointError
@@ -100,9 +100,7 @@ def _from_json(folder: Path) -> Any:
             named = data.get("tokenizer_class") if name == "tokenizer_config.json" else None
             if named is not None and named not in CLASSES:
                 raise CheckpointError(f"{folder} holds a {named!r:.80}; only {' and '.join(CLASSES)} are supported")
-            added = data.get("added_tokens") if name == "tokenizer.json" else None
-            ids = [token.get("id") for token in added or () if isinstance(token, dict)]
-            if any(type(each) is not int or not 0 <= each < MOST_IDS for each in ids):
+            if any(type(each) is not int or not 0 <= each < MOST_IDS for each in ids_of(name, data)):
                 raise CheckpointError(f"{folder / name} has an id that is no whole number from 0 to {MOST_IDS}")
             (Path(copy) / name).write_text(json.dumps(data), encoding="utf-8")
         return T5Tokenizer.from_pretrained(copy, local_files_only=True)

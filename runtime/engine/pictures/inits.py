@@ -54,7 +54,7 @@ class Inits:
             return self._cache[key], 0
         picture = sized_picture(init.image, size.width, size.height)
         digests = tuple(digest for digest in key[:2] if digest)
-        given, runs = Given(encode(picture, "").copy(), digests=digests), 1
+        given, runs = Given(encode(picture, ""), digests=digests), 1
         if init.mask is not None:
             mask = sized_mask(init.mask, size.width, size.height)
             small = latent_mask(mask, self._card.vae_scale)
@@ -62,7 +62,7 @@ class Inits:
                 raise RequestError(
                     f"the mask is so small that it falls between latents of {self._card.vae_scale} pixels; draw it larger"
                 )
-            masked = encode(picture * (mask < 0.5), "").copy()
+            masked = encode(picture * (mask < 0.5), "")
             given, runs = Given(given.moments, masked, small, digests), 2
         self._cache[key] = given
         while sum(each.nbytes for each in self._cache.values()) > CACHED_BYTES and len(self._cache) > 1:

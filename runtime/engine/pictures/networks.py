@@ -75,7 +75,8 @@ WHOLE = Tiling()
 class Pictures:
     """A bundle's VAEs and feed-forward networks. One thread at a time calls it.
 
-    Pictures are [3, H, W] in -1..1, or in 0..1 for `upscale`. go_on: called before each network call; what it raises ends the
+    Pictures are [3, H, W] in -1..1, or in 0..1 for `upscale`. What is returned is the caller's for good: images wait for their next
+    leg, and a graph's own outputs last until its next call. go_on: called before each network call; what it raises ends the
     work. Raises GenerationError for what is not finite.
     """
 
@@ -149,7 +150,7 @@ class Pictures:
 
         def run(part: Float32) -> Float32:
             go_on()
-            made: Float32 = graph({reads: np.ascontiguousarray(part[None], np.float32)})[makes][0]
+            made: Float32 = graph({reads: np.ascontiguousarray(part[None], np.float32)})[makes][0].copy()
             return made
 
         made = self._tiled(run, key, values, height, width, ratio, math.lcm(multiple, ratio.down))

@@ -123,7 +123,7 @@ def as_diffusers(run: Run, picture: Float32, side: int, ratio: Ratio) -> Float32
     rows = []
     for top in range(0, height, stride):
         row = [
-            np.array(run(np.ascontiguousarray(picture[:, top : top + side, left : left + side])))
+            run(np.ascontiguousarray(picture[:, top : top + side, left : left + side]))
             for left in range(0, width, stride)
         ]
         for index, tile in enumerate(row):

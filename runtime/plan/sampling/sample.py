@@ -48,9 +48,10 @@ def sample_steps(
     """
     if sampler is None and card.is_compiled:
         given = {"schedule": schedule, "spacing": spacing, "timesteps": timesteps, "sigmas": sigmas, "eta": eta}
-        if init is not None:
+        if init is not None and (init.blends or not init.is_whole):
             raise RequestError(
-                f"the model's sampler {card.sampler} takes no init image; {_those(card, lambda kind: kind.truncates)}"
+                f"the model's sampler {card.sampler} takes no init image (an inpainting model's at strength 1); "
+                f"{_those(card, lambda kind: kind.truncates)}"
             )
         if experts is not None and experts.hands_over:
             raise RequestError(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stepforge.export.build import export_bundle
 from stepforge.export.models import stored, weights
 from stepforge.export.models.controlnet import load_control
 from stepforge.export.models.load import load
@@ -62,6 +63,9 @@ def refuse(path: Path, text: str, tokenizer: Path | None = None) -> None:
         ("model_index.json", {"vae": ...}, "does not name the component vae"),
         ("model_index.json", {"a\x1b[31m": ["b", "c"]}, r"unknown component 'a\x1b[31m'"),
         ("model_index.json", {"force_zeros_for_empty_prompt": "false"}, "true or false is expected"),
+        ("unet/config.json", {"_use_default_values": ["act_fn"]}, "has _use_default_values, for which diffusers takes"),
+        ("model_index.json", {"_use_default_values": []}, "has _use_default_values"),
+        ("vae/config.json", {"quantization_config": {"quant_method": "x"}}, "vae has a quantization_config; only floating"),
         ("unet/config.json", {"block_out_channels": "x"}, "block_out_channels is 'x'; a list of positive whole numbers"),
         ("unet/config.json", {"block_out_channels": []}, "block_out_channels is []"),
         ("unet/config.json", {"block_out_channels": [32] * 100}, "lists of at most 16"),
@@ -283,6 +287,24 @@ def test_sample_size(model: Path, changes: dict[str, Any], size: Any, said: str)
         assert pipeline.unet.config.sample_size == size
 
 
+def test_settings_of_xl_and_of_the_vae(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """diffusers' inpainting pipeline stops at an aesthetic score that its UNet does not read; the others ignore the key."""
+    from diffusers import AutoencoderKL
+
+    xl = Path(shutil.copytree(tiny_sdxl, tmp_path / "xl"))
+    edit_json(xl / "model_index.json", requires_aesthetics_score=True)
+    edit_json(xl / "vae/config.json", scaling_factor=...)
+    source = load(xl)
+    assert "vae scaling_factor: the default of diffusers' AutoencoderKL, because vae/config.json states none" in (
+        source.assumed
+    )
+    assert AutoencoderKL.from_config(AutoencoderKL.load_config(xl / "vae")).config.scaling_factor == 0.18215
+    edit_json(xl / "model_index.json", _class_name="StableDiffusionXLInpaintPipeline")
+    refuse(xl, "requires_aesthetics_score is True; only SDXL's refiner reads an aesthetic score")
+    edit_json(xl / "model_index.json", requires_aesthetics_score=False)
+    load(xl)
+
+
 def test_text_encoder_that_was_saved_with_a_projection(model: Path) -> None:
     path = model / "text_encoder/model.safetensors"
     save_file(load_file(path) | {"text_projection.weight": torch.zeros(32, 32)}, path)
@@ -308,3 +330,19 @@ def test_numbers_in_names_of_weights(model: Path, tmp_path: Path) -> None:
     state |= {"first_stage_model.decoder.up.0.block.1.conv1.weight": torch.zeros(1)}
     save_file(state | {"cond_stage_model.transformer.x": torch.zeros(1)}, tmp_path / "m.safetensors")
     refuse(tmp_path / "m.safetensors", "is damaged or of an unknown layout", model / "tokenizer")
+
+
+def test_names_that_no_manifest_holds(model: Path, tmp_path: Path) -> None:
+    """Told before minutes of work: a bundle that says them cannot be read."""
+    variant = os.fsdecode(b"unet/diffusion_pytorch_model.\xff.safetensors")
+    shutil.copy(model / UNET, model / variant)
+    load(model)
+    (model / UNET).unlink()
+    refuse(model, r"has diffusion_pytorch_model.\udcff.safetensors, none of it under a known name")
+    (model / variant).rename(model / UNET)
+    for name in ("a\x1b[2J", "a" * 256):
+        with pytest.raises(CheckpointError, match="is not allowed; at most 255 printable letters"):
+            export_bundle(model, tmp_path / "out", name=name)
+    (tmp_path / "link").symlink_to(model.rename(os.fsdecode(os.fsencode(model) + b"\xff")))
+    with pytest.raises(CheckpointError, match="link has a name that is not UTF-8; rename it"):
+        export_bundle(tmp_path / "link", tmp_path / "out")

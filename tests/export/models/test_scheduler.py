@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from typing import Any
@@ -133,44 +134,54 @@ def test_betas_that_only_diffusers_knows():
     assert [row.noise for row in rows] == pytest.approx([*trace.latents.diagonal(8)[1:]], rel=1e-9, abs=1e-9)
 
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+PIPELINES = (
+    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLInpaintPipeline", "StableDiffusionUpscalePipeline", "StableDiffusionLatentUpscalePipeline",
+    "IFPipeline", "IFSuperResolutionPipeline",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-@pytest.mark.parametrize(
-    "config",
-    [
+def test_what_a_pipeline_corrects(pipeline: str):
+    """As the constructor of diffusers' pipeline leaves the config of its scheduler."""
+    kind = getattr(diffusers, pipeline)
+    options = inspect.signature(kind.__init__).parameters.keys() - {"self", "scheduler"}
+    given_none = {"requires_safety_checker": False, "add_watermarker": False}
+    parts = {key: given_none.get(key) for key in options if key != "max_noise_level"}
+    for config in (
         {**SD15, "steps_offset": 0},
-        {key: value for key, value in SD15.items() if key not in ("steps_offset", "clip_sample")},
+        {key: value for key, value in SD15.items() if key not in ("steps_offset", "clip_sample", "skip_prk_steps")},
         {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},  # clips and counts from 0 by default
-        {**SD15, "clip_sample": True},
+        {**SD15, "clip_sample": True, "skip_prk_steps": False},
         SDXL,
         {"_class_name": "EDMEulerScheduler"},
-    ],
-    ids=["offset", "silent", "ddim", "clips", "right", "edm"],
-)
-def test_what_a_pipeline_corrects(pipeline: str, config: dict[str, Any]):
-    """As the constructor of diffusers' pipeline leaves the config."""
-    name = config["_class_name"]
-    given, assumed, corrected = read_scheduler(config, ["diffusers", name], pipeline)
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet"))
-    if pipeline == PIPELINES[0]:
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    else:
-        parts |= {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False}
-    wanted = dict(
-        getattr(diffusers, pipeline)(**parts, scheduler=getattr(diffusers, name).from_config(config)).scheduler.config
+    ):
+        name = config["_class_name"]
+        given, assumed, corrected = read_scheduler(config, ["diffusers", name], pipeline)
+        before = dict(getattr(diffusers, name).from_config(config).config)
+        wanted = dict(kind(**parts, scheduler=getattr(diffusers, name).from_config(config)).scheduler.config)
+        ours = dict(getattr(diffusers, name).from_config(given).config)
+        keys = [key for key in wanted if not key.startswith("_")]
+        assert {key: ours.get(key) for key in keys} == {key: wanted[key] for key in keys}
+        changed = [key for key in keys if before.get(key) != wanted[key]]
+        assert sorted(line.split()[1] for line in corrected) == sorted(changed)
+        assert bool(assumed) == ("prediction_type" not in config)
+
+
+def test_null_is_no_value():
+    """Of the options that are true or false it is false, as diffusers takes it; at other ones diffusers stops."""
+    nothing = {"set_alpha_to_one": None, "beta_start": None, "clip_sample": None, "trained_betas": None}
+    given, assumed, corrected = read_scheduler(
+        {"_class_name": "LCMScheduler", **nothing}, ["diffusers", "LCMScheduler"], PIPELINES[1]
     )
-    ours = dict(getattr(diffusers, name).from_config(given).config)
-    assert all(ours.get(key) == wanted.get(key) for key in ("steps_offset", "clip_sample"))
-    changed = [
-        key
-        for key in ("steps_offset", "clip_sample")
-        if wanted.get(key) != getattr(diffusers, name).from_config(config).config.get(key)
+    assert (given["set_alpha_to_one"], given["clip_sample"], given["beta_start"]) == (False, False, 0.00085)
+    assert [line for line in assumed if "null" in line] == [
+        "scheduler: beta_start 0.00085, LCMScheduler's default, because it is null"
     ]
-    assert len(corrected) == len(changed)
-    assert all(f"{key} " in line for key, line in zip(changed, corrected, strict=True))
-    assert bool(assumed) == ("prediction_type" not in config)
+    assert corrected == ()
+    theirs = diffusers.LCMScheduler.from_config({**nothing, "beta_start": 0.00085})
+    assert theirs.final_alpha_cumprod == diffusers.LCMScheduler.from_config(given).final_alpha_cumprod != 1.0
+    assert scheduler_card(given).set_alpha_to_one is False
 
 
 def test_the_class_is_that_of_the_index():

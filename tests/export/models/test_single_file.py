@@ -171,6 +171,25 @@ def test_prediction_type(
         assert source.unet(torch.float32).config.sample_size == (768 if expected == "v_prediction" else 512) // 2
 
 
+def test_sd2_that_inpaints_predicts_epsilon(to_original: Original, tiny_sd2v: Path, tmp_path: Path) -> None:
+    """diffusers' rule for single files takes v-prediction for SD 2's text-to-image models only."""
+    from diffusers import DDIMScheduler
+    from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES, _legacy_load_scheduler
+
+    path = to_original(tiny_sd2v, tmp_path / "m.safetensors")
+    state = load_file(path)
+    convolution = CHECKPOINT_KEY_NAMES["inpainting"]
+    save_file(state | {convolution: torch.cat([state[convolution]] * 2 + [state[convolution][:, :1]], 1)}, path)
+    for channels in (4, 9):
+        source = load(path if channels == 9 else to_original(tiny_sd2v, tmp_path / "4.safetensors"),
+                      tokenizer=tiny_sd2v / "tokenizer")  # fmt: skip
+        shapes = {convolution: torch.empty(1, channels), CHECKPOINT_KEY_NAMES["v2"]: torch.empty(1, 1024)}
+        theirs = _legacy_load_scheduler(DDIMScheduler, shapes, "scheduler").config
+        assert source.scheduler["prediction_type"] == theirs.prediction_type
+        assert "prediction_type" in stated(source.assumed)
+        assert source.unet(torch.float32).config.sample_size == (256 if channels == 9 else 384)
+
+
 @pytest.mark.parametrize("family", ["tiny_sd1", "tiny_sd2v", "tiny_sdxl"])
 def test_zero_terminal_snr(family: str, to_original: Original, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """diffusers' scheduler of this config ends at no signal; with epsilon, which cannot, the file's key is named instead."""

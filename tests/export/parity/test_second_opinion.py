@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 from transformers.activations import ACT2FN
 
+from stepforge.export import parts
 from stepforge.export.build import prefixed, read_controls
 from stepforge.export.graph import modules, trace
 from stepforge.export.lora.merge import Merged, merge, read_all
@@ -31,11 +33,11 @@ from stepforge.export.parity import configs, loaders
 from stepforge.export.parity.adapters import merge_adapters
 from stepforge.export.parity.control import load_network
 from stepforge.export.parity.loaders import load_pipeline
-from stepforge.export.parity.reference import References, Settings, run_references
+from stepforge.export.parity.reference import References, Settings, inversion_prompts, run_references
 from stepforge.export.parity.staging import stage_model
 from stepforge.export.parity.verify import compare
 from stepforge.runtime.backends import open_backend
-from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, VAE_DECODER, Bundle, read
+from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, VAE_DECODER, VAE_ENCODER, Bundle, read
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.engine.denoise import Denoisers
 from stepforge.runtime.errors import CheckpointError
@@ -87,10 +89,11 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return publish
 
 
-def make_references(model: Path, bundle: Path, **options: Any) -> References:
+def make_references(model: Path, bundle: Path | Bundle, **options: Any) -> References:
     given = {name: options[name] for name in ("tokenizer", "prediction_type") if name in options}
     loaded = load_pipeline(model, load(model, **given), **options)
-    return run_references(loaded, (), read(bundle), SETTINGS, lambda stage: None)
+    bundle = bundle if isinstance(bundle, Bundle) else read(bundle)
+    return run_references(loaded, (), bundle, SETTINGS, lambda stage: None)
 
 
 @pytest.fixture(scope="module")
@@ -115,38 +118,52 @@ def scheduler(bundle: Bundle, **changes: Any) -> Bundle:
     return replace(bundle, scheduler=replace(bundle.scheduler, **changes))
 
 
-def other_class(bundle: Bundle, name: str, config: Path) -> Bundle:
-    return replace(bundle, scheduler=scheduler_card(json.loads(config.read_text("utf-8")) | {"_class_name": name}))
+def card_of(bundle: Bundle, model: Path) -> Bundle:
+    """As an export of the model has the scheduler."""
+    return replace(bundle, scheduler=scheduler_card(load(model).scheduler, (SETTINGS.steps,)))
 
 
 def card(bundle: Bundle, **changes: Any) -> Bundle:
     return replace(bundle, card=replace(bundle.card, **changes))
 
 
-def padded_with_end(bundle: Bundle) -> Bundle:
-    """SDXL's second tokenizer taken for one as the first."""
-    first, second = bundle.card.text_encoders
-    return card(bundle, text_encoders=(first, replace(second, pad_id=second.eos_id)))
+def padded_otherwise(bundle: Bundle) -> Bundle:
+    """The last tokenizer taken for one of the other kind: OpenCLIP's for OpenAI's, or the reverse."""
+    *first, last = bundle.card.text_encoders
+    other = 0 if last.pad_id == last.eos_id else last.eos_id
+    return card(bundle, text_encoders=(*first, replace(last, pad_id=other)))
 
 
 @dataclass(frozen=True)
 class Case:
     model: str
-    wrong: Callable[[Bundle], Bundle]
+    wrong: Callable[[Bundle], Bundle] | tuple[Callable[[Bundle], Bundle], ...]
     right: Callable[[Bundle], Bundle] = lambda bundle: bundle
-    edits: Mapping[str, Mapping[str, Any]] | None = None  # what the model's files say instead
+    edits: Mapping[str, Mapping[str, Any]] | None = (
+        None  # what the model's files say instead; the scheduler is read anew
+    )
 
 
-OFFSET = {"scheduler/scheduler_config.json": {"steps_offset": 0, "clip_sample": True}}
-EULER = {"model_index.json": {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}}
+def named(name: str, **options: Any) -> dict[str, dict[str, Any]]:
+    """Edits: another scheduler in the index, and of its options."""
+    return {"model_index.json": {"scheduler": ["diffusers", name]}, "scheduler/scheduler_config.json": options}
+
+
 PREDICTION = {"scheduler/scheduler_config.json": {"prediction_type": "v_prediction"}}
 CASES = {
-    "padding": Case("tiny_sdxl", padded_with_end),
-    "steps_offset": Case("tiny_sd1", partial(scheduler, steps_offset=0), edits=OFFSET),
-    "scheduler class": Case("tiny_sd1", lambda bundle: bundle, edits=EULER),
-    "prediction type": Case(
-        "tiny_sd1", lambda bundle: bundle, partial(scheduler, prediction_type="v_prediction"), PREDICTION
+    "padding": Case("tiny_sdxl", padded_otherwise),
+    "steps_offset and clip_sample": Case(
+        "tiny_sd1",
+        (partial(scheduler, sampler="ddim", steps_offset=0), partial(scheduler, sampler="ddim", clip_sample=True)),
+        edits=named("DDIMScheduler", steps_offset=0, clip_sample=True),
     ),
+    "scheduler class": Case("tiny_sd1", lambda bundle: bundle, edits=named("EulerDiscreteScheduler")),
+    "solver without a formula": Case(
+        "tiny_sd1",
+        partial(scheduler, sampler="dpmpp_2m"),
+        edits=named("DPMSolverMultistepScheduler", solver_type="heun"),
+    ),
+    "prediction type": Case("tiny_sd1", lambda bundle: bundle, edits=PREDICTION),
     "zero terminal SNR": Case("tiny_sd2v", partial(scheduler, rescale_betas_zero_snr=False)),
     "zeros for an empty prompt": Case("tiny_sdxl", partial(card, zero_empty_negative=False)),
     "no zeros for an empty prompt": Case(
@@ -165,18 +182,18 @@ def test_misread_settings_fail(
 ) -> None:
     case = CASES[name]
     place = request.getfixturevalue(f"{case.model}_bundle")
-    bundle, right = read(place), case.right
+    bundle = read(place)
+    right = case.right(bundle)
     if case.edits is None:
         known = references(case.model)
     else:
         model = edited(request.getfixturevalue(case.model), tmp_path / "model", case.edits)
-        known = make_references(model, place)
-        if case.edits is EULER:
-            right = partial(
-                other_class, name="EulerDiscreteScheduler", config=model / "scheduler/scheduler_config.json"
-            )
-    assert not failed(right(bundle), known)
-    assert {"trajectory", "image"} <= failed(case.wrong(bundle), known)
+        if "scheduler/scheduler_config.json" in case.edits:
+            right = card_of(bundle, model)
+        known = make_references(model, right)
+    assert not failed(right, known)
+    for wrong in case.wrong if isinstance(case.wrong, tuple) else (case.wrong,):
+        assert {"trajectory", "image"} <= failed(wrong(bundle), known)
 
 
 @pytest.mark.slow
@@ -290,8 +307,58 @@ def test_single_files(
     assert with_config.assumed == ()
     [assumed] = known.assumed
     assert assumed.endswith("nothing in the file states it")
-    if model == "tiny_sdxl":  # the SDXL pitfall: one tokenizer folder for both text encoders
-        assert failed(padded_with_end(bundle), known) >= {"image"}
+    # the given tokenizer's folder is SD 1's or SD 2's own, and for SDXL one for both text encoders
+    assert failed(padded_otherwise(bundle), known) >= {"image"}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_inpainting(
+    tiny_sd1_inpaint: Path, tiny_sd1_inpaint_bundle: Path, published: Callable[..., None], tmp_path: Path
+) -> None:
+    """A single file with nine channels; its pipeline leaves out PNDM's first steps, whatever the scheduler's config says."""
+    model = edited(tiny_sd1_inpaint, tmp_path / "m", {"scheduler/scheduler_config.json": {"skip_prk_steps": False}})
+    published(model, "inpainting")
+    single = original(model, tmp_path / "m.safetensors")
+    known = make_references(single, tiny_sd1_inpaint_bundle, tokenizer=model / "tokenizer")
+    assert known.loader == "from_single_file"
+    assert "PNDMScheduler, as the base model's" in known.assumed
+    bundle = read(tiny_sd1_inpaint_bundle)
+    assert not failed(card_of(bundle, model), known)
+    config = load(model).scheduler | {"skip_prk_steps": False}
+    assert "trajectory" in failed(replace(bundle, scheduler=scheduler_card(config, (SETTINGS.steps,))), known)
+
+
+@pytest.mark.slow
+def test_textual_inversions_of_several_vectors(
+    tiny_sd1: Path, tiny_sd1_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of verify's own has the first of them: taken for its first vector alone, as before, it fails."""
+    model = edited(tiny_sd1, tmp_path / "model", {})
+    file = model / "tokenizer/vocab.json"
+    names = dict(zip("ŀŁł", ("<cat>", "<cat>_1", "<cat>_2"), strict=True))  # in place of bytes that no prompt has
+    vocabulary = {names.get(token, token): number for token, number in json.loads(file.read_text("utf-8")).items()}
+    file.write_text(json.dumps(vocabulary), "utf-8")
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer", local_files_only=True)
+    tokenizer.add_tokens(list(names.values()))
+    tokenizer.save_pretrained(model / "tokenizer")
+
+    bundle = read(tiny_sd1_bundle)
+    shutil.copytree(bundle.path, tmp_path / "out", ignore=shutil.ignore_patterns("tokenizer"))
+    parts.write_tokenizer(model / "tokenizer", None, tmp_path / "out", TEXT_ENCODERS[0])
+    components = {key: entry for key, entry in bundle.components.items() if key != VAE_ENCODER}
+    bundle = replace(bundle, path=tmp_path / "out", components=components)  # no init images are drawn
+    source = load(model)
+    loaded = load_pipeline(model, source)
+    assert inversion_prompts(loaded.pipeline, ("a cat", "<cat>")) == ()
+    settings = replace(SETTINGS, prompts=inversion_prompts(loaded.pipeline, ("a cat",)))
+    assert settings.prompts == ("a photo of <cat>",)
+    known = run_references(loaded, (), bundle, settings, lambda stage: None)
+    backend = open_backend("onnxruntime", bundle, precision="fp32")
+    assert all(check.passed for check in compare(bundle, backend, known, settings))
+    monkeypatch.setattr("stepforge.runtime.engine.conditions.prompts._vectors", lambda added: {})
+    wrong = {check.level for check in compare(bundle, backend, known, settings) if not check.passed}
+    assert wrong == {"step", "trajectory", "image"}
 
 
 def test_marks_of_single_files(tiny_sd1: Path, published: Callable[..., None], tmp_path: Path) -> None:
@@ -375,14 +442,17 @@ def test_published_configs() -> None:
 
 
 def test_nothing_of_the_exporters_reading_is_used(
-    tiny_sdxl: Path, published: Callable[..., None], tmp_path: Path
+    tiny_sdxl: Path, published: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Source whose every setting is poison."""
+    """A Source whose every setting is poison; and no watermark, which diffusers draws where its package is installed."""
 
     def poison(*_: Any) -> Any:
         raise AssertionError("the exporter's reading is used")
 
     published(tiny_sdxl)
+    xl = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl."
+    monkeypatch.setattr(f"{xl}is_invisible_watermark_available", lambda: True)
+    monkeypatch.setattr(f"{xl}StableDiffusionXLWatermarker", lambda: "a mark in every image", raising=False)
     single = original(tiny_sdxl, tmp_path / "m.safetensors")
     for model, tokens in ((tiny_sdxl, None), (single, tiny_sdxl / "tokenizer")):
         source = load(model, tokenizer=tokens)
@@ -393,6 +463,7 @@ def test_nothing_of_the_exporters_reading_is_used(
         pipeline = load_pipeline(model, poisoned, tokenizer=tokens).pipeline
         assert type(pipeline).__name__ == "StableDiffusionXLPipeline"
         assert pipeline.config.force_zeros_for_empty_prompt
+        assert pipeline.watermark is None
         assert pipeline.unet.dtype == torch.float32
         assert (pipeline.tokenizer.pad_token_id, pipeline.tokenizer_2.pad_token) == (
             pipeline.tokenizer.eos_token_id,

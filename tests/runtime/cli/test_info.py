@@ -16,7 +16,10 @@ def test_what_the_manifest_says_cannot_command_the_terminal(run, capsys, monkeyp
     fake, evil = fake_bundle(), "\x1b[2J\r\x07"
     hostile = replace(
         fake, card=replace(fake.card, name=f"a{evil}"), versions={f"torch{evil}": evil},
-        source={"assumed": [f"heads{evil}"], "corrected": [evil]},
+        source={
+            "assumed": [f"heads{evil}"], "corrected": [evil],
+            "upscalers": {f"x{evil}": {"assumed": [f"marks{evil}"], "corrected": []}},
+        },
         verdict={"summary": evil, "reference": {"loader": evil, "assumed": [f"size{evil}"]}},
     )  # fmt: skip
     monkeypatch.setattr(load, "open_bundle", lambda *_, **__: hostile)
@@ -25,5 +28,6 @@ def test_what_the_manifest_says_cannot_command_the_terminal(run, capsys, monkeyp
     assert r"a\x1b[2J" in text
     assert "assumed at export: heads" in text
     assert "corrected at export: " in text
+    assert r"assumed at export: stage x\x1b[2J \x07: marks\x1b[2J \x07" in text
     assert "assumed by verify: size" in text
     assert all(letter.isprintable() for letter in text.replace("\n", ""))
