@@ -164,7 +164,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--prior", type=float, default=1.0, help="weight of the prior-preservation loss; 0 is the ablation"
     )
-    parser.add_argument("--keep", type=float, default=4.0, help="weight of the frozen model's predictions; 0 goes without")
+    parser.add_argument(
+        "--keep", type=float, default=4.0, help="weight of the frozen model's predictions; 0 goes without"
+    )
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8, help="half subject, half class")
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -121,9 +121,13 @@ def verify(
     bundle's ControlNets, each of which draws the first prompt with a drawn hint. upscalers: the
     models of its super-resolution stages, each of which enlarges a drawn picture. experts: the
     models of its experts, which draw the first prompt as the bundle switches between them. backends, precisions: all
-    that this machine can run unless given. Raises BundleError, CheckpointError, AdapterError, BackendError.
+    that this machine can run unless given. Raises RequestError, BundleError, CheckpointError, AdapterError, BackendError.
     """
+    for prompt in prompts:
+        Request(prompt=prompt, steps=steps, guidance=guidance, seed=seed)
     bundle, model = read(bundle_path), Path(model_path)
+    if config is not None and model.is_dir():
+        raise CheckpointError(f"{model} is a folder and has configs of its own; give a config for a single file")
     source = load(model, tokenizer=tokenizer, prediction_type=prediction_type)
     merged = read_all(source, loras)
     check_origin(bundle, with_adapters(source, merged))

@@ -22,6 +22,7 @@ from stepforge.runtime.files import printable
 CLASSES = ("T5Tokenizer", "T5TokenizerFast")
 MAX_LENGTH = 77  # tokens that IF was trained with; diffusers' pipelines ask for no others
 EXTRA_IDS = 100  # T5's sentinels, behind the pieces of its vocabulary
+MOST_EXTRA_IDS = 1000  # transformers makes a token of each
 KEYS = (
     "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets",
     "relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj",
@@ -102,6 +103,10 @@ def _from_json(folder: Path) -> Any:
                 raise CheckpointError(f"{folder} holds a {named!r:.80}; only {' and '.join(CLASSES)} are supported")
             if any(type(each) is not int or not 0 <= each < MOST_IDS for each in ids_of(name, data)):
                 raise CheckpointError(f"{folder / name} has an id that is no whole number from 0 to {MOST_IDS}")
+            extra = data.get("extra_ids", EXTRA_IDS) if name == "tokenizer_config.json" else 0
+            if type(extra) is not int or not 0 <= extra <= MOST_EXTRA_IDS:
+                shown = printable(repr(extra), 80)
+                raise CheckpointError(f"{folder / name}: extra_ids is {shown}; from 0 to {MOST_EXTRA_IDS} are possible")
             (Path(copy) / name).write_text(json.dumps(data), encoding="utf-8")
         return T5Tokenizer.from_pretrained(copy, local_files_only=True)
 

@@ -215,7 +215,23 @@ def test_refused(tiny_if: Path, tiny_if_sr: dict[str, Path], tmp_path: Path):
             "supported: T5Encoder",
         ),
         (load, tiny_if, "model_index.json", {"text_encoder": None, "tokenizer": None}, "there is no text encoder"),
+        (
+            load,
+            tiny_if,
+            "tokenizer/tokenizer_config.json",
+            {"extra_ids": 10**9},
+            "extra_ids is 1000000000; from 0 to 1000",
+        ),
+        (
+            load,
+            tiny_if,
+            "tokenizer/tokenizer_config.json",
+            {"added_tokens_decoder": {"9999999": {}}},
+            "no whole number from 0",
+        ),
         (read_upscaler, tiny_if_sr["plain"], unet, {"class_embed_type": None}, "class_embed_type=None"),
+        (read_upscaler, tiny_if_sr["plain"], "model_index.json", {"_class_name": ["a"]}, "is a ['a']; supported"),
+        (read_upscaler, tiny_if_sr["plain"], "model_index.json", {"watermarker": ["a", "b"]}, None),
         (
             read_upscaler,
             tiny_if_sr["plain"],
@@ -235,6 +251,11 @@ def test_refused(tiny_if: Path, tiny_if_sr: dict[str, Path], tmp_path: Path):
         if file == scheduler:  # the class counts that model_index.json names
             path = changed(path, "model_index.json", scheduler=["diffusers", "DDPMScheduler"])
             message = "needs 6 channels of the UNet; it has 3"
+        if message is None:
+            assert any(
+                line.startswith("safety_checker and watermarker: none") for line in read_model(path).source.assumed
+            )
+            continue
         with pytest.raises(CheckpointError, match=re.escape(message)):
             read_model(path)
     with pytest.raises(CheckpointError, match="makes 32 pixels a side, no multiple of the 24"):

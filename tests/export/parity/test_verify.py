@@ -12,7 +12,7 @@ from stepforge.export.parity.verify import verify
 from stepforge.runtime.backends.openvino import core
 from stepforge.runtime.bundle import read, sha256, write_manifest
 from stepforge.runtime.cli.main import main
-from stepforge.runtime.errors import CheckpointError
+from stepforge.runtime.errors import CheckpointError, RequestError
 
 
 @pytest.mark.slow
@@ -60,6 +60,23 @@ def test_a_damaged_graph_fails(tiny_sd1, tiny_sd1_bundle, tmp_path, capsys):
 def test_other_weights_are_refused(tiny_sd1_bundle, tiny_sd2v):
     with pytest.raises(CheckpointError, match="was exported from other weights"):
         verify(tiny_sd1_bundle, tiny_sd2v)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 0},
+        {"steps": -1},
+        {"steps": 10**6},
+        {"guidance": float("nan")},
+        {"seed": -1},
+        {"prompts": ["a" * 200_000]},
+    ],
+)
+def test_settings_are_refused_before_anything_is_read(options):
+    with pytest.raises(RequestError) as error:
+        verify("nothing", "nowhere", **options)
+    assert "\n" not in str(error.value)
 
 
 def test_measures():
