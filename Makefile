@@ -10,6 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 
 ADAPTERS := examples/emoji/adapters
 CONTROL := --control silhouette=examples/emoji/control/silhouette
+DRAW := --guidance 3 --sampler dpmpp_2m --steps 10 --overwrite
 SR := --sr sr=examples/emoji/sr --sr subject_sr=out/subject_sr
 
 demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw four contact sheets into out/
@@ -18,14 +19,14 @@ demo: $(STAMP)  ## export the demo model, verify it against diffusers, draw four
 		$(CONTROL) $(SR) --reuse tgate --reuse deepcache --overwrite
 	$(BIN)/stepforge verify out/emoji.bundle examples/emoji/model $(CONTROL) $(SR) \
 		--prompt "cat face on a blue background" --guidance 3 --steps 10
-	$(BIN)/stepforge generate out/emoji.bundle --prompts examples/emoji/prompts.txt --guidance 3 \
-		--out out/emoji --sheet out/emoji.png --overwrite
-	$(BIN)/stepforge generate out/emoji.bundle --requests examples/emoji/adapters.jsonl --guidance 3 \
+	$(BIN)/stepforge generate out/emoji.bundle --prompts examples/emoji/prompts.txt $(DRAW) \
+		--out out/emoji --sheet out/emoji.png
+	$(BIN)/stepforge generate out/emoji.bundle --requests examples/emoji/adapters.jsonl $(DRAW) \
 		--adapter poster=$(ADAPTERS)/poster --adapter thermal=$(ADAPTERS)/thermal \
 		--adapter subject=$(ADAPTERS)/subject.safetensors \
-		--out out/adapters --sheet out/adapters.png --columns 3 --overwrite
-	$(BIN)/stepforge generate out/emoji.bundle --requests examples/emoji/control.jsonl --guidance 3 \
-		--out out/control --sheet out/control.png --columns 5 --overwrite
+		--out out/adapters --sheet out/adapters.png --columns 3
+	$(BIN)/stepforge generate out/emoji.bundle --requests examples/emoji/control.jsonl $(DRAW) \
+		--out out/control --sheet out/control.png --columns 5
 	$(BIN)/python examples/emoji/stages_sheet.py out/emoji.bundle --out out/stages.png
 	@echo "look at out/emoji.png, out/adapters.png, out/control.png and out/stages.png"
 

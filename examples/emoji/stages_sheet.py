@@ -16,6 +16,7 @@ from stepforge.runtime.imaging.png import save_png
 from stepforge.runtime.imaging.sheet import Sheet
 
 HERE = Path(__file__).resolve().parent
+DRAW = {"guidance": 3.0, "sampler": "dpmpp_2m", "steps": 10}  # as the other sheets of `make demo`
 CELL = 256
 HIDDEN = ("text_encoder", "vae_encoder", "vae_decoder")  # rows that every picture has
 
@@ -28,7 +29,7 @@ def read_requests(file: Path) -> list[Request]:
         if "init" in values:
             for key in {"image", "mask"} & set(values["init"]):
                 values["init"][key] = file.parent / values["init"][key]
-        requests.append(Request.of({"guidance": 3.0, **values}))
+        requests.append(Request.of({**DRAW, **values}))
     return requests
 
 
