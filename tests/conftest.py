@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -478,6 +479,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     if "stepforge.export.graph.trace" in sys.modules:
         trace_once(session.config)
+    # modules stay: an export collects garbage after each network, which takes a second with torch, diffusers and transformers
+    gc.freeze()
 
 
 @contextlib.contextmanager

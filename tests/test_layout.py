@@ -163,6 +163,7 @@ def test_architecture_names_every_file():
                 assert path.name in text, f"ARCHITECTURE.md does not mention {path.relative_to(ROOT)}"
 
 
+@pytest.mark.long  # a process that imports torch, diffusers and Triton
 def test_importing_does_nothing(tmp_path):
     """Every module imports in a bare folder and leaves it empty."""
     names = [

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.long  # builds both in processes of their own
 def test_wheel_and_sdist_hold_the_package_and_nothing_else(tmp_path):
     """An sdist, and a wheel built from it; the wheel runs from a folder of its own."""
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]

@@ -66,6 +66,7 @@ def test_onnxruntime_uploads_nothing():
 
 
 @pytest.mark.slow
+@pytest.mark.long  # a process with torch; export/models/test_hostile.py has the refusals, the test above the watch
 def test_models_are_read_without_network_and_pickle(tiny_sd1, tmp_path):
     """A pickle beside the weights is left alone; alone, or with code in the folder, the model is refused."""
     model = Path(shutil.copytree(tiny_sd1, tmp_path / "model"))

@@ -8,8 +8,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._subclasses.fake_impls import get_fast_op_impls
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputSpec
+from torch.fx import proxy
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes import type_promotion
 
@@ -20,12 +22,15 @@ CASTS = {aten.to.dtype: 2, aten.to.device: 3}  # arguments, of which the type is
 TRANSLATED = frozenset(
     (
         aten.add.Tensor, aten.alias.default, aten.arange.default, aten.arange.start, aten.argmax.default,
+        aten.avg_pool2d.default,
         aten.cat.default, aten.chunk.default, aten.concat.default, aten.contiguous.default, aten.conv2d.default,
         aten.cos.default, aten.div.Tensor, aten.dropout.default, aten.embedding.default, aten.exp.default, aten.expand.default,
         aten.flatten.using_ints, aten.gelu.default, aten.group_norm.default, aten.index.Tensor,
-        aten.layer_norm.default, aten.linear.default, aten.mul.Tensor, aten.permute.default, aten.reshape.default,
+        aten.layer_norm.default, aten.linear.default, aten.matmul.default, aten.mean.dim, aten.mul.Tensor, aten.permute.default,
+        aten.reshape.default,
         aten.scaled_dot_product_attention.default, aten.select.int, aten.sigmoid.default, aten.silu.default,
-        aten.sin.default, aten.slice.Tensor, aten.sym_size.int, aten.transpose.int, aten.unsqueeze.default,
+        aten.sin.default, aten.slice.Tensor, aten.softmax.int, aten.sym_size.int, aten.transpose.int, aten.unflatten.int,
+        aten.unsqueeze.default,
         aten.upsample_nearest2d.vec, aten.view.default,
     )
 )  # fmt: skip
@@ -34,8 +39,12 @@ TRANSLATED = frozenset(
 @contextmanager
 def lean() -> Iterator[None]:
     """Inside the block torch.onnx reads its translations once in a process, decomposes nothing that it translates anyhow and
-    runs no operator again whose types agree; onnxscript's optimizer is linear."""
-    with slice_rule_at_slices(), registry_once(), casts_in_place(), promotions_where_types_differ():
+    runs no operator again whose types agree, and notes no lines of source; onnxscript's optimizer is linear and tries its rules
+    where they may fit."""
+    with (
+        slice_rule_at_slices(), rules_at_their_operators(), registry_once(), casts_in_place(),
+        promotions_where_types_differ(), norms_by_shape(), no_stack_traces(),
+    ):  # fmt: skip
         yield
 
 
@@ -144,4 +153,56 @@ def slice_rule_at_slices() -> Iterator[None]:
         return whole(model, graph, node, **options) if node.op_type == "Slice" else None
 
     with replaced(rule, "try_rewrite", at_slices) as whole:
+        yield
+
+
+@contextmanager
+def rules_at_their_operators() -> Iterator[None]:
+    """onnxscript (0.7) begins to match each rule at each node: 280,000 times for the graphs of a tiny model. Inside the block a
+    rule with one output is tried only at nodes of the operator that gives it, which a match compares first."""
+    from onnxscript.rewriter._rewrite_rule import RewriteRule
+
+    def try_rewrite(rule: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        ends = rule._target_pattern.output_nodes
+        last = ends[0].op_identifier() if len(ends) == 1 else None  # None where a pattern stands for several operators
+        if last is not None and last[:2] != (node.domain, node.op_type):
+            return None
+        return whole(rule, model, graph, node, **options)
+
+    with replaced(RewriteRule, "try_rewrite", try_rewrite) as whole:
+        yield
+
+
+@contextmanager
+def norms_by_shape() -> Iterator[None]:
+    """torch (2.13) finds the shape of a group norm's output, which is its input's, by running its definition on symbols."""
+
+    def group_norm(mode: Any, x: Any, weight: Any, bias: Any, rows: Any, *size: Any) -> Any:
+        groups = size[-2]  # after channels and pixels, before eps
+        with mode:
+            return torch.empty(x.shape, dtype=x.dtype), *(torch.empty((rows, groups), dtype=x.dtype) for _ in range(2))
+
+    known = get_fast_op_impls()
+    known[aten.native_group_norm.default] = group_norm
+    try:
+        yield
+    finally:
+        del known[aten.native_group_norm.default]
+
+
+class _NoTrace:
+    """In place of torch's traceback of a node, which `passes.clean` would remove from the graph."""
+
+    @classmethod
+    def extract(cls) -> _NoTrace:
+        return cls()
+
+    def summary(self) -> None:
+        return None
+
+
+@contextmanager
+def no_stack_traces() -> Iterator[None]:
+    """torch (2.13) notes for each node the lines of source that made it."""
+    with replaced(proxy, "CapturedTraceback", _NoTrace):
         yield

@@ -214,6 +214,7 @@ def test_a_full_disk_leaves_nothing(tiny_sd1: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.slow
+@pytest.mark.long  # a process of its own with torch; tests of the command line's and of batches' signals stay
 def test_a_kill_leaves_nothing(tiny_sd1: Path, tmp_path: Path) -> None:
     """Sent while a component is being traced, and the one before lies in the folder. Other signals are one way with this one:
     tests/runtime/cli/test_signals.py."""

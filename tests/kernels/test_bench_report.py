@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.long  # three processes with torch; test_bench.py runs the parts' code in this one
 def test_every_part_of_kernels_runs_dry(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     out = tmp_path / "gpu"

@@ -77,12 +77,15 @@ CASES = {  # m, k, n, rank
 QUICK = ("one row over", "K with a tail", "rank 100", "two parts of K")
 
 
+LONG = [pytest.mark.slow, pytest.mark.long]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_within_the_bound(case):
     check(layer(*CASES[case]), parts=2)
 
 
-@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=LONG) for c in CASES])
 @pytest.mark.parametrize("dtype", [BRAIN, FULL], ids=str)
 def test_other_types_within_the_bound(dtype, case):
     check(layer(*CASES[case], dtype=dtype), parts=2)
@@ -220,6 +223,7 @@ def test_permuted_rows_give_permuted_results():
 
 
 @pytest.mark.slow
+@pytest.mark.long  # test_properties.py asks the same of the other kernels
 def test_order_of_blocks_and_programs_does_not_matter(orders):
     """The table backwards; programs backwards, and interleaved from both ends."""
     given = layer(70, n=100, adapters=2)
@@ -230,7 +234,7 @@ def test_order_of_blocks_and_programs_does_not_matter(orders):
         same(call(given, parts=2, table=table), expected)
 
 
-@pytest.mark.parametrize("rows", [1, 15, 16, 17, 33])
+@pytest.mark.parametrize("rows", [17, *(pytest.param(rows, marks=pytest.mark.long) for rows in (1, 15, 16, 33))])
 @pytest.mark.slow
 def test_batch_size_does_not_matter(rows):
     given = layer(64)
@@ -247,6 +251,7 @@ def test_rows_of_x_may_lie_apart():
 
 
 @pytest.mark.slow
+@pytest.mark.long  # test_properties.py asks the same of the other kernels
 def test_a_stale_table_does_not_stick():
     """One table buffer, as a captured graph has it: adapters, then none and fewer images, then adapters again."""
     given = layer(60, adapters=2)

@@ -68,12 +68,12 @@ CASES = {  # m, k, n, rank
 }
 
 
-def slow_but(quick, names):
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def long_but(quick, names):
+    return [name if name in quick else pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in names]
 
 
 @pytest.mark.parametrize("path", ["onepass", "split"])
-@pytest.mark.parametrize("case", slow_but(("one row over", "K with a tail", "rank 100", "two parts of K"), CASES))
+@pytest.mark.parametrize("case", long_but(("one row over", "K with a tail", "rank 100", "two parts of K"), CASES))
 @pytest.mark.parametrize("dtype", [BRAIN, FULL], ids=str)
 def test_other_types_within_the_bound(dtype, case, path):
     check(path, layer(*CASES[case], dtype=dtype), nt=2, parts=2)

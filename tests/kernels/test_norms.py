@@ -43,7 +43,9 @@ def check(values, groups, whole, **options):
 
 
 @WAYS
-@pytest.mark.parametrize("dtype", [HALF, BRAIN, pytest.param(FULL, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [HALF, BRAIN, pytest.param(FULL, marks=[pytest.mark.slow, pytest.mark.long])], ids=str
+)
 @pytest.mark.parametrize("case", CASES)
 def test_sums_within_the_bound(case, dtype, whole):
     shape, second, groups = CASES[case]

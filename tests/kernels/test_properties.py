@@ -11,7 +11,8 @@ from stepforge.kernels.packing import block_table
 
 pytestmark = pytest.mark.slow  # test_lowrank holds the bounds in the quick lane
 TILE = Tile(16, 32, 32, warps=4, stages=2, group_m=2)
-PATHS = ["onepass", "split"]
+# the separate launches in the long lane; test_lowrank has their bounds
+PATHS = ["onepass", pytest.param("split", marks=pytest.mark.long)]
 both = pytest.mark.parametrize("path", PATHS)
 
 

@@ -59,7 +59,7 @@ def bfloat16_arrays(monkeypatch):
 
 @pytest.mark.usefixtures("bfloat16_arrays")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("stored", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stored", ["fp32", pytest.param("fp16", marks=[pytest.mark.slow, pytest.mark.long])])
 @torch.inference_mode()
 def test_lowered_graphs_compute_the_same(tiny_full, tmp_path, stored, precision):
     bundle = read(tiny_full("sd1", stored))

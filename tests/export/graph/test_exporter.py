@@ -31,6 +31,22 @@ class Casts(nn.Module):
         return self.dropout(self.linear(nn.functional.silu(scores))).float(), inner.float()
 
 
+class Pixels(Casts):
+    """Besides casts a group norm, and what DeepFloyd IF's networks have more than others."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.groups = nn.GroupNorm(5, 5)
+        with torch.no_grad():
+            self.groups.weight += torch.randn(5)
+
+    def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
+        one, other = super().forward(self.groups(sample))
+        mixed = torch.softmax(one @ other.transpose(1, 2), -1) @ other
+        pooled = nn.functional.avg_pool2d(mixed.unsqueeze(1), (1, 2))[:, 0]
+        return torch.cat([mixed.unflatten(2, (2, 4)).mean(2), pooled], -1), other
+
+
 class Unknown(Casts):
     """Besides casts an operator that only a whole decomposition has a translation for."""
 
@@ -60,7 +76,7 @@ def exported(module: nn.Module, monkeypatch: pytest.MonkeyPatch, *, lean: bool) 
 
 
 @pytest.mark.parametrize(("kind", "dtype", "plain"), [
-    (Casts, torch.float32, True), (Casts, torch.float16, True), (Unknown, torch.float32, False),
+    (Casts, torch.float32, True), (Casts, torch.float16, True), (Pixels, torch.float32, True), (Unknown, torch.float32, False),
 ])  # fmt: skip
 def test_same_operators(kind: type[Casts], dtype: torch.dtype, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

@@ -204,6 +204,7 @@ def test_adapters_of_layers_whose_output_leaves_the_graph(settle, unet, reuse):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # graph/test_trace.py has the plain network in fp16
 def test_a_network_in_fp16_casts_at_its_borders(tiny_sd1, unet, tmp_path):
     """Inputs and outputs stay float32. 2 %: 11 bits an operation over some 60 layers."""
     from diffusers import UNet2DConditionModel

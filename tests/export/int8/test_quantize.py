@@ -164,8 +164,11 @@ def test_graphs_share_weights(quantised, tiny_sd1_control_bundle):
     kinds = [node.op_type for node in ir.load(quantised.file(quantised.components[UNET].derived["int8"])).graph]
     assert kinds.count("QuantizeLinear") == kinds.count("DequantizeLinear") > 10
     assert read(quantised.path).source["int8"].keys() == {"denoiser/unet", "control/a/residuals", "control/b/residuals"}
-    again = quantize_bundle(quantised.path, CALIBRATION, limit=1.0)[0]  # replaces its own graphs
-    assert again.digest == quantised.digest
+
+
+@pytest.mark.long  # a calibration of its own
+def test_a_quantised_bundle_again_replaces_its_own_graphs(quantised):
+    assert quantize_bundle(quantised.path, CALIBRATION, limit=1.0)[0].digest == quantised.digest
 
 
 HINT = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[:, None, None] * 4, (1, 64, 3)))
@@ -189,7 +192,8 @@ def floats(quantised: Bundle, adapter: Path) -> list[np.ndarray]:
         return [np.asarray(engine.generate(request).images[0]) for request in REQUESTS]
 
 
-@pytest.mark.parametrize("name", ENGINES)
+# both engines' products above; whole batches in the suite on the one that is chosen on CPUs
+@pytest.mark.parametrize("name", ["openvino", pytest.param("onnxruntime", marks=pytest.mark.long)])
 def test_requests_of_a_batch_are_their_single_runs(quantised, adapter, floats, name):
     """LoRA, ControlNet, reuse and other samplers in one batch; an adapter that comes and goes leaves no trace."""
     with load(quantised.path, backend=name, precision="int8", threads=1) as engine:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,11 @@ from stepforge.runtime.errors import CheckpointError
 
 SETTINGS = Settings(("a cat and a dog",), 4, 7.5, 0)
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+
+
+def lane(names: Iterable[str], *whole: str) -> list[Any]:
+    """Cases in the whole suite, one of each way in which a setting goes astray; all others are long."""
+    return [pytest.param(name, marks=[] if name in whole else pytest.mark.long) for name in names]
 
 
 def failed(bundle: Bundle, references: References) -> set[str]:
@@ -171,7 +176,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", lane(CASES, "padding", "prediction type", "zeros for an empty prompt"))
 def test_misread_settings_fail(
     name: str, references: Callable[[str], References], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -272,7 +277,7 @@ GRAPHS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", lane(GRAPHS, "activation", "penultimate layer", "scaling factor"))
 def test_misread_graphs_fail(
     name: str, references: Callable[[str], References], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -285,7 +290,7 @@ def test_misread_graphs_fail(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["tiny_sd1", "tiny_sd2v", "tiny_sdxl"])
+@pytest.mark.parametrize("model", lane(("tiny_sd1", "tiny_sd2v", "tiny_sdxl"), "tiny_sdxl"))
 def test_single_files(
     model: str, published: Callable[..., None], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

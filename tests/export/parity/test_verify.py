@@ -16,7 +16,8 @@ from stepforge.runtime.errors import CheckpointError, RequestError
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd1", "sd2v", "sdxl"])
+# one family in the whole suite, where tests of graphs and engines compare all
+@pytest.mark.parametrize("family", ["sd1", *(pytest.param(name, marks=pytest.mark.long) for name in ("sd2v", "sdxl"))])
 def test_every_family_passes(family, request, tmp_path):
     """fp32 on both engines: latents within 1e-4 of diffusers' pipeline, image PSNR at least 60 dB."""
     model = request.getfixturevalue(f"tiny_{family}")

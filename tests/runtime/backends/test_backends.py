@@ -122,12 +122,12 @@ def test_backends_agree(tiny_sd1_bundle, ready, others):
         assert np.linalg.norm(results[0] - other) <= 1e-4 * np.linalg.norm(results[0])
 
 
-def test_every_family_generates(tiny_sd2v_bundle, tiny_sdxl_bundle):
-    for bundle in (tiny_sd2v_bundle, tiny_sdxl_bundle):
-        with load(bundle, precision="fp32") as engine:
-            result = engine.generate(Request(prompt="cat", steps=3))
-        assert result.images[0].size == (64, 64)
-        assert result.stats.rows["unet"] == 6
+@pytest.mark.parametrize("family", [pytest.param("sd2v", marks=pytest.mark.long), "sdxl"])
+def test_every_family_generates(family, request):
+    with load(request.getfixturevalue(f"tiny_{family}_bundle"), precision="fp32") as engine:
+        result = engine.generate(Request(prompt="cat", steps=3))
+    assert result.images[0].size == (64, 64)
+    assert result.stats.rows["unet"] == 6
 
 
 H100 = gpu.Gpu("NVIDIA H100", (9, 0))

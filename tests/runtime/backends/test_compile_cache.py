@@ -71,6 +71,7 @@ def test_a_flipped_bit_is_noticed_and_the_network_compiled_anew(cache, draw, cap
     assert [file.suffix for file in cache.glob("*/*")] == [".blob"]  # no folder of a compilation is left
 
 
+@pytest.mark.long  # five processes; the files of one process are looked at above
 def test_processes_share_the_cache(cache, tiny_sd1_bundle):
     """Four processes that all start with an empty cache, two of which are killed."""
     code = (

@@ -61,7 +61,7 @@ def test_references_are_dropped_at_the_end(tiny_sd1_banks, backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("backend", [pytest.param("openvino", marks=pytest.mark.long), "onnxruntime"])
 def test_references_are_dropped_in_any_order(tiny_sd1_banks, backend):
     """One order after another, each in names of its own; sys.exit after the last."""
     orders = "".join(

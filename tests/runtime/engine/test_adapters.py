@@ -176,6 +176,7 @@ def test_bank_and_merge_and_peft_agree(tiny_sd1, tiny_sd1_banks, files):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # an export of its own; above, merged weights in diffusers' network
 def test_merged_export_equals_the_bank(tiny_sd1, tiny_sd1_banks, files, tmp_path):
     export_bundle(tiny_sd1, tmp_path / "merged", loras=[(files["a"], 0.8), (files["b"], 0.5)])
     with (

@@ -249,6 +249,7 @@ def test_a_stream_of_a_closed_engine_tells_every_request():
 
 # Exit, fork, garbage
 
+LONG = [pytest.mark.slow, pytest.mark.long]
 ENDS = {
     "the script ends": ("", 0),
     "an uncaught error": ("raise ValueError('mine')", 1),
@@ -257,8 +258,12 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("how", ENDS)
-@pytest.mark.parametrize("backend", ["openvino", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+# a process each: one engine in the whole suite, and of four ends those with and without the interpreter's own
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(how, marks=[] if how in ("an uncaught error", "SIGTERM") else pytest.mark.long) for how in ENDS],
+)
+@pytest.mark.parametrize("backend", ["openvino", pytest.param("onnxruntime", marks=LONG)])
 def test_a_process_ends_cleanly_without_close(tiny_sd1_bundle, how, backend):
     code = (
         "import sys, stepforge, time\n"
@@ -271,7 +276,7 @@ def test_a_process_ends_cleanly_without_close(tiny_sd1_bundle, how, backend):
     assert done.stderr == "" or "ValueError: mine" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("backend", ["openvino", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", [pytest.param("openvino", marks=LONG), "onnxruntime"])
 def test_a_forked_child_may_drop_its_parents_engines(tiny_sd1_bundle, backend):
     """Destroyed in a child, a session of ONNX Runtime waits for its threads, which the child lacks: those of closed engines
     too, which no thread of ours holds any more."""

@@ -140,6 +140,7 @@ def ensemble_of_two(
 
 
 @pytest.mark.slow
+@pytest.mark.long  # an export of its own; base and refiner stay, and adapters of one denoiser
 def test_expert_of_one_architecture(
     tiny_sd1: Path, tiny_sd1_controls: dict[str, Path], noisy: Path, backends: tuple[str, ...]
 ):
@@ -233,6 +234,7 @@ def test_experts_with_control_reuse_and_init(
 
 
 @pytest.mark.slow
+@pytest.mark.long  # an export of its own; base and refiner stay, and adapters of one denoiser
 def test_adapters_of_experts(noisy: Path, tmp_path: Path):
     """A file changes every denoiser that it fits, or the named one alone; images follow."""
     path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
