@@ -23,7 +23,7 @@ from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only, use
 from stepforge.export.graph.check import open_graphs
 from stepforge.export.graph.control import split
 from stepforge.export.graph.footprint import TILED, footprint
-from stepforge.export.graph.rewire import RESIDUAL, Variants, cut_variants, resolve_probes, variant
+from stepforge.export.graph.rewire import RESIDUAL, Variants, check_branch, cut_variants, resolve_probes, variant
 from stepforge.export.lora.merge import read_all, with_adapters
 from stepforge.export.memory import check_fits
 from stepforge.export.models.controlnet import ControlSource, load_control
@@ -128,14 +128,14 @@ def export_bundle(
     for kind, lines in (("assumed", source.assumed), ("corrected", source.corrected)):
         for line in lines:
             log.warning("%s: %s %s", printable(source.name), kind, printable(line, 400))
+    check_branch(reuse, source.empty[UNET]())
     source = with_adapters(source, read_all(source, loras))
     check_fits({key: make() for key, make in source.empty.items()}, DTYPES[precision], out)
     nets = read_controls(source, controls or {})
     stages, others = read_upscalers(upscalers or {}), read_experts(experts or {}, source)
     with staged(out, overwrite=overwrite) as folder:
-        bundle = _Export(source, nets, stages, others, folder, precision, bank, reuse, progress).run(
-            name or source.name
-        )
+        export = _Export(source, nets, stages, others, folder, precision, bank, reuse, progress)
+        bundle = export.run(name or source.name)
     return replace(bundle, path=out)
 
 

@@ -57,6 +57,16 @@ class Variants:
         return ("deepcache",) * (self.deepcache is not None) + ("tgate",) * self.tgate
 
 
+def check_branch(reuse: Variants, unet: Any) -> None:
+    """Raises CheckpointError for a branch that the up path of a UNet does not have: each of its layers takes a skip in."""
+    _check_branch(reuse, sum(len(block.resnets) for block in unet.up_blocks))
+
+
+def _check_branch(reuse: Variants, skips: int) -> None:
+    if reuse.deepcache is not None and reuse.deepcache >= skips - 1:
+        raise CheckpointError(f"deepcache's branch is {reuse.deepcache}; this network has 0 to {skips - 2}")
+
+
 def resolve_probes(graphs: Sequence[Path], component: Component, *, control: bool, reuse: Variants) -> Component:
     """Rewrite the graph files of a traced denoiser in place: probes become what `control` and `reuse` ask, or go."""
     inputs: tuple[Tensor, ...] = ()
@@ -65,8 +75,7 @@ def resolve_probes(graphs: Sequence[Path], component: Component, *, control: boo
         model = ir.load(path)
         skips = _named(model, "skip_")
         joints = [_joint(skip) for skip in skips]
-        if reuse.deepcache is not None and reuse.deepcache >= len(skips) - 1:
-            raise CheckpointError(f"deepcache's branch is {reuse.deepcache}; this network has 0 to {len(skips) - 2}")
+        _check_branch(reuse, len(skips))
         inputs = _add_residuals(model, skips, joints) if control else ()
         kept = _named(model, "text_") if reuse.tgate else []
         if reuse.deepcache is not None:

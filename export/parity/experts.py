@@ -35,6 +35,14 @@ class ExpertReference:
     calls: Sequence[Call]
 
 
+def check_experts(bundle: Bundle, paths: Mapping[str, Path]) -> None:
+    """Raises CheckpointError unless the models given are those of the bundle's experts."""
+    if bundle.experts.keys() != paths.keys():
+        name = min(bundle.experts.keys() ^ paths.keys())
+        have = ", ".join(bundle.experts) or "none"
+        raise CheckpointError(f"the bundle's experts are {have}; give just their models, --expert {name}=PATH")
+
+
 def run_experts(
     bundle: Bundle,
     pipeline: Any,
@@ -44,10 +52,7 @@ def run_experts(
     progress: Callable[[str], None],
 ) -> ExpertReference | None:
     """Raises CheckpointError for experts that the bundle was exported without, with other weights, or that are not given."""
-    if bundle.experts.keys() != paths.keys():
-        name = min(bundle.experts.keys() ^ paths.keys())
-        have = ", ".join(bundle.experts) or "none"
-        raise CheckpointError(f"the bundle's experts are {have}; give just their models, --expert {name}=PATH")
+    check_experts(bundle, paths)
     if not paths:
         return None
     networks, texts = {}, {}

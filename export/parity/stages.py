@@ -39,6 +39,15 @@ class StageReference:
     calls: Sequence[Call]
 
 
+def check_stages(bundle: Bundle, paths: Mapping[str, Path]) -> None:
+    """Raises CheckpointError unless the models given are those of the bundle's stages."""
+    if missing := bundle.stages.keys() - paths.keys():
+        name = min(missing)
+        raise CheckpointError(f"the bundle has the stage {name!r}; give its model too, --sr {name}=PATH")
+    if unknown := paths.keys() - bundle.stages.keys():
+        raise CheckpointError(f"the bundle has no stage {min(unknown)!r}; it has {', '.join(bundle.stages) or 'none'}")
+
+
 def run_stages(
     bundle: Bundle,
     text: Mapping[str, Any],
@@ -51,11 +60,7 @@ def run_stages(
     text: text encoder and tokenizer of IF's base model, for stages that read them.
     Raises CheckpointError for stages that the bundle was exported without, with other weights, or whose models are not given.
     """
-    if missing := bundle.stages.keys() - paths.keys():
-        name = min(missing)
-        raise CheckpointError(f"the bundle has the stage {name!r}; give its model too, --sr {name}=PATH")
-    if unknown := paths.keys() - bundle.stages.keys():
-        raise CheckpointError(f"the bundle has no stage {min(unknown)!r}; it has {', '.join(bundle.stages) or 'none'}")
+    check_stages(bundle, paths)
     found = {}
     for name, path in paths.items():
         stage = read_upscaler(path) if path.is_dir() else read_feed_forward(path)

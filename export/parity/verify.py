@@ -33,12 +33,12 @@ from stepforge.export.models.source import Source
 from stepforge.export.parity.adapters import merge_adapters
 from stepforge.export.parity.components import component_errors
 from stepforge.export.parity.control import exported_controls
-from stepforge.export.parity.experts import ExpertReference, run_experts
+from stepforge.export.parity.experts import ExpertReference, check_experts, run_experts
 from stepforge.export.parity.loaders import load_pipeline
 from stepforge.export.parity.measures import psnr, relative_error
 from stepforge.export.parity.pixel import run_base, text_modules
 from stepforge.export.parity.reference import Reference, References, Settings, inversion_prompts, run_references
-from stepforge.export.parity.stages import StageReference, run_stages
+from stepforge.export.parity.stages import StageReference, check_stages, run_stages
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend, Graph, open_backend, runnable
 from stepforge.runtime.bundle import INT8, Bundle, ComponentId, Size, read, update
@@ -133,6 +133,10 @@ def verify(
     check_origin(bundle, with_adapters(source, merged))
     places = {name: Path(path) for name, path in (controls or {}).items()}
     nets = exported_controls(bundle, source, places)
+    others = {name: Path(path) for name, path in (experts or {}).items()}
+    enlarged = {name: Path(path) for name, path in (upscalers or {}).items()}
+    check_stages(bundle, enlarged)
+    check_experts(bundle, others)
     runs = list(_configurations(bundle, backends, precisions))
 
     progress("reference: loading")
@@ -149,9 +153,7 @@ def verify(
         known = run_base(loaded, bundle, settings, progress)
     else:
         known = run_references(loaded, [(net, places[net.name]) for net in nets], bundle, settings, progress)
-    others = {name: Path(path) for name, path in (experts or {}).items()}
     switched = run_experts(bundle, loaded.pipeline, with_adapters(source, merged), others, settings, progress)
-    enlarged = {name: Path(path) for name, path in (upscalers or {}).items()}
     text = text_modules(loaded.pipeline) if source.family == "if" else {}
     del loaded
     staged = run_stages(bundle, text, enlarged, settings, progress)

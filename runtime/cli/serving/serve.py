@@ -23,7 +23,7 @@ def serve(
         list[str], typer.Argument(metavar="[NAME=]BUNDLE", help="Bundle directories; the first is the default model.")
     ],
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="Port; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     keys: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="API keys, one a line; read again on SIGHUP. See docs/serving.md."),

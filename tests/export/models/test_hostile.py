@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepforge.export.build import export_bundle
+from stepforge.export.cli import parse_experts
+from stepforge.export.graph.rewire import Variants
 from stepforge.export.models import stored, weights
 from stepforge.export.models.controlnet import load_control
 from stepforge.export.models.load import load
@@ -346,3 +348,15 @@ def test_names_that_no_manifest_holds(model: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(model.rename(os.fsdecode(os.fsencode(model) + b"\xff")))
     with pytest.raises(CheckpointError, match="link has a name that is not UTF-8; rename it"):
         export_bundle(tmp_path / "link", tmp_path / "out")
+
+
+def test_a_branch_that_the_network_does_not_have(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="deepcache's branch is 3; this network has 0 to 2"):
+        export_bundle(model, tmp_path / "out", reuse=Variants(3))
+
+
+def test_a_path_that_exists_is_a_path(tmp_path: Path) -> None:
+    place = tmp_path / "a@b"
+    assert parse_experts([f"x={place}@0.4..1"]) == {"x": (place, ("timesteps", 0.4, 1.0))}
+    place.mkdir()
+    assert parse_experts([f"x={place}"]) == {"x": (place, None)}

@@ -79,6 +79,16 @@ def test_settings_are_refused_before_anything_is_read(options):
     assert "\n" not in str(error.value)
 
 
+def test_other_parts_are_refused_before_anything_is_drawn(tiny_sd1, tiny_sd1_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("stepforge.export.parity.verify.load_pipeline", None)
+    for options, text in (
+        ({"upscalers": {"x": tmp_path}}, "has no stage 'x'"),
+        ({"experts": {"x": tmp_path}}, "are none"),
+    ):
+        with pytest.raises(CheckpointError, match=text):
+            verify(tiny_sd1_bundle, tiny_sd1, **options)
+
+
 def test_measures():
     image = np.zeros((4, 4, 3), np.uint8)
     assert psnr(image, image) == MAX_PSNR

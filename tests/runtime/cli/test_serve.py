@@ -21,6 +21,7 @@ REFUSED = [
     (("fake", "--queue-limit", "0"), "queue_limit"),
     (("fake", "--deadline", "nan"), "deadline is nan"),
     (("fake", "--adapters", "missing"), "missing"),
+    (("fake", "--port", "65536"), "less than or equal to 65535"),
 ]
 
 
