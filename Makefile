@@ -121,7 +121,7 @@ train: $(STAMP)  ## the demo model from nothing: needs Debian's fonts-noto-color
 $(STAMP): setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-compile -r requirements.txt  # modules are compiled when they are imported, few of them ever
 	$(BIN)/pip install --quiet --no-deps spandrel==0.4.2  # without torchvision, see setup.py
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $(STAMP)
