@@ -118,10 +118,11 @@ train: $(STAMP)  ## the demo model from nothing: needs Debian's fonts-noto-color
 	$(BIN)/python examples/emoji/train_vae.py --resume --domain 0.7 --steps 700 --lr 6e-4
 	$(BIN)/python examples/emoji/train_unet.py
 
+# --no-compile: most modules are never imported; those that are get their byte code then
 $(STAMP): setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-compile -r requirements.txt
 	$(BIN)/pip install --quiet --no-deps spandrel==0.4.2  # without torchvision, see setup.py
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $(STAMP)

@@ -4,8 +4,8 @@ LoRA of rank 4 on the UNet's transformers and on the text encoder. Each batch is
 "sks alien on a ... background", half pictures of the class: 100 latents which the frozen model samples for
 "alien on a ... background". The second half is the prior-preservation loss, added with weight lambda (`--prior`, 1).
 The class alone does not hold what is not of it. So as many rows again as the batch are other emoji, without text one time in
-ten, and what is wanted of them is the frozen model's own prediction (learning without forgetting, arXiv 1606.09282; weight `--keep`).
-These are two thirds of the emoji: `adapter_quality.py` counts the third that is not among them by itself.
+ten, and what is wanted of them is the frozen model's own prediction (learning without forgetting, arXiv 1606.09282), with
+weight `--keep`. These are two thirds of the emoji: `adapter_quality.py` counts the third that is not among them by itself.
 
 Written as kohya's sd-scripts write a LoRA: one safetensors file, `lora_unet_...` and `lora_te_...`, alpha beside each pair.
 """
@@ -72,7 +72,7 @@ def sample_class(model: Path, count: int) -> tuple[torch.Tensor, list[str]]:
 
 
 def others(model: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled latents of the pictures that training saw, of emoji that are neither the class nor held out; their captions' ids."""
+    """Scaled latents of the pictures that training saw, of emoji neither the class nor held out, and their captions' ids."""
     rows = [
         (index, picture.caption)
         for index, picture in enumerate(pictures())

@@ -103,7 +103,7 @@ class Fake:
 
 
 class Lent:
-    """A graph whose outputs are NaN from its next call on, as engines reuse theirs: who keeps one without a copy is found out."""
+    """A graph whose outputs are NaN from its next call on, as engines reuse theirs: who keeps one uncopied is found out."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph, self._outputs = graph, dict[str, NDArray[np.float32]]()

@@ -3,8 +3,9 @@
     python tests/fuzz/guided.py [DOOR ...] [--seconds 60] [--json FILE]
 
 The soak's generators know the formats and break them. libFuzzer knows none: it keeps an input that ran a branch which no input
-before ran, and changes it further. An input becomes a case of the generator of that name, and `soak.judge` says what became of it;
-corpora start with the generators' own cases. Each door is a process. Exit code 1 if there was a failure, shown with its bytes.
+before ran, and changes it further. An input becomes a case of the generator of that name, and `soak.judge` says what became
+of it; corpora start with the generators' own cases. Each door is a process. Exit code 1 if there was a failure, shown with
+its bytes.
 """
 
 from __future__ import annotations

@@ -75,9 +75,9 @@ WHOLE = Tiling()
 class Pictures:
     """A bundle's VAEs and feed-forward networks. One thread at a time calls it.
 
-    Pictures are [3, H, W] in -1..1, or in 0..1 for `upscale`. What is returned is the caller's for good: images wait for their next
-    leg, and a graph's own outputs last until its next call. go_on: called before each network call; what it raises ends the
-    work. Raises GenerationError for what is not finite.
+    Pictures are [3, H, W] in -1..1, or in 0..1 for `upscale`. What is returned is the caller's for good: images wait for their
+    next leg, and a graph's own outputs last until its next call. go_on: called before each network call; what it raises ends
+    the work. Raises GenerationError for what is not finite.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, tiling: Tiling = WHOLE) -> None:
