@@ -199,19 +199,19 @@ def main() -> None:
     parser.add_argument("--style", action=argparse.BooleanOptionalAction, default=True, help="measure the styles too")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--sheet", type=Path, help="write a picture: prompts down, adapters across")
+    parser.add_argument("--only", nargs="*", help="these variants; with --out the others keep the figures that stand there")
     args = parser.parse_args()
 
     alone = {"subject": FILES["subject"]}
     variants = {"with": ({"subject": 1.0}, FILES), "without": ({}, FILES), "with, at 0.6": ({"subject": 0.6}, alone)}
     if args.ablation:
-        variants["with, trained without prior preservation"] = ({"subject": 1.0}, {"subject": args.ablation})
-    report = {
-        "steps": 20,
-        "guidance": 3,
-        "subject": {name: subject_report(*variant, args.rounds) for name, variant in variants.items()},
-        "prior": {name: prior_report(*variant, args.rounds) for name, variant in variants.items()},
-        "machine": machine(),
-    }
+        variants["with, trained with --keep 0 --prior 0"] = ({"subject": 1.0}, {"subject": args.ablation})
+    report = json.loads(args.out.read_text()) if args.only and args.out else {"subject": {}, "prior": {}}
+    report |= {"steps": 20, "guidance": 3, "machine": machine()}
+    for name, variant in variants.items():
+        if not args.only or name in args.only:
+            report["subject"][name] = subject_report(*variant, args.rounds)
+            report["prior"][name] = prior_report(*variant, args.rounds)
     if args.style:
         report["style"] = styles_report(args.rounds)
     print(json.dumps(report, indent=1))
