@@ -199,7 +199,9 @@ def main() -> None:
     parser.add_argument("--style", action=argparse.BooleanOptionalAction, default=True, help="measure the styles too")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--sheet", type=Path, help="write a picture: prompts down, adapters across")
-    parser.add_argument("--only", nargs="*", help="these variants; with --out the others keep the figures that stand there")
+    parser.add_argument(
+        "--only", nargs="*", help="these variants; with --out the others keep the figures that stand there"
+    )
     args = parser.parse_args()
 
     alone = {"subject": FILES["subject"]}

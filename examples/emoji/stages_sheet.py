@@ -47,7 +47,9 @@ def main() -> None:
         results = [engine.generate(request) for request in requests]  # one at a time: the seconds are its own
     labels = []
     for request, result in zip(requests, results, strict=True):
-        rows = " + ".join(f"{count} {name.removesuffix('/unet')}" for name, count in result.stats.rows.items() if name not in HIDDEN)
+        rows = " + ".join(
+            f"{count} {name.removesuffix('/unet')}" for name, count in result.stats.rows.items() if name not in HIDDEN
+        )
         way = "" if request.init is None else "img2img, " if request.init.mask is None else "inpainting, "
         subject = request.prompt.split(" on a ")[0]
         labels.append(f"{way}{subject}: {rows} rows, {result.stats.seconds['total']:.1f} s")

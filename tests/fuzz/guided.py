@@ -99,12 +99,14 @@ def run(door: str, seconds: float) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("doors", nargs="*", choices=tuple(DOORS))
+    parser.add_argument("doors", nargs="*", metavar="DOOR", help=f"of {', '.join(DOORS)} [default: all]")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each door")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     doors = args.doors or [*DOORS]
+    if unknown := set(doors) - DOORS.keys():
+        parser.error(f"no such door: {', '.join(sorted(unknown))}")
     if args.child:
         child(doors[0], args.seconds, args.child, args.json)
         return 0
