@@ -26,7 +26,7 @@ from typing import Any
 from soak import BAD, SHOWN, judge, load
 
 SEEDS = 200  # cases of the generator that a corpus starts with
-LONGEST = 4096  # bytes of an input
+LONGEST = 1 << 16  # bytes of an input
 SLOW = 10  # seconds after which libFuzzer ends the process: a hang
 KINDS = ("prompts", "requests")
 
