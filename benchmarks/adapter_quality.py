@@ -195,7 +195,9 @@ def sheet(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2, help="seeds for each background, and 50 other prompts each")
-    parser.add_argument("--ablation", type=Path, help="a subject adapter trained with --prior 0, to be compared")
+    parser.add_argument(
+        "--ablation", nargs=2, action="append", default=[], metavar=("NAME", "FILE"), help="another subject adapter"
+    )
     parser.add_argument("--style", action=argparse.BooleanOptionalAction, default=True, help="measure the styles too")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--sheet", type=Path, help="write a picture: prompts down, adapters across")
@@ -206,8 +208,8 @@ def main() -> None:
 
     alone = {"subject": FILES["subject"]}
     variants = {"with": ({"subject": 1.0}, FILES), "without": ({}, FILES), "with, at 0.6": ({"subject": 0.6}, alone)}
-    if args.ablation:
-        variants["with, trained with --keep 0 --prior 0"] = ({"subject": 1.0}, {"subject": args.ablation})
+    for name, file in args.ablation:
+        variants[f"with, {name}"] = ({"subject": 1.0}, {"subject": Path(file)})
     report = json.loads(args.out.read_text()) if args.only and args.out else {"subject": {}, "prior": {}}
     report |= {"steps": 20, "guidance": 3, "machine": machine()}
     for name, variant in variants.items():

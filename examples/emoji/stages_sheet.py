@@ -16,7 +16,7 @@ from stepforge.runtime.imaging.png import save_png
 from stepforge.runtime.imaging.sheet import Sheet
 
 HERE = Path(__file__).resolve().parent
-DRAW = {"guidance": 3.0, "sampler": "dpmpp_2m", "steps": 10}  # as the other sheets of `make demo`
+DRAW = {"guidance": 3.0, "sampler": "dpmpp_2m", "steps": 10}  # settings of `make demo`'s other sheets
 CELL = 256
 HIDDEN = ("text_encoder", "vae_encoder", "vae_decoder")  # rows that every picture has
 

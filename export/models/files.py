@@ -14,7 +14,7 @@ from stepforge.runtime.files import is_lfs_pointer, printable, strict_json
 
 MOST_BYTES = 16 << 20  # bytes of a JSON or text file; far beyond a tokenizer or an index of shards
 INDEX = "model_index.json"
-FORGETS = "_use_default_values"  # of a config in memory, diffusers never writes it
+FORGETS = "_use_default_values"  # key of a config in memory, which diffusers never writes
 LONGEST_NAME = 255  # letters of a model's name
 KINDS = {
     stat.S_IFIFO: "a FIFO",

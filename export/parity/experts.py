@@ -51,8 +51,7 @@ def run_experts(
     settings: Settings,
     progress: Callable[[str], None],
 ) -> ExpertReference | None:
-    """Raises CheckpointError for experts that the bundle was exported without, with other weights, or that are not given."""
-    check_experts(bundle, paths)
+    """paths: those of `check_experts`. Raises CheckpointError for experts with other weights than the bundle's."""
     if not paths:
         return None
     networks, texts = {}, {}

@@ -57,10 +57,9 @@ def run_stages(
 ) -> dict[str, StageReference]:
     """The first prompt through the pipeline of each stage, a picture through feed-forward networks.
 
-    text: text encoder and tokenizer of IF's base model, for stages that read them.
-    Raises CheckpointError for stages that the bundle was exported without, with other weights, or whose models are not given.
+    text: text encoder and tokenizer of IF's base model, for stages that read them. paths: those of `check_stages`.
+    Raises CheckpointError for stages with other weights than the bundle's.
     """
-    check_stages(bundle, paths)
     found = {}
     for name, path in paths.items():
         stage = read_upscaler(path) if path.is_dir() else read_feed_forward(path)

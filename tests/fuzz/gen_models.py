@@ -160,7 +160,7 @@ def further(build: Any, folder: Path, models: dict[str, Path]) -> None:
         fixture = getattr(build, f"tiny_{name}").__wrapped__
         made[name] = fixture(*(made[one] for one in needed), places)
     models |= {name: made[name] for name in ("x4", "x2", "if", "refiner")}
-    models["base"] = made["sdxl"]  # of the refiner
+    models["base"] = made["sdxl"]  # base model of the refiner
     models |= {f"if-{name}": path for name, path in build.tiny_if_sr.__wrapped__(places).items()}
     pieces = import_protobuf().ModelProto()
     for token, number in json.loads((models["if"] / "tokenizer/tokenizer.json").read_text())["model"]["vocab"]:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from soak import BAD, SHOWN, judge, load
+from soak import BAD, SHOWN, judge, load, machine
 
 SEEDS = 200  # cases of the generator that a corpus starts with
 LONGEST = 1 << 16  # bytes of an input
@@ -111,7 +111,7 @@ def main() -> int:
         child(doors[0], args.seconds, args.child, args.json)
         return 0
     found = {door: run(door, args.seconds) for door in doors}
-    text = json.dumps({"seconds": args.seconds, "doors": found}, indent=1)
+    text = json.dumps({"seconds": args.seconds, "doors": found, **machine()}, indent=1)
     print(text)
     if args.json:
         args.json.write_text(text + "\n")

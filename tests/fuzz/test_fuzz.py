@@ -1,7 +1,9 @@
 """A quick slice of every fuzz generator; `make test-soak` runs the rest. The protocol of generators is in soak.py."""
 
+import importlib
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,22 @@ def test_no_case_gets_through(name):
         [sys.executable, HERE / "soak.py", name, "--quick"], capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+
+
+def test_guided_inputs_become_cases_that_are_accepted_too(tmp_path, monkeypatch):
+    """Without atheris: a corpus that no door accepts would leave everything behind the doors untried."""
+    monkeypatch.syspath_prepend(HERE)
+    guided = importlib.import_module("guided")
+    for door, (case_of, input_of) in guided.DOORS.items():
+        (tmp_path / door).mkdir()
+        module = guided.load(door)
+        base = module.start(tmp_path / door)
+        cases = [module.case(random.Random(index), base) for index in range(guided.SEEDS)]
+        inputs = [data for data in map(input_of, cases) if data is not None and len(data) <= guided.LONGEST]
+        inputs = inputs or [b"", b"\x03a cat"]  # texts: the field, then the prompt
+        outcomes = {guided.judge(module, case_of(data), base)[0] for data in inputs}
+        assert "accepted" in outcomes, door
+        assert not outcomes & set(guided.BAD), door
 
 
 PROBE = """

@@ -16,7 +16,7 @@ import numpy as np
 
 from stepforge.runtime.arrays import Float32
 
-Run = Callable[[Float32], Float32]  # [C, h, w] -> [C', h·up/down, w·up/down]
+Run = Callable[[Float32], Float32]  # [C, h, w] -> [C', h·up/down, w·up/down], an array that may be kept and written
 
 DIFFUSERS_OVERLAP = 0.25  # AutoencoderKL.tile_overlap_factor
 
