@@ -66,6 +66,7 @@ CARD = SchedulerCard(  # Stable Diffusion 1.5
 FLOW = SchedulerCard(sampler="flow_euler", prediction_type="flow", shift=3.0)
 # Their references are slow: made by a Python loop over all training timesteps, and LMS integrates by quadrature.
 SLOW = ("heun", "kdpm2", "lms")
+MANY = (("linspace", "normal"), ("trailing", "karras"))
 BY_COST = [
     pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SAMPLERS if name != "flow_euler"
 ]
@@ -127,9 +128,11 @@ def check(rows: tuple[Step, ...], init_noise: float, trace: Trace, case: object)
         assert row.denoised == pytest.approx(denoised, rel=1e-9, abs=1e-9), case
 
 
+# many steps of every spacing and schedule in the long lane; here of two pairs, and few steps of all
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.long)], ids=["pairs", "every"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("sampler", BY_COST)
-def test_coefficients(sampler: str, prediction: str):
+def test_coefficients(sampler: str, prediction: str, every: bool):
     kind = SAMPLERS[sampler]
     card = replace(CARD, prediction_type=prediction, num_train_timesteps=200 if sampler in SLOW else 1000)
     if prediction not in kind.predictions:
@@ -140,11 +143,7 @@ def test_coefficients(sampler: str, prediction: str):
     latents = predictions = 0
     counts = STEPS if prediction == "epsilon" else (1, 3, 20)
     for spacing, schedule, steps in itertools.product(spacings, kind.schedules, counts):
-        if (
-            sampler in SLOW
-            and steps > 7
-            and (spacing, schedule) not in (("linspace", "normal"), ("trailing", "karras"))
-        ):
+        if not every and steps > 7 and spacing and (spacing, schedule) not in MANY:
             continue
         rows, init_noise = sample_steps(card, sampler=sampler, steps=steps, schedule=schedule, spacing=spacing)
         trace = follow(reference(card, sampler, schedule, spacing), steps, None, {})
