@@ -605,7 +605,10 @@ def _export(
     cached = Path(request.config.cache.mkdir("bundles")) / digest.hexdigest()[:16] / model.name
     with _made_once(cached) as place:
         if place is not None:
-            export_bundle(model, place, controls=controls, upscalers=upscalers, **options)
+            told: list[tuple[str, int, int]] = []
+            progress = lambda *of: told.append(of)  # noqa: E731
+            export_bundle(model, place, controls=controls, upscalers=upscalers, progress=progress, **options)
+            assert told[-1][1] == told[-1][2]
     out = request.getfixturevalue("tmp_path_factory").mktemp("bundles") / model.name
     return Path(shutil.copytree(cached, out))
 
