@@ -36,7 +36,10 @@ def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
 @pytest.fixture(scope="module")
 def refined(tiny_sdxl: Path, tiny_refiner: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("refined") / "bundle"
-    export_bundle(tiny_sdxl, out, experts=parse_experts([f"refiner={tiny_refiner}"]))
+    told: list[tuple[int, int]] = []
+    experts = parse_experts([f"refiner={tiny_refiner}"])
+    export_bundle(tiny_sdxl, out, experts=experts, progress=lambda _, done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1]
     return out
 
 
