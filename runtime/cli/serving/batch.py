@@ -19,12 +19,14 @@ from stepforge.runtime.checks import choice, whole
 from stepforge.runtime.cli import options
 from stepforge.runtime.cli.output import complain
 from stepforge.runtime.cli.signals import Stopped, on_signal
+from stepforge.runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from stepforge.runtime.serve.batch import Report
     from stepforge.runtime.serve.ray.pool import RayDrawer
 
 MOST_FAILURES = 20  # lines about failed jobs; all of them are in failures.jsonl
+QUALITY = 90
 PAUSE = 30.0  # seconds between lines of progress where no terminal shows a bar
 
 
@@ -47,9 +49,11 @@ def batch(
     layout: Annotated[
         str, typer.Option(metavar="NAME", help="files: one an image; webdataset: tar shards; parquet: parts.")
     ] = "files",
-    shard_size: Annotated[int, typer.Option(metavar="N", help="Jobs in a shard or part.")] = 1000,
+    shard_size: Annotated[
+        int, typer.Option(metavar="N", help="Jobs in a shard of webdataset or a part of parquet.")
+    ] = 1000,
     image_format: Annotated[str, typer.Option("--format", metavar="NAME", help="png, webp or jpeg.")] = "png",
-    quality: Annotated[int, typer.Option(metavar="N", help="Of WebP and JPEG, 1 to 100.")] = 90,
+    quality: Annotated[int | None, typer.Option(metavar="N", help="Of WebP and JPEG, 1 to 100. [default: 90]")] = None,
     metadata: options.Metadata = True,
     max_rows: Annotated[
         int | None, typer.Option(metavar="N", help="Most denoiser rows in a call; 2 draws one image at a time.")
@@ -66,7 +70,7 @@ def batch(
         int | None,
         typer.Option(
             metavar="BYTES",
-            parser=options.bytes_of("--limit-memory"),
+            parser=options.parse_bytes,
             help="Memory of jobs between manifest and disk, beside the networks, as 512M or 2G. [default: of 4 * --max-rows "
             "images]",
         ),
@@ -92,13 +96,17 @@ def batch(
     from stepforge.runtime.serve.room import Room
     from stepforge.runtime.serve.store import LAYOUTS, Store
 
+    choice("--layout", layout, tuple(LAYOUTS))
+    choice("--format", image_format, tuple(FORMATS))
+    if layout != "files" and retry_failed:
+        raise RequestError("--retry-failed needs --layout files; a shard that is written stays as it is")
+    if image_format == "png" and quality is not None:
+        raise RequestError("--quality is for --format webp and jpeg")
     settings = Settings(
         options=asked.fields(),
-        layout=choice("--layout", layout, tuple(LAYOUTS)),
+        layout=layout,
         shard_size=whole("--shard-size", shard_size, 1, 1_000_000),
-        encoding=Encoding(
-            choice("--format", image_format, tuple(FORMATS)), whole("--quality", quality, 1, 100), metadata
-        ),
+        encoding=Encoding(image_format, whole("--quality", QUALITY if quality is None else quality, 1, 100), metadata),
         tiling=(engine_options.tile_memory, engine_options.tiling),
     )
     rows = whole("--max-rows", MAX_ROWS if max_rows is None else max_rows, 2, 1 << 16)
@@ -164,9 +172,8 @@ def _cluster(asked: options.RayOptions, engine: options.EngineOptions, rows: int
     """Workers to be. Raises RequestError."""
     from stepforge.runtime.serve.ray.pool import Cluster, RayDrawer
 
-    return RayDrawer(
-        Cluster(asked.ray or "", asked.workers, engine.threads, asked.worker_gpus, depth=rows, stall=asked.stall)
-    )
+    stall = {} if asked.stall is None else {"stall": asked.stall}
+    return RayDrawer(Cluster(asked.ray or "", asked.workers, engine.threads, asked.worker_gpus, depth=rows, **stall))
 
 
 def _tell(report: Report, as_json: bool) -> None:
@@ -190,7 +197,8 @@ def _tell(report: Report, as_json: bool) -> None:
         f"{report.images} images in {report.seconds:.1f} s, {report.rate:.2f} images/s; the engine worked "
         f"{min(report.busy, 1):.1%} of the time; at most {values['peak_memory'] >> 20} MiB were in memory"
     )
-    print("seconds of the parts, which overlap: " + ", ".join(f"{p} {v:g}" for p, v in values["part_seconds"].items()))
+    if parts := values["part_seconds"]:
+        print("seconds of the parts, which overlap: " + ", ".join(f"{part} {spent:g}" for part, spent in parts.items()))
 
 
 @contextmanager

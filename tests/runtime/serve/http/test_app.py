@@ -436,7 +436,7 @@ def test_failures_tell_nothing_of_the_inside(serving, monkeypatch, caplog):
 
 def test_bodies_and_images_share_a_memory_budget(serving):
     image = 64 * 64 * PIXEL
-    running = serving(max_body=4096, max_held=image + 4096)
+    running = serving(max_body=4096, max_memory=image + 4096)
     body = json.dumps({"prompt": "x", "size": "64x64", "steps": 2}) + " " * 3000
     headers = {"content-type": "application/json"}
     gate = running.backends["fake"].gate
