@@ -337,6 +337,8 @@ def test_single_file_needs_a_tokenizer(tiny_sd1: Path, to_original: Original, tm
         load(path)
     with pytest.raises(CheckpointError, match="is not a folder"):
         load(path, tokenizer=tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="is a folder and has its own tokenizer"):
+        load(tiny_sd1, tokenizer=tiny_sd1 / "tokenizer")
 
 
 @pytest.mark.parametrize(
