@@ -40,7 +40,7 @@ from stepforge.runtime.request.presets import resolve
 
 log = logging.getLogger(__name__)
 
-MAX_ROWS = 8  # denoiser rows in one call; on a CPU more rows cost memory and gain nothing (reference: measured.md)
+MAX_ROWS = 8  # denoiser rows in one call; on a CPU more rows cost memory and gain nothing (docs/speed.md)
 MAX_PIXELS = 8 << 20  # pixels of all rows of a call: eight of 1024×1024
 QUEUE_LIMIT = 1024  # waiting requests
 MAX_PRIORITY = 10  # levels above and below 0
@@ -269,8 +269,8 @@ class Engine:
         **options: Any,
     ) -> AsyncGenerator[Outcome, None]:
         """`stream` for asyncio. RequestError is raised before the first outcome."""
-        jobs = await asyncio.to_thread(self._jobs, list(requests), on_step, priority, deadline, options)
-        async for outcome in self._intake.aoutcomes(jobs):
+        asked = asyncio.to_thread(self._jobs, list(requests), on_step, priority, deadline, options)
+        async for outcome in self._intake.aoutcomes(await asked):
             yield outcome
 
     def warm_up(self, *requests: Asked, images: int | None = None) -> None:
