@@ -194,6 +194,15 @@ Tiling = Annotated[str, typer.Option(metavar="NAME", help="even, or diffusers fo
 
 
 # Files
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="PATH",
+        help="A .png file for one image, a name with {index} or {seed} in it, or a folder.",
+    ),
+]
 Metadata = Annotated[bool, typer.Option(help="Write the request into each PNG.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 

@@ -88,6 +88,13 @@ def test_bad_values_are_400_with_their_names(serving):
         answer = running.draw(**fields)
         assert code(answer, 400)
         assert said in answer.json()["error"]["message"]
+    for fields, name in (
+        ({"n": 0}, "n"),
+        ({"stream": 1}, "stream"),
+        ({"size": "1x1"}, "size"),
+        ({"progress": True}, "progress"),
+    ):
+        assert running.draw(**fields).json()["error"]["param"] == name
     assert not running.backends["fake"].calls
 
 
