@@ -28,6 +28,8 @@ def read_requests(
 
     if [bool(prompts), prompt_file is not None, request_file is not None].count(True) != 1:
         raise RequestError("give either PROMPT arguments, --prompts FILE or --requests FILE")
+    if prompt_file is not None and prompt_file.suffix == ".jsonl":
+        raise RequestError(f"{printable(prompt_file)} has a request a line, not a prompt; give it with --requests")
     if request_file is None:
         texts = list(prompts or ()) if prompt_file is None else [line for _, line in read_lines(prompt_file)]
         return [Request(prompt=text, **options) for text in texts]

@@ -110,6 +110,8 @@ def serve(
         raise RequestError("--adapter is for a server of one bundle; give --adapters FOLDER and load them by the API")
     if any(strength != 1.0 for _, strength in preloaded.values()):
         raise RequestError("--adapter takes no strength here; requests say it")
+    if ports := [name for name in allowed_host or () if ":" in name and not name.startswith("[")]:
+        raise RequestError(f"--allowed-host {printable(ports[0])} has a port; give the name alone")
     hosts = None
     if allowed_host or (known is None and not open_to_all):
         hosts = frozenset(name.lower() for name in (*(allowed_host or ()), host, "localhost", "127.0.0.1", "[::1]"))

@@ -54,6 +54,7 @@ def test_options_without_effect_are_refused(refuse, tmp_path):
         (2, (*draw, "--preprocessor", "canny"), "--preprocessor needs --control"),
         (2, (*draw, "--control-window", "0..0.5"), "--control-window needs --control"),
         (2, (*draw, "--guess-mode"), "--guess-mode needs --control"),
+        (2, ("generate", "fake", "--prompts", jobs), "give it with --requests"),
         (2, (*batch, "--quality", 80), "--quality is for --format webp and jpeg"),
         (2, (*batch, "--stall", 60), "need --ray ADDRESS"),
     ):

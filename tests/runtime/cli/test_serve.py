@@ -33,6 +33,7 @@ REFUSED = [
         "are no PEM certificate and its key",
     ),
     (("fake", "--adapters", "missing"), "missing"),
+    (("fake", "--allowed-host", "a.example:8443"), "has a port"),
     (("fake", "--port", "65536"), "less than or equal to 65535"),
 ]
 
