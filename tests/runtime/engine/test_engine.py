@@ -61,6 +61,18 @@ class Recorder:
         return run
 
 
+def test_one_request_is_no_list_and_a_mapping_is_one_request(engine):
+    """Neither the letters of a prompt nor the keys of a mapping are drawn."""
+    job = {"prompt": "x", "steps": 1, "width": SIZE, "height": SIZE}
+    assert engine.generate(job).request == Request(**job)
+    assert [result.request.prompt for result in engine.generate([job, Request(**job)])] == ["x", "x"]
+    for wrong in ("a cat", job, Request(**job), 3):
+        with pytest.raises(RequestError, match="a list of requests is needed"):
+            engine.stream(wrong)
+    with pytest.raises(RequestError, match="on_step is 3"):
+        engine.submit(job, on_step=3)
+
+
 def test_streams_keep_nothing_of_what_was_yielded(engine):
     """A hundred thousand prompts hold the pictures of those on their way."""
     asked = [Request(prompt=str(index), steps=1, width=SIZE, height=SIZE) for index in range(5)]
