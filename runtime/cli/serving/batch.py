@@ -22,6 +22,8 @@ from stepforge.runtime.cli.signals import Stopped, on_signal
 from stepforge.runtime.errors import RequestError
 
 if TYPE_CHECKING:
+    from stepforge.runtime.bundle import Bundle
+    from stepforge.runtime.request import Request
     from stepforge.runtime.serve.batch import Report
     from stepforge.runtime.serve.ray.pool import RayDrawer
 
@@ -89,6 +91,7 @@ def batch(
     from stepforge.runtime.engine import MAX_ROWS
     from stepforge.runtime.imaging.encode import FORMATS
     from stepforge.runtime.load import open_bundle
+    from stepforge.runtime.request import Request
     from stepforge.runtime.serve.batch import Batch, Settings
     from stepforge.runtime.serve.draw import Drawer, Encoding, EngineDrawer
     from stepforge.runtime.serve.manifest import Manifest
@@ -102,8 +105,10 @@ def batch(
         raise RequestError("--retry-failed needs --layout files; a shard that is written stays as it is")
     if image_format == "png" and quality is not None:
         raise RequestError("--quality is for --format webp and jpeg")
+    fields = asked.fields()
+    stated = Request(prompt="", **fields)  # a wrong option would fail every job
     settings = Settings(
-        options=asked.fields(),
+        options=fields,
         layout=layout,
         shard_size=whole("--shard-size", shard_size, 1, 1_000_000),
         encoding=Encoding(image_format, whole("--quality", QUALITY if quality is None else quality, 1, 100), metadata),
@@ -133,10 +138,13 @@ def batch(
             engine = opened.enter_context(engine_options.load(bundle, max_rows=rows))
             for name, file in adapters.items():
                 engine.adapters.load(name, file)
-            model, store = engine.bundle, make_store()
+            model = engine.bundle
+            _check_fits(stated, model)
+            store = make_store()
             drawer = opened.enter_context(EngineDrawer(engine, store.files, settings.encoding))
         else:
             model = open_bundle(bundle)
+            _check_fits(stated, model)
             opened.enter_context(redirect_stdout(sys.stderr))  # Ray prints what its processes complain of
             workers = opened.enter_context(_cluster(ray_options, engine_options, rows))
             store = make_store()
@@ -166,6 +174,16 @@ def batch(
         complain(f"stopped: {report.failed} jobs failed, --max-failures is {max_failures}")
     if report.failed or report.left:
         raise typer.Exit(1)
+
+
+def _check_fits(stated: Request, model: Bundle) -> None:
+    """Raises RequestError for a preset or stages that the bundle has not; the rest of a plan is each job's."""
+    from stepforge.runtime.plan.stages import compile_stage
+    from stepforge.runtime.request.presets import resolve
+
+    resolve(stated, model)
+    for upscale in stated.upscale:
+        compile_stage(upscale, model)
 
 
 def _cluster(asked: options.RayOptions, engine: options.EngineOptions, rows: int) -> RayDrawer:

@@ -91,6 +91,9 @@ def test_options_of_the_command_are_those_of_generate(photo, batch, jobs, tmp_pa
         (["--init", tmp_path / "none.png"], "cannot be read"),
         (["--limit-memory", "1.5G"], "Invalid value for '--limit-memory': '1.5G'; write bytes"),
         (["--plan", "fast", "-g", 2], "leave --guidance out"),
+        (["--plan", "fast"], "no preset 'fast'"),  # once, not for every job
+        (["--sr", "x9"], "no super-resolution stage 'x9'"),
+        (["--images", 0], "images is 0"),
     ):
         code, _, errors = batch(plain, *wrong, out="b")
         assert (code, len(errors)) == (2, 1)
