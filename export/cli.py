@@ -136,7 +136,7 @@ def export_command(
     calibrate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompts of --quantize, one a line, like those of your users.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Compile a model into a bundle."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -46,7 +47,7 @@ def refuse(path: Path, text: str) -> None:
     """Loading, or loading one of the networks, gives one line that contains the text."""
 
     def load_all() -> None:
-        source = load(path, tokenizer=None if path.is_dir() else path.parent)
+        source = load(path, tokenizer=None if os.path.isdir(path) else path.parent)
         for loader in (source.unet, source.vae, *source.text_encoders):
             loader(torch.float32)
 
