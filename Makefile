@@ -66,7 +66,7 @@ test-interop: $(INTEROP:%=.venv-%/.installed)  ## Ray, Ray Serve, MLPerf LoadGen
 .venv-%/.installed: setup.py tests/interop/%.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --upgrade pip
-	.venv-$*/bin/pip install --quiet -r tests/interop/$*.txt
+	.venv-$*/bin/pip install --quiet --no-compile -r tests/interop/$*.txt
 	.venv-$*/bin/pip install --quiet --editable .
 	touch $@
 
@@ -78,8 +78,8 @@ test-engines: $(ENGINES)/.installed  ## TensorRT for RTX builds the demo model f
 $(ENGINES)/.installed: setup.py requirements.txt tests/export/engines/requirements.txt
 	$(PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/pip install --quiet --upgrade pip
-	$(ENGINES)/bin/pip install --quiet -r requirements.txt -r tests/export/engines/requirements.txt
-	$(ENGINES)/bin/pip install --quiet --no-deps --editable .
+	$(ENGINES)/bin/pip install --quiet --no-compile -r requirements.txt -r tests/export/engines/requirements.txt
+	$(ENGINES)/bin/pip install --quiet --no-compile --no-deps --editable .
 	touch $@
 
 aot: $(STAMP)  ## every kernel compiled for six architectures, against golden.json (4 minutes on 2 cores)
@@ -107,10 +107,10 @@ bench: $(BENCH)/.installed  ## the same in full: SD 1.5's and XL's shapes, 20 st
 $(BENCH)/.installed: setup.py requirements.txt benchmarks/suite/peers.txt
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/pip install --quiet --upgrade pip
-	$(BENCH)/bin/pip install --quiet -r requirements.txt
-	$(BENCH)/bin/pip install --quiet --no-deps spandrel==0.4.2  # without torchvision, see setup.py
-	while read -r peer; do $(BENCH)/bin/pip install --quiet --no-deps $$peer || true; done < benchmarks/suite/peers.txt
-	$(BENCH)/bin/pip install --quiet --no-deps --editable .
+	$(BENCH)/bin/pip install --quiet --no-compile -r requirements.txt
+	$(BENCH)/bin/pip install --quiet --no-compile --no-deps spandrel==0.4.2  # without torchvision, see setup.py
+	while read -r peer; do $(BENCH)/bin/pip install --quiet --no-compile --no-deps $$peer || true; done < benchmarks/suite/peers.txt
+	$(BENCH)/bin/pip install --quiet --no-compile --no-deps --editable .
 	touch $@
 
 train: $(STAMP)  ## the demo model from nothing: needs Debian's fonts-noto-color-emoji, about 2.5 hours on 2 cores

@@ -168,16 +168,9 @@ class _Export:
         self.folder, self.precision = folder, precision
         self.dtype, self.bank, self.reuse = DTYPES[precision], bank, reuse
         self.components: dict[ComponentId, Component] = {}
-        self.progress, self.done, self.stages = (
-            progress,
-            0,
-            len(source.text_encoders)
-            + len(controls)
-            + 4
-            - (source.vae is None)
-            + sum(map(networks_of, upscalers.values()))
-            + len(experts),
-        )
+        self.progress, self.done = progress, 0
+        networks = len(source.text_encoders) + 1 + len(controls) + 2 * (source.vae is not None) + len(experts)
+        self.stages = networks + sum(map(networks_of, upscalers.values())) + len(("manifest", "check"))
 
     def run(self, name: str) -> Bundle:
         encoders = self.text_encoders()
@@ -245,7 +238,9 @@ class _Export:
         def tokenize(tokens: Path, pad: Pad | None, encoder: ComponentId) -> TextEncoder:
             return write_tokenizer(tokens, pad, self.folder, encoder)
 
+        before = len(self.components)
         card = export_expert(name, expert, self.source, base, self.add, tokenize, probe=probe)
+        self.stages += len(self.components) - before - 1  # a text encoder of its own
         if expert.text is None:
             own = {key: self.components[key]}
             own |= _variants(self.folder, key, own[key], self.reuse.names)
@@ -281,6 +276,8 @@ class _Export:
         config = self.add(VAE_DECODER, load, decoder)
         if halves[0]:
             self.add(VAE_ENCODER, load, modules.vae_encoder)
+        else:
+            self.stages -= 1
         return config
 
     def stage(self, name: str, upscaler: Upscaler | FeedForward, base: ModelCard) -> StageCard:

@@ -128,7 +128,7 @@ def _network(bundle: Bundle, component: ComponentId, order: Order) -> _Task:
     model = bundle.model(component.stage) or bundle.card
     return _Task(
         component, component_hash(bundle, component), computed_in(component, model.family, order.precision),
-        profiles(bundle, component, order.use), lambda _: checked_graph(bundle, component, entry.graph), bundle.path,
+        profiles(bundle, component, order.use), lambda _: checked_graph(bundle, component, entry.graph).path, bundle.path,
         tuple(t.name for t in entry.inputs if ".lora_" in t.name), (entry.inputs, entry.outputs),
     )  # fmt: skip
 

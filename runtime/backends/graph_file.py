@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from stepforge.runtime.bundle import Bundle, Component, ComponentId
 from stepforge.runtime.checks import shown
@@ -47,8 +48,14 @@ LIMITS = {  # engines divide by these, and make room for those
     "num_heads": (1, 1 << 10), "blocksize": (1, 64), "pads": (0, 64),
 }  # fmt: skip
 MOST_SCALE = 64.0  # largest scale of Resize
+PRODUCTS = frozenset(("Conv", "Gemm", "MatMul"))
 
 Span = tuple[int, int]
+
+
+class CheckedGraph(NamedTuple):
+    path: Path
+    products: int  # nodes in PRODUCTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +65,23 @@ class _Node:
     outputs: tuple[str, ...]
 
 
-def checked_graph(bundle: Bundle, component: ComponentId, graph: str) -> Path:
-    """Path of a component's graph, after its checks. Raises BackendError in one line."""
+def checked_graph(bundle: Bundle, component: ComponentId, graph: str) -> CheckedGraph:
+    """A component's graph, after its checks. Raises BackendError in one line."""
     path = bundle.file(graph)
     folder = f"{graph.rpartition('/')[0]}/".lstrip("/")
     beside = {name.removeprefix(folder): size for name, (size, _) in bundle.files.items() if name.startswith(folder)}
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
-        _check(path.read_bytes(), beside, bundle.components[component])
+        nodes = _check(path.read_bytes(), beside, bundle.components[component])
     except (ValueError, OSError) as error:
         text = error.strerror if isinstance(error, OSError) else error
         raise BackendError(f"{graph} is no graph of {component}: {text}") from error
-    return path
+    return CheckedGraph(path, sum(node.op in PRODUCTS for node in nodes))
 
 
-def _check(data: bytes, beside: Mapping[str, int], entry: Component) -> None:
-    """Raises ValueError for the first thing that is wrong. beside: sizes of the listed files in the graph's folder."""
+def _check(data: bytes, beside: Mapping[str, int], entry: Component) -> list[_Node]:
+    """The nodes. Raises ValueError for the first thing that is wrong. beside: sizes of the listed files in the graph's folder."""
     graphs = []
     for field, value in _fields(data, (0, len(data))):
         if field == 7:
@@ -117,6 +124,7 @@ def _check(data: bytes, beside: Mapping[str, int], entry: Component) -> None:
         known |= dict.fromkeys((name for name in node.outputs if name), ())
     if missing := [name for name in outputs if name not in known]:
         raise ValueError(f"nothing gives its output {shown(missing[0])}")
+    return nodes
 
 
 def _check_opset(data: bytes, span: Span) -> None:

@@ -42,7 +42,7 @@ class OnnxRuntime:
     def open(self, component: ComponentId, banks: Arrays | None = None) -> _Graph:
         entry = self._bundle.components[component]
         graph = entry.graph_for(self.name, self.precision)
-        path = checked_graph(self._bundle, component, graph)
+        path = checked_graph(self._bundle, component, graph).path
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 4  # what fails is raised, and told once

@@ -116,7 +116,7 @@ class OnnxRuntimeCuda:
 
     def open(self, component: ComponentId, banks: Arrays | None = None) -> _Graph:
         graph = self._graph(component)
-        path = checked_graph(self._bundle, component, graph)
+        path = checked_graph(self._bundle, component, graph).path
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = self._threads
         settings.log_severity_level = 4

@@ -23,9 +23,9 @@ from stepforge.runtime.errors import BackendError
 
 PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
 # OpenVINO keeps what it made for each shape in an LRU cache for each kind of primitive, of 5000 entries by default: with
-# requests of many sizes its memory grows without end that anybody sees (benchmarks/soak_shapes.py). A network has fewer
-# primitives of one kind than half its layers, so that this many for each layer keep some four shapes ready.
-ENTRIES_PER_LAYER, LEAST_ENTRIES = 2, 128
+# requests of many sizes its memory grows without end that anybody sees (benchmarks/soak_shapes.py). As many entries as a
+# network has products keep some four of its shapes ready, since equal layers share an entry. Below some thirty they cost time.
+LEAST_ENTRIES = 32
 NODE = re.compile(r"<Node\((\w+)\): ([^>\n]*)>")  # as OpenVINO's ONNX reader names the node that it refuses
 
 
@@ -78,8 +78,6 @@ class OpenVino:
         self._float = native if precision == INT8 else precision
         self.versions = {"openvino": openvino.get_version().split("-")[0]}
         self._threads = threads
-        layers = max(len(entry.modules) for entry in bundle.components.values())
-        self._entries = max(LEAST_ENTRIES, ENTRIES_PER_LAYER * layers)
         self._cache = CompileCache(f"openvino-{self.versions['openvino']}")
 
     def bank_dtype(self, component: ComponentId) -> type[np.float32] | type[np.uint16]:
@@ -92,15 +90,15 @@ class OpenVino:
     def open(self, component: ComponentId, banks: Arrays | None = None) -> _Graph:
         entry = self._bundle.components[component]
         precision = self._precision_of(component)
+        graph = entry.graph_for(self.name, self.precision)
+        path, products = checked_graph(self._bundle, component, graph)
         config: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": PRECISION_HINT[precision],
             "INFERENCE_NUM_THREADS": self._threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
-            "CPU_RUNTIME_CACHE_CAPACITY": self._entries,
+            "CPU_RUNTIME_CACHE_CAPACITY": max(LEAST_ENTRIES, products),
         }
-        graph = entry.graph_for(self.name, self.precision)
-        path = checked_graph(self._bundle, component, graph)
         with loading("openvino", graph, why):
             # The key has the precision: OpenVINO takes a network compiled for f32 out of its cache for bf16 (2026.4.1,
             # LOADED_FROM_CACHE on the first bf16 compilation), whose results are then NaN, or the process ends. It has the

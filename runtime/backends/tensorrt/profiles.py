@@ -179,7 +179,7 @@ def _inferred(bundle: Bundle, whole: ComponentId, names: Sequence[str], sizes: S
     graph = bundle.components[whole].graph
     given = _shapes(bundle, whole, sizes)
     with loading("openvino", graph):
-        model = _network(checked_graph(bundle, whole, graph))
+        model = _network(checked_graph(bundle, whole, graph).path)
         model.reshape({name: list(shape) for name, shape in given.items()})
         return {name: tuple(model.output(name).get_shape()) for name in names}
 

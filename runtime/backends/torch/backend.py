@@ -108,7 +108,7 @@ class Torch:
 
     def _open(self, component: ComponentId, banks: Arrays, *, with_lora: bool, wide: bool = True) -> Network:
         dtype = self._dtype_of(component)
-        path = checked_graph(self._bundle, component, self._bundle.components[component].graph)
+        path = checked_graph(self._bundle, component, self._bundle.components[component].graph).path
         program = read(path)
         if not with_lora:
             drop_lora(program, banks)

@@ -126,7 +126,7 @@ def test_exports_pass(tiny_sd1_control_bundle, tiny_sdxl_bundle):
         found = read(path)
         for key, entry in found.components.items():
             for graph in (entry.graph, *entry.derived.values()):
-                assert checked_graph(found, key, graph) == path / graph
+                assert checked_graph(found, key, graph).path == path / graph
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
