@@ -81,7 +81,7 @@ def checked_graph(bundle: Bundle, component: ComponentId, graph: str) -> Checked
 
 
 def _check(data: bytes, beside: Mapping[str, int], entry: Component) -> list[_Node]:
-    """The nodes. Raises ValueError for the first thing that is wrong. beside: sizes of the listed files in the graph's folder."""
+    """The nodes. Raises ValueError for the first thing that is wrong. beside: sizes of listed files in the graph's folder."""
     graphs = []
     for field, value in _fields(data, (0, len(data))):
         if field == 7:
