@@ -39,6 +39,7 @@ def bench(
 ) -> None:
     """Say how fast a bundle draws on this machine, once `stepforge verify` has passed on the same backend and precision."""
     from stepforge.runtime.engine import MAX_ROWS
+    from stepforge.runtime.engine.warm_up import masked
     from stepforge.runtime.errors import BundleError
     from stepforge.runtime.request import Request
     from stepforge.runtime.tune.speed import check_verified, machine, measure, peak_memory
@@ -50,7 +51,7 @@ def bench(
     started = time.perf_counter()
     with engine_options.load(bundle, max_rows=rows) as engine:
         loaded = time.perf_counter() - started
-        backend = engine.backend
+        backend, request = engine.backend, masked(request, engine.bundle)
         parity = "passed"
         try:
             check_verified(engine.bundle, backend.name, backend.precision)

@@ -29,7 +29,7 @@ from stepforge.runtime.engine.legs import legs_of
 from stepforge.runtime.engine.pictures.networks import WHOLE, Tiling
 from stepforge.runtime.engine.scheduler import Scheduler
 from stepforge.runtime.engine.state import Job, Leg, OnStep
-from stepforge.runtime.engine.warm_up import short_jobs
+from stepforge.runtime.engine.warm_up import masked, short_jobs
 from stepforge.runtime.engine.worker import Worker
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Plan
@@ -283,7 +283,7 @@ class Engine:
         Raises what `generate` raises.
         """
         self._check_wait()
-        for request in requests or ("",):
+        for request in requests or (masked(Request(prompt=""), self.bundle),):
             whole_job = self._job(Request.of(request), None, None, 0, None)
             for job in short_jobs(whole_job, images, self.max_rows, self._scheduler.max_pixels):
                 self._scheduler.submit(job, wait=True)
