@@ -55,7 +55,7 @@ def save_tokenizer(folder: Path, *, pad: str = EOS) -> int:
 def build_unet(**options: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
-    common = {"sample_size": 32, "block_out_channels": (32, 64), "layers_per_block": 1}
+    common = {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1}
     return UNet2DConditionModel(**{**common, **options})
 
 
@@ -84,7 +84,7 @@ def build_vae(levels: int = 2, **options: Any) -> Any:
 
     _seed_of("vae", levels)
     return AutoencoderKL(
-        block_out_channels=(32,) * (levels - 1) + (64,), layers_per_block=1, latent_channels=4, sample_size=64,
+        block_out_channels=(32,) * (levels - 1) + (64,), layers_per_block=1, latent_channels=4, sample_size=32,
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, **options,
     )  # fmt: skip
 
@@ -153,7 +153,7 @@ def save_pipeline(folder: Path, index: dict[str, Any], parts: dict[str, Any], to
 
 @pytest.fixture(scope="session")
 def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SD 1: PNDM, epsilon, 64 x 64 pixels, latents 32 x 32."""
+    """SD 1: PNDM, epsilon, 32 x 32 pixels, latents 16 x 16."""
     import torch
     from diffusers import PNDMScheduler
 
@@ -605,7 +605,10 @@ def _export(
     cached = Path(request.config.cache.mkdir("bundles")) / digest.hexdigest()[:16] / model.name
     with _made_once(cached) as place:
         if place is not None:
-            export_bundle(model, place, controls=controls, upscalers=upscalers, **options)
+            told: list[tuple[str, int, int]] = []
+            progress = lambda *of: told.append(of)  # noqa: E731
+            export_bundle(model, place, controls=controls, upscalers=upscalers, progress=progress, **options)
+            assert told[-1][1] == told[-1][2]
     out = request.getfixturevalue("tmp_path_factory").mktemp("bundles") / model.name
     return Path(shutil.copytree(cached, out))
 

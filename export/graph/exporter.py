@@ -24,13 +24,14 @@ TRANSLATED = frozenset(
         aten.add.Tensor, aten.alias.default, aten.arange.default, aten.arange.start, aten.argmax.default,
         aten.avg_pool2d.default,
         aten.cat.default, aten.chunk.default, aten.concat.default, aten.contiguous.default, aten.conv2d.default,
-        aten.cos.default, aten.div.Tensor, aten.dropout.default, aten.embedding.default, aten.exp.default, aten.expand.default,
-        aten.flatten.using_ints, aten.gelu.default, aten.group_norm.default, aten.index.Tensor,
-        aten.layer_norm.default, aten.linear.default, aten.matmul.default, aten.mean.dim, aten.mul.Tensor, aten.permute.default,
-        aten.reshape.default,
+        aten.cos.default, aten.div.Tensor, aten.dropout.default, aten.embedding.default, aten.eq.Scalar, aten.exp.default,
+        aten.expand.default, aten.flatten.using_ints, aten.gelu.default, aten.group_norm.default, aten.index.Tensor,
+        aten.layer_norm.default, aten.leaky_relu.default, aten.linear.default, aten.matmul.default, aten.mean.dim,
+        aten.mul.Tensor, aten.permute.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
+        aten.pow.Tensor_Scalar, aten.prelu.default, aten.reshape.default, aten.rsqrt.default,
         aten.scaled_dot_product_attention.default, aten.select.int, aten.sigmoid.default, aten.silu.default,
-        aten.sin.default, aten.slice.Tensor, aten.softmax.int, aten.sym_size.int, aten.transpose.int, aten.unflatten.int,
-        aten.unsqueeze.default,
+        aten.sin.default, aten.slice.Tensor, aten.softmax.int, aten.sub.Tensor, aten.sym_size.int, aten.tanh.default,
+        aten.transpose.int, aten.unflatten.int, aten.unsqueeze.default,
         aten.upsample_nearest2d.vec, aten.view.default,
     )
 )  # fmt: skip
@@ -39,11 +40,11 @@ TRANSLATED = frozenset(
 @contextmanager
 def lean() -> Iterator[None]:
     """Inside the block torch.onnx reads its translations once in a process, decomposes nothing that it translates anyhow and
-    runs no operator again whose types agree, and notes no lines of source; onnxscript's optimizer is linear and tries its rules
-    where they may fit."""
+    runs no operator again whose types agree, and notes no lines of source; torch remembers no shapes; onnxscript's optimizer is
+    linear and tries its rules where they may fit."""
     with (
         slice_rule_at_slices(), rules_at_their_operators(), registry_once(), casts_in_place(),
-        promotions_where_types_differ(), norms_by_shape(), no_stack_traces(),
+        promotions_where_types_differ(), norms_by_shape(), shapes_forgotten(), no_stack_traces(),
     ):  # fmt: skip
         yield
 
@@ -175,19 +176,41 @@ def rules_at_their_operators() -> Iterator[None]:
 
 @contextmanager
 def norms_by_shape() -> Iterator[None]:
-    """torch (2.13) finds the shape of a group norm's output, which is its input's, by running its definition on symbols."""
+    """torch (2.13) finds the shape of a norm's output and of GELU's, which is their input's, by running their definitions on
+    symbols."""
 
     def group_norm(mode: Any, x: Any, weight: Any, bias: Any, rows: Any, *size: Any) -> Any:
         groups = size[-2]  # after channels and pixels, before eps
         with mode:
             return torch.empty(x.shape, dtype=x.dtype), *(torch.empty((rows, groups), dtype=x.dtype) for _ in range(2))
 
+    def layer_norm(mode: Any, x: Any, size: Any, *_: Any) -> Any:
+        outer = (*x.shape[: x.ndim - len(size)], *(1 for _ in size))
+        with mode:
+            return torch.empty(x.shape, dtype=x.dtype), *(torch.empty(outer, dtype=x.dtype) for _ in range(2))
+
+    def gelu(mode: Any, x: Any, **_: Any) -> Any:
+        with mode:
+            return torch.empty_like(x)
+
+    ours = {aten.native_group_norm: group_norm, aten.native_layer_norm: layer_norm, aten.gelu: gelu}
     known = get_fast_op_impls()
-    known[aten.native_group_norm.default] = group_norm
+    known.update({operator.default: shape for operator, shape in ours.items()})
     try:
         yield
     finally:
-        del known[aten.native_group_norm.default]
+        for operator in ours:
+            del known[operator.default]
+
+
+@contextmanager
+def shapes_forgotten() -> Iterator[None]:
+    """torch (2.13) remembers the shapes of operators' results; where sizes are symbols it takes longer to compare and to
+    rebuild what it remembers than to find it out again: a quarter of a tiny UNet's trace."""
+    import torch._dynamo.config as config
+
+    with config.patch(fake_tensor_cache_enabled=False):
+        yield
 
 
 class _NoTrace:

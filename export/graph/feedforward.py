@@ -65,6 +65,11 @@ def feed_forward(descriptor: Any) -> Traced:
                 if hasattr(layer, "update_params"):
                     setattr(parent, name, Merged(layer))
         network = Normed(network) if network.is_norm else network
+    if str(descriptor.architecture.id) == "ESRGAN":
+        # in place torch.onnx decomposes activations; nobody else reads what these change (in SPAN somebody does)
+        for layer in network.modules():
+            if isinstance(layer, nn.LeakyReLU):
+                layer.inplace = False
     return Traced(
         Upscaler(network, descriptor.dtype),
         {"image": torch.zeros(2, 3, 8 * multiple, 12 * multiple)},

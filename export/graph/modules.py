@@ -141,8 +141,9 @@ class T5Encoder(nn.Module):
         hidden = self.embed(input_ids)
         lowest = torch.finfo(hidden.dtype).min
         seen = attention_mask[:, None, None, :].to(hidden.dtype)
-        # not bias + (1 − seen)·lowest: OpenVINO 2026.4.1 moves a constant summand into the product q·kᵀ and spreads it wrongly
-        bias = self.bias * seen + (1 - seen) * lowest
+        # not bias + (1 − seen)·lowest: OpenVINO 2026.4.1 moves a constant summand into the product q·kᵀ and spreads it wrongly;
+        # and not 1 − seen, which torch.onnx decomposes at the price of the whole program
+        bias = self.bias * seen + (seen - 1) * -lowest
         for block in self.blocks:
             attention, norm = block.layer[0].SelfAttention, block.layer[0].layer_norm
             normed = norm(hidden)

@@ -49,9 +49,9 @@ def test_golden_figures_pass_the_gate():
 
 @pytest.mark.slow
 def test_sample():
-    found = run("-m", "stepforge.kernels.aot", "--check", "--sample", "4", "--jobs", "2")
+    found = run("-m", "stepforge.kernels.aot", "--check", "--sample", "2", "--jobs", "1")
     assert found.returncode == 0, found.stdout + found.stderr[-2000:]
-    assert "4 programs pass" in found.stdout
+    assert "2 programs pass" in found.stdout
 
 
 FAULTS = {

@@ -47,6 +47,21 @@ class Pixels(Casts):
         return torch.cat([mixed.unflatten(2, (2, 4)).mean(2), pooled], -1), other
 
 
+class Upscales(Casts):
+    """Besides casts what text encoders and feed-forward networks have more than others."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.prelu = nn.PReLU(4)
+
+    def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
+        one, other = super().forward(sample)
+        scaled = (one - (one == 2).float()) * torch.rsqrt(other.pow(2).mean(-1, keepdim=True) + 1)
+        picture = nn.functional.leaky_relu(torch.tanh(scaled), 0.2).unsqueeze(1)
+        picture = self.prelu(nn.functional.pixel_unshuffle(picture[:, :, :4], 2))
+        return torch.cat([nn.functional.pixel_shuffle(picture, 2)[:, 0], scaled[:, 4:]], 1), other
+
+
 class Unknown(Casts):
     """Besides casts an operator that only a whole decomposition has a translation for."""
 
@@ -76,7 +91,8 @@ def exported(module: nn.Module, monkeypatch: pytest.MonkeyPatch, *, lean: bool) 
 
 
 @pytest.mark.parametrize(("kind", "dtype", "plain"), [
-    (Casts, torch.float32, True), (Casts, torch.float16, True), (Pixels, torch.float32, True), (Unknown, torch.float32, False),
+    (Casts, torch.float32, True), (Casts, torch.float16, True), (Pixels, torch.float32, True), (Upscales, torch.float32, True),
+    (Unknown, torch.float32, False),
 ])  # fmt: skip
 def test_same_operators(kind: type[Casts], dtype: torch.dtype, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

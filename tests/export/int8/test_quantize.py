@@ -26,7 +26,8 @@ from stepforge.runtime.bundle import UNET, Bundle, ComponentId, read
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.errors import BackendError, CheckpointError, RequestError
 
-CALIBRATION = Calibration(("a cat",), steps=2)
+SIZE = {"width": 64, "height": 64}  # twice the model's own: more places for few integers
+CALIBRATION = Calibration(("a cat",), steps=2, **SIZE)
 ENGINES = ("openvino", "onnxruntime")
 
 
@@ -172,7 +173,7 @@ def test_a_quantised_bundle_again_replaces_its_own_graphs(quantised):
 
 
 HINT = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[:, None, None] * 4, (1, 64, 3)))
-COMMON = {"prompt": "a cat", "steps": 4, "sampler": "ddim"}
+COMMON = {"prompt": "a cat", "steps": 4, "sampler": "ddim", **SIZE}
 REQUESTS = [
     Request(**COMMON),
     Request(**COMMON, adapters={"x": 1.0}),
@@ -180,7 +181,7 @@ REQUESTS = [
     Request(**COMMON, controls={"name": "b", "image": HINT}, adapters={"x": 0.5}, seed=2),
     Request(**COMMON, reuse="deepcache(2)", controls={"name": "a", "image": HINT}),
     Request(**COMMON, reuse="tgate(0.5)"),
-    Request(prompt="a dog", steps=3, sampler="dpmpp_2m", guidance=1.0),
+    Request(prompt="a dog", steps=3, sampler="dpmpp_2m", guidance=1.0, **SIZE),
 ]
 
 

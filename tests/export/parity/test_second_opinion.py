@@ -480,7 +480,7 @@ def test_what_diffusers_cannot_load_is_assumed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No published config has this geometry: the exporter's reading is used, told, and counted beside PASSED."""
-    monkeypatch.setitem(single_file.SIZE, "sd1", 64)
+    monkeypatch.setitem(single_file.SIZE, "sd1", 32)
     single = original(tiny_sd1, tmp_path / "m.safetensors")
     bundle = exported_from(single, tiny_sd1 / "tokenizer", tiny_sd1_bundle, tmp_path / "bundle")
     command = ["verify", bundle, single, "--tokenizer", tiny_sd1 / "tokenizer", "-n", 2, "--prompt", "a cat"]

@@ -64,7 +64,7 @@ def ensemble(pipelines, scheduler, *, steps=10, at=0.8, micro=None, weights=(5.0
         for pipeline, w in zip((base, refiner), weights, strict=True):
             pipeline.scheduler = scheduler.from_config(scheduler.config)
             cut = {"denoising_end": at} if pipeline is base else {"denoising_start": at, "image": latents}
-            size = {"width": 64, "height": 64} if pipeline is base else {}
+            size = {"width": 32, "height": 32} if pipeline is base else {}
             scores = {} if pipeline is base else {k: v for k, v in (micro or {}).items() if "score" in k}
             own = {k: v for k, v in (micro or {}).items() if "score" not in k}
             latents = pipeline(
@@ -199,8 +199,8 @@ def test_experts_with_control_reuse_and_init(
     """Every expert with a ControlNet and DeepCache, which takes nothing of another's; an image that passes all of them."""
     import diffusers
 
-    picture = Image.fromarray(np.random.default_rng(2).integers(0, 255, (8, 8, 3), np.uint8)).resize((64, 64))
-    mask = Image.fromarray(np.uint8([[0, 255]]).repeat(64, 0).repeat(32, 1))
+    picture = Image.fromarray(np.random.default_rng(2).integers(0, 255, (8, 8, 3), np.uint8)).resize((32, 32))
+    mask = Image.fromarray(np.uint8([[0, 255]]).repeat(32, 0).repeat(16, 1))
     ours, theirs, loaded = {
         "ControlNet": (
             {"controls": [{"name": "a", "image": picture, "scale": 0.8}], "reuse": "deepcache(2)"},
@@ -210,7 +210,7 @@ def test_experts_with_control_reuse_and_init(
         "Img2Img": ({"init": {"image": picture, "strength": 0.8}}, {"image": picture, "strength": 0.8}, {}),
         "Inpaint": (
             {"init": {"image": picture, "mask": mask, "strength": 0.9}},
-            {"image": picture, "mask_image": mask, "strength": 0.9, "width": 64, "height": 64},
+            {"image": picture, "mask_image": mask, "strength": 0.9, "width": 32, "height": 32},
             {},
         ),
     }[kind]
@@ -296,7 +296,7 @@ def test_an_init_image_goes_through_both(opened, pipelines):
     parts = {key: value for key, value in base.components.items() if key not in ("image_encoder", "feature_extractor")}
     first = StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
     first.set_progress_bar_config(disable=True)
-    image = Image.fromarray(np.random.default_rng(2).integers(0, 255, (8, 8, 3), np.uint8)).resize((64, 64))
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 255, (8, 8, 3), np.uint8)).resize((32, 32))
     generator, given = torch.Generator().manual_seed(0), image
     for pipeline, cut in ((first, {"strength": 0.6, "denoising_end": 0.8}), (refiner, {"denoising_start": 0.8})):
         pipeline.scheduler = EulerDiscreteScheduler.from_config(base.scheduler.config)

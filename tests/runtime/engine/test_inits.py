@@ -37,7 +37,7 @@ SAMPLERS = [
 ]
 
 
-def picture(width=72, height=56):
+def picture(width=40, height=24):
     image = Image.new("RGB", (width, height), (40, 90, 160))
     draw = ImageDraw.Draw(image)
     draw.ellipse((width // 5, height // 5, width // 2, height - 8), fill=(230, 180, 40))
@@ -45,7 +45,7 @@ def picture(width=72, height=56):
     return image
 
 
-def hole(width=72, height=56):
+def hole(width=40, height=24):
     mask = Image.new("L", (width, height), 0)
     ImageDraw.Draw(mask).rectangle((width // 3, height // 4, width - 5, height - 10), fill=255)
     return mask
@@ -112,7 +112,7 @@ def test_img2img(engine, tiny_sd1, sampler):
 @pytest.mark.parametrize("sampler", [param for param in SAMPLERS if param.values != ("unipc",)])
 def test_inpainting_by_blending(engine, tiny_sd1, sampler):
     made = pipeline("StableDiffusionInpaintPipeline", tiny_sd1, sampler)
-    size = {"width": 72, "height": 56}
+    size = {"width": 40, "height": 24}
     for strength in (0.6, 1.0):
         expected = reference(made, image=picture(), mask_image=hole(), strength=strength, **size)
         init = Init(image=picture(), mask=hole(), strength=strength)
@@ -121,10 +121,10 @@ def test_inpainting_by_blending(engine, tiny_sd1, sampler):
 
 def test_pictures_are_resized_as_diffusers_does(engine, tiny_sd1):
     made = pipeline("StableDiffusionImg2ImgPipeline", tiny_sd1, "ddim")
-    odd = picture(77, 61)  # down to 72 x 56
+    odd = picture(45, 29)  # down to 40 x 24
     assert psnr(ours(engine, "ddim", Init(image=odd)), reference(made, image=odd, strength=0.8)) >= LIMIT
     made = pipeline("StableDiffusionInpaintPipeline", tiny_sd1, "ddim")
-    size = {"width": 48, "height": 64}
+    size = {"width": 24, "height": 32}
     expected = reference(made, image=odd, mask_image=hole(90, 40), strength=0.7, **size)
     assert psnr(ours(engine, "ddim", Init(image=odd, mask=hole(90, 40), strength=0.7), **size), expected) >= LIMIT
 
@@ -135,7 +135,7 @@ def test_other_backends(tiny_sd1, tiny_sd1_bundle, backend):
     bundle = read(tiny_sd1_bundle)
     expected = reference(pipeline("StableDiffusionImg2ImgPipeline", tiny_sd1, "ddim"), image=picture(), strength=0.5)
     made = pipeline("StableDiffusionInpaintPipeline", tiny_sd1, "heun")
-    blended = reference(made, image=picture(), mask_image=hole(), strength=0.6, width=72, height=56)
+    blended = reference(made, image=picture(), mask_image=hole(), strength=0.6, width=40, height=24)
     with Engine(bundle, open_backend(backend, bundle, precision="fp32")) as engine:
         assert psnr(ours(engine, "ddim", Init(image=picture(), strength=0.5)), expected) >= LIMIT
         init = Init(image=picture(), mask=hole(), strength=0.6)
@@ -146,7 +146,7 @@ def test_other_backends(tiny_sd1, tiny_sd1_bundle, backend):
 def test_inpainting_models(tiny_sd1_inpaint, tiny_sd1_inpaint_bundle, strength):
     """A UNet of 9 channels reads the mask and the masked image; noise is drawn before the latter."""
     made = pipeline("StableDiffusionInpaintPipeline", tiny_sd1_inpaint, "unipc")
-    expected = reference(made, image=picture(), mask_image=hole(), strength=strength, width=72, height=56)
+    expected = reference(made, image=picture(), mask_image=hole(), strength=strength, width=40, height=24)
     bundle = read(tiny_sd1_inpaint_bundle)
     assert bundle.reads_mask
     with Engine(bundle, open_backend("openvino", bundle, precision="fp32")) as engine:
@@ -163,17 +163,17 @@ def test_sdxl(tiny_sdxl, tiny_sdxl_bundle):
         expected = reference(made, image=picture(), strength=0.6)
         assert psnr(ours(engine, "euler", Init(image=picture(), strength=0.6)), expected) >= LIMIT
         made = pipeline("StableDiffusionXLInpaintPipeline", tiny_sdxl, "dpmpp_2m")
-        expected = reference(made, image=picture(), mask_image=hole(), strength=0.9999, width=72, height=56)
+        expected = reference(made, image=picture(), mask_image=hole(), strength=0.9999, width=40, height=24)
         init = Init(image=picture(), mask=hole(), strength=0.9999)
         assert psnr(ours(engine, "dpmpp_2m", init), expected) >= LIMIT
 
 
 def test_mates_of_a_batch_and_seeds(engine):
     """Images with and without an init image share batches; each is what it is alone. Image i draws from seed + i."""
-    common = {"prompt": "a cat", "steps": 4, "sampler": "ddim", "width": 64, "height": 64}
+    common = {"prompt": "a cat", "steps": 4, "sampler": "ddim", "width": 32, "height": 32}
     requests = [
-        Request(**common, init=Init(image=picture(64, 64), strength=0.5), images=2, seed=5),
-        Request(**common, init=Init(image=picture(64, 64), mask=hole(64, 64)), seed=6),
+        Request(**common, init=Init(image=picture(32, 32), strength=0.5), images=2, seed=5),
+        Request(**common, init=Init(image=picture(32, 32), mask=hole(32, 32)), seed=6),
         Request(**common, seed=7),
     ]
     together = engine.generate(requests)
@@ -247,6 +247,6 @@ def test_an_upright_picture(engine):
     a, b = (
         engine.generate("a cat", init=Init(image=image), **common).images[0] for image in (picture(), file.getvalue())
     )
-    assert a.size == b.size == (72, 56)
+    assert a.size == b.size == (40, 24)
     assert (np.asarray(a) == np.asarray(b)).all()
     assert stepforge.Init is Init

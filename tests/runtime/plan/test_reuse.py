@@ -165,7 +165,7 @@ class Eager:
     @torch.no_grad()
     def run(self, plan: Plan, request: Request, contexts: dict[bool, torch.Tensor], pixels: list[Any]) -> Any:
         generator = Generator(request.seed)
-        shape = (4, *(size // 2 for size in pixels[0].shape[-2:])) if pixels else (4, 32, 32)
+        shape = (4, *(size // 2 for size in pixels[0].shape[-2:])) if pixels else (4, 16, 16)
         xs, ps = [torch.from_numpy(plan.init_noise * generator.normal(shape)).double()], []
         for step in plan.steps:
             self.roles = [role for role, unused in ((True, 0.0), (False, 1.0)) if step.guidance != unused]
@@ -248,7 +248,7 @@ def contexts(engine: Engine, request: Request) -> dict[bool, torch.Tensor]:
 
 
 def pixels(request: Request) -> list[torch.Tensor]:
-    return [torch.from_numpy(hint_of(c.image, c.preprocessor, 64, 64)[None]) for c in request.controls]
+    return [torch.from_numpy(hint_of(c.image, c.preprocessor, 32, 32)[None]) for c in request.controls]
 
 
 HINTS = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)) for i in range(2)]

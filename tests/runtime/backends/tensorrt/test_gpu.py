@@ -20,7 +20,7 @@ from stepforge.runtime.errors import BackendError
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(first_gpu() is None, reason="there is no NVIDIA GPU")]
 # ‖ours − CPU in fp32‖ / ‖CPU in fp32‖ of a denoiser call, as in the torch backend's tests
 LIMITS = {"fp32": 1e-4, "fp16": 4e-3, "bf16": 3e-2}
-ASK = {"prompt": "cat", "steps": 3, "guidance": 3.0}
+ASK = {"prompt": "cat", "steps": 3, "guidance": 3.0, "width": 64, "height": 64}
 PATH = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CASES = [
     *((name, precision, "") for name in LIBRARIES for precision in LIMITS),

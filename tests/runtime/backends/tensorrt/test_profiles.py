@@ -45,7 +45,7 @@ def test_sizes_of_stages(tiny_stages_bundle):
     use = Use.parse(bundle, ("1..2",), None)
     for stage, scale in (("x4", 4), ("x2", 2)):
         model = bundle.stages[stage].model
-        side = 64 * scale // model.vae_scale if stage == "x4" else 64 * 4 * scale // model.vae_scale
+        side = bundle.card.width * (scale if stage == "x4" else 4 * scale) // model.vae_scale
         denoiser = next(key for key in bundle.components if key.stage == stage and key.role == "denoiser")
         assert profiles(bundle, denoiser, use)[0]["sample"].high[2:] == (side, side)
 

@@ -15,7 +15,7 @@ from stepforge.runtime.serve.http.models import Model, Models
 from stepforge.runtime.serve.http.service import Service
 from stepforge.runtime.serve.http.settings import Settings
 
-SMALL = {"prompt": "a cat", "size": "64x64", "steps": 4, "seed": 1}
+SMALL = {"prompt": "a cat", "size": "32x32", "steps": 4, "seed": 1}
 ROUNDS = 1
 
 
