@@ -1,6 +1,6 @@
 """How much each step depends on the text: `python benchmarks/attention_in_steps.py MODEL|BUNDLE --plot FILE.png`.
 
-    switch     the prompt is A's up to step k and B's from there on. Distance (runtime/tune.py's) of the picture to those of A
+    switch     the prompt is A's up to step k and B's from there on. Distance (runtime/tune/'s) of the picture to those of A
                and of B alone, k = 0..n, and, with --recognise on the demo model, the share taken for either emoji
     guidance   |cond − uncond| / |uncond| and the cosine of cond and uncond, which adaptive guidance looks at
     mass       where cross-attention looks, conditional rows, mean over layers, heads and pixels: the start token, the prompt's

@@ -110,12 +110,17 @@ def export_command(
     name: Annotated[str | None, typer.Option(help="Name of the model. [default: its file name]")] = None,
     lora: Loras = None,
     lora_slots: Annotated[
-        int, typer.Option(help="Take LoRA files at run time, this many sets of them in use at a time.")
-    ] = 0,
-    lora_rank: Annotated[int, typer.Option(help="Highest rank of a set, with --lora-slots.")] = 16,
+        int | None, typer.Option(help="Take LoRA files at run time, this many sets of them in use at a time.")
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Highest rank of a set, with --lora-slots. [default: 16]")
+    ] = None,
     lora_targets: Annotated[
-        str, typer.Option(help="all, or transformer (less work a step; LoRA of other layers is refused at run time).")
-    ] = "all",
+        str | None,
+        typer.Option(
+            help="all, or transformer (less work a step; LoRA of other layers is refused at run time). [default: all]"
+        ),
+    ] = None,
     control: Controls = None,
     sr: Upscalers = None,
     expert: Experts = None,
@@ -131,7 +136,7 @@ def export_command(
     calibrate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompts of --quantize, one a line, like those of your users.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing bundle.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Compile a model into a bundle."""
@@ -145,6 +150,10 @@ def export_command(
     if calibrate and not quantize:
         raise RequestError("--calibrate is for --quantize int8")
     texts = prompts_of(calibrate) if quantize else []
+    sizes = {"rank": lora_rank, "targets": lora_targets}
+    stated = {key: value for key, value in sizes.items() if value is not None}
+    if stated and lora_slots is None:
+        raise RequestError(f"--lora-{next(iter(stated))} needs --lora-slots")
 
     def progress(stage: str, done: int, total: int) -> None:
         print(f"[{done}/{total}] {stage}", file=sys.stderr)
@@ -157,7 +166,7 @@ def export_command(
         prediction_type=prediction_type,
         name=name,
         loras=[file_and_strength(text) for text in lora or ()],
-        bank=BankOptions(lora_slots, lora_rank, lora_targets) if lora_slots else None,
+        bank=None if lora_slots is None else BankOptions(lora_slots, **stated),  # type: ignore[arg-type]
         controls=parse_controls(control),
         upscalers=parse_upscalers(sr),
         experts=parse_experts(expert),
@@ -182,10 +191,15 @@ def verify_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model that it was exported from.")],
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="openvino, onnxruntime, torch or torch-exact; repeatable. [default: the first two]"),
+        typer.Option(
+            help="openvino, onnxruntime, torch, ...; repeatable. [default: those that auto may come to on this machine]"
+        ),
     ] = None,
     precision: Annotated[
-        list[str] | None, typer.Option(help="fp32, bf16 or fp16; repeatable. [default: fp32 and bf16]")
+        list[str] | None,
+        typer.Option(
+            help="fp32, bf16, fp16 or int8; repeatable. [default: fp32, bf16 and a quantised bundle's int8, where they run]"
+        ),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to compare; repeatable.")] = None,
     steps: Annotated[int, typer.Option("--steps", "-n", help="Denoising steps.")] = 20,

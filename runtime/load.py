@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepforge.runtime.backends import check_threads, open_backend
+from stepforge.runtime.backends import check_names, check_threads, open_backend
 from stepforge.runtime.bundle import Bundle, read
 from stepforge.runtime.engine import MAX_PIXELS, MAX_ROWS, QUEUE_LIMIT, Engine
 from stepforge.runtime.engine.pictures.networks import Tiling
+from stepforge.runtime.errors import BackendError
 
 
 def load(
@@ -29,13 +30,16 @@ def load(
     core; max_rows, max_pixels, queue_limit: see `Engine`.
     tile_memory: bytes that the values inside a VAE or a feed-forward network may take in one call: larger pictures pass in
     tiles, None: in one piece; tiling: "even", or "diffusers" for VAEs as diffusers tiles them (docs/tiling.md).
-    The bundle "fake" is a test model without files, for the fake backend.
+    The bundle "fake" is a test model without files, which the fake backend alone runs.
     Raises BundleError, BackendError, or RequestError for settings that make no sense.
     """
     tiles = Tiling(tile_memory, tiling)
+    check_names(backend, precision)
     check_threads(threads)
     opened = open_bundle(bundle)
     if str(bundle) == "fake":
+        if backend not in ("auto", "fake"):
+            raise BackendError(f"the test model has no graphs for backend {backend!r}; leave the backend out")
         backend = "fake"
     found = open_backend(backend, opened, precision=precision, threads=threads)
     return Engine(opened, found, max_rows=max_rows, max_pixels=max_pixels, queue_limit=queue_limit, tiling=tiles)

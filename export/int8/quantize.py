@@ -23,7 +23,7 @@ from stepforge.export.parity.reference import drawn_hint
 from stepforge.export.publish import check_out, staged
 from stepforge.runtime.backends import Arrays, open_backend
 from stepforge.runtime.bundle import INT8, Bundle, Component, ComponentId, Role, read, sha256, write_manifest
-from stepforge.runtime.errors import CheckpointError
+from stepforge.runtime.errors import CheckpointError, RequestError
 from stepforge.runtime.request import Control, Request
 
 ROLES: tuple[Role, ...] = ("denoiser", "control_residuals")
@@ -63,8 +63,11 @@ def quantize_bundle(
 
     limit: largest relative L2 error of a network's output in integers against its own in float, on what the calibration
     showed it, at any noise level. Earlier INT8 graphs are replaced. A network that cannot keep the limit stays float.
-    Raises BundleError, BackendError, and CheckpointError if the bundle's weights are not fp32 or no network keeps the limit.
+    Raises RequestError, BundleError, BackendError, and CheckpointError if the bundle's weights are not fp32 or no network
+    keeps the limit.
     """
+    if not 0 < limit < 1:
+        raise RequestError(f"limit is {limit:g}; a relative error lies between 0 and 1")
     bundle = plain(read(path))
     if bundle.precision != "fp32":
         raise CheckpointError(

@@ -15,7 +15,7 @@ from stepforge.runtime.errors import BundleError, CheckpointError
 def load(path: str | Path, *, tokenizer: str | Path | None = None, prediction_type: str | None = None) -> Source:
     """Examine a diffusers folder or an original single-file checkpoint; read no weights yet.
 
-    tokenizer: folder with vocab.json and merges.txt, for single files, which do not carry it.
+    tokenizer: folder with vocab.json and merges.txt, for single files, which do not carry it; refused beside a folder.
     prediction_type: overrides what the model says, for single files that do not say it (SD 2: epsilon, v_prediction).
     Raises CheckpointError, here and from the loaders.
     """
@@ -23,6 +23,8 @@ def load(path: str | Path, *, tokenizer: str | Path | None = None, prediction_ty
     with reading(path):
         if not path.exists():
             raise CheckpointError(f"{path} does not exist; give a diffusers folder or a .safetensors checkpoint")
+        if path.is_dir() and tokenizer is not None:
+            raise CheckpointError(f"{path} is a folder and has its own tokenizer; give a tokenizer for a single file")
         if path.is_dir():
             source = read_folder(path, prediction_type)
         else:

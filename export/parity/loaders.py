@@ -24,7 +24,15 @@ from transformers import CLIPTokenizer
 from stepforge.export.models.source import Source
 from stepforge.export.models.weights import opened, read_header, variant_of
 from stepforge.export.parity.configs import MODELS, PIPELINES, SD2_BASE_SIZE
-from stepforge.export.parity.staging import TOKENIZER, reason, stage_component, stage_model, staging, write_json
+from stepforge.export.parity.staging import (
+    TOKENIZER,
+    assumed_tokenizer,
+    reason,
+    stage_component,
+    stage_model,
+    staging,
+    write_json,
+)  # fmt: skip
 from stepforge.runtime.errors import CheckpointError
 
 UNET = "model.diffusion_model."
@@ -85,7 +93,8 @@ def load_pipeline(
 
 
 def _from_pretrained(model: Path, source: Source, prediction_type: str | None) -> Loaded:
-    return _given(Loaded(pretrained(model, source), "from_pretrained"), prediction_type)
+    loaded = Loaded(pretrained(model, source), "from_pretrained", assumed_tokenizer(model / "tokenizer"))
+    return _given(loaded, prediction_type)
 
 
 def pretrained(model: Path, source: Source) -> Any:

@@ -12,10 +12,12 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from stepforge.export.models.files import read_json
+from stepforge.export.models.pixel.t5 import read_t5_tokenizer
 from stepforge.export.models.weights import first_line
 from stepforge.runtime.errors import CheckpointError
 from stepforge.runtime.files import printable
@@ -30,7 +32,8 @@ PUBLIC = ("_class_name", "_diffusers_version")  # keys with an underscore that a
 CODE = (  # keys that make a loader import, download or rewrite something
     "auto_map", "attn_implementation", "custom_pipelines", "quantization_config", "trust_remote_code",
 )  # fmt: skip
-TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
+PIECES = "spiece.model"
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json", PIECES)
 CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -62,6 +65,9 @@ def stage_component(folder: Path, weights: Iterable[str], out: Path) -> None:
     for name in (*names, *TOKENIZER):
         if (folder / name).is_file():
             (out / name).symlink_to((folder / name).resolve())
+    if assumed_tokenizer(folder):
+        (out / PIECES).unlink()
+        (out / "tokenizer.json").write_text(read_t5_tokenizer(folder).text, "utf-8")
     for name in CONFIGS:
         if (folder / name).is_file():
             write_json(out / name, {key: value for key, value in read_json(folder / name).items() if harmless(key)})
@@ -69,6 +75,18 @@ def stage_component(folder: Path, weights: Iterable[str], out: Path) -> None:
         shards = read_json(file).get("weight_map", {})
         if len(names) > 1 and isinstance(shards, dict) and set(shards.values()) <= names:
             write_json(out / file.name, {"metadata": {}, "weight_map": shards})
+
+
+def assumed_tokenizer(folder: Path) -> tuple[str, ...]:
+    """What is told of a SentencePiece tokenizer that transformers cannot read here: without the package sentencepiece it
+    makes an empty vocabulary of a folder that lacks the file, and asks for tiktoken where it finds it."""
+    if (
+        not (folder / PIECES).is_file()
+        or (folder / "tokenizer.json").is_file()
+        or find_spec("sentencepiece") is not None
+    ):
+        return ()
+    return (f"{folder.name}: {PIECES} as stepforge reads it; transformers reads it where sentencepiece is installed",)
 
 
 def harmless(key: str) -> bool:

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from stepforge.export.parity.measures import psnr, relative_error
 from stepforge.export.parity.pixel import run_base, text_modules
 from stepforge.export.parity.reference import Reference, References, Settings, inversion_prompts, run_references
 from stepforge.export.parity.stages import StageReference, check_stages, run_stages
+from stepforge.export.parity.staging import assumed_tokenizer
 from stepforge.runtime.arrays import Float32
 from stepforge.runtime.backends import Arrays, Backend, Graph, open_backend, runnable
 from stepforge.runtime.bundle import INT8, Bundle, ComponentId, Size, read, update
@@ -47,7 +49,9 @@ from stepforge.runtime.errors import BackendError, CheckpointError
 from stepforge.runtime.request import Control, Progress, Request
 
 PROMPTS = ("a photograph of a cat sitting on a wooden table", "an oil painting of a red house by the sea")
-LIBRARIES = ("diffusers", "torch", "transformers", "openvino", "onnxruntime")  # whose versions a verdict names
+LIBRARIES = (  # whose versions a verdict names
+    "diffusers", "torch", "transformers", "openvino", "onnxruntime", "onnxruntime-gpu",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,7 @@ def verify(
     enlarged = {name: Path(path) for name, path in (upscalers or {}).items()}
     check_stages(bundle, enlarged)
     check_experts(bundle, others)
-    runs = list(_configurations(bundle, backends, precisions))
+    runs = _configurations(bundle, backends, precisions)
 
     progress("reference: loading")
     loaded = load_pipeline(
@@ -148,6 +152,8 @@ def verify(
         config=None if config is None else Path(config),
     )
     loaded = loaded.assuming(*merge_adapters(loaded.pipeline, loras, merged))
+    for stage, path in enlarged.items():
+        loaded = loaded.assuming(*(f"stage {stage}: {line}" for line in assumed_tokenizer(path / "tokenizer")))
     settings = Settings((*prompts, *inversion_prompts(loaded.pipeline, prompts)), steps, guidance, seed)
     if source.family == "if":
         known = run_base(loaded, bundle, settings, progress)
@@ -177,22 +183,31 @@ def check_origin(bundle: Bundle, source: Source) -> None:
         raise CheckpointError(f"{bundle.path} was exported with other adapters; verify it with {needed}")
 
 
-def _configurations(bundle: Bundle, backends: Sequence[str], precisions: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Backends and precisions to check: all that were asked for, or all that this machine can run."""
-    found = False
+def _configurations(bundle: Bundle, backends: Sequence[str], precisions: Sequence[str]) -> list[tuple[str, str]]:
+    """Backends and precisions to check: all that were asked for, or all that this machine can run.
+
+    Raises BackendError for a backend or precision that was asked for and runs here in no combination.
+    """
     quantised = (INT8,) * any(entry.has_int8 for entry in bundle.components.values())
+    refused: dict[str, BackendError] = {}
+    found: list[tuple[str, str]] = []
     for backend in backends or runnable():
         for precision in precisions or ("fp32", "bf16", *quantised):
             try:
                 open_backend(backend, bundle, precision=precision)
-            except BackendError:
+            except BackendError as error:
                 if backends and precisions:
                     raise
+                refused |= {backend: error, precision: error}
                 continue
-            found = True
-            yield backend, precision
+            found.append((backend, precision))
+    runs = {name for pair in found for name in pair}
+    for asked in (*backends, *precisions):
+        if asked not in runs:
+            raise refused[asked]
     if not found:
-        raise BackendError("none of the asked backends and precisions can run here; see `stepforge doctor`")
+        raise BackendError("no backend can run here; see `stepforge doctor`")
+    return found
 
 
 def compare(
@@ -296,8 +311,16 @@ def _verdict(checks: Sequence[Check], references: References, settings: Settings
         "spread": {"trajectory": spread, "psnr": psnr(again.image, first.image)},
         "limits": {name: asdict(limits) for name, limits in LIMITS.items()},
         "checks": [{**asdict(check), "value": _plain(check.value)} for check in checks],
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):  # engines are alternatives
+            found[name] = version(name)
+    return found
 
 
 def _summary(checks: Sequence[Check]) -> str:

@@ -36,6 +36,10 @@ BACKENDS = {
     "tensorrt-rtx": "stepforge.runtime.backends.tensorrt:TensorRtRtx",
     "fake": "stepforge.runtime.backends.fake:Fake",
 }
+EXTRAS = {  # that install what a backend imports
+    "onnxruntime": "onnxruntime", "onnxruntime-cuda": "cuda", "onnxruntime-tensorrt": "cuda", "torch": "torch",
+    "torch-exact": "torch", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx",
+}  # fmt: skip
 WIDE_VAE = ("sdxl", "x4")  # families whose VAE exceeds the range of fp16 (diffusers upcasts it to fp32: force_upcast)
 AUTO = ("torch", "openvino", "onnxruntime")  # best first; torch on a GPU only (benchmarks/bench_denoiser.py)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", INT8)  # arithmetic; weights have `bundle.WEIGHT_PRECISIONS`
@@ -71,7 +75,7 @@ class Graph(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepTable:
-    """What K evaluations of one image need, as arrays; the rings of `keep` and `gain` as in `slot.Slot`."""
+    """What K evaluations of one image need, as arrays; the rings of `keep` and `gain` as in `engine.trajectory.Trajectory`."""
 
     t: NDArray[np.float32]  # [K]
     scale_in: NDArray[np.float32]  # [K + 1]; the last is not used
@@ -202,15 +206,12 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
 
     Raises BackendError if the name or precision is unknown, or the library is missing or cannot do the precision.
     """
-    if precision not in PRECISIONS:
-        raise BackendError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    check_names(name, precision)
     check_threads(threads)
     if name == "auto":
         choice = choose(bundle, precision=precision, threads=threads)
         log.info("backend auto is %s", choice)
         return choice.backend
-    if name not in BACKENDS:
-        raise BackendError(f"backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
     if precision == "fp16" and name not in FP16:
         raise BackendError(f"backend {name!r} does not compute in fp16; use fp32 or bf16, or one of {', '.join(FP16)}")
     if precision == INT8:
@@ -221,10 +222,19 @@ def open_backend(name: str, bundle: Bundle, *, precision: str = "auto", threads:
             bundle, precision=precision, threads=threads or available_threads()
         )
     except ModuleNotFoundError as error:
-        raise BackendError(f"backend {name!r} needs the package {error.name}; pip install {error.name}") from error
+        wanted = f"'stepforge[{EXTRAS[name]}]'" if name in EXTRAS else error.name
+        raise BackendError(f"backend {name!r} needs the package {error.name}; pip install {wanted}") from error
     except (ImportError, OSError) as error:  # a library that lacks one of the system's
         raise BackendError(f"backend {name!r} cannot be loaded: {reason(error)}") from error
     return opened
+
+
+def check_names(name: str, precision: str) -> None:
+    """Raises BackendError for a backend or a precision of no such name."""
+    if name not in ("auto", *BACKENDS):
+        raise BackendError(f"backend {name!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    if precision not in PRECISIONS:
+        raise BackendError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
 
 
 def _check_int8(name: str, bundle: Bundle) -> None:

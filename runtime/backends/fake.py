@@ -26,6 +26,7 @@ from stepforge.runtime.bundle import (
     TextEncoder,
 )
 from stepforge.runtime.bundle.scheduler import SchedulerCard
+from stepforge.runtime.errors import BackendError
 from stepforge.runtime.plan.sampling.schedules import alphas_cumprod
 
 SPREAD = 0.5
@@ -73,12 +74,14 @@ def fake_bundle(size: int = 512) -> Bundle:
 
 
 class Fake:
-    """Opens any epsilon-prediction bundle, and `fake_bundle()`."""
+    """Opens any bundle; pictures mean something with those that predict epsilon, such as `fake_bundle()`."""
 
     name = "fake"
     precision = "fp32"
 
     def __init__(self, bundle: Bundle, *, precision: str = "auto", threads: int = 1) -> None:
+        if precision not in ("auto", "fp32"):
+            raise BackendError(f"backend 'fake' computes in fp32, not in {precision}")
         self.versions: dict[str, str] = {}
         self._bundle = bundle
         self._alphas = alphas_cumprod(bundle.scheduler)

@@ -33,22 +33,25 @@ def bench(
     images: Annotated[int, typer.Option(metavar="N", help="Images at once, beside one at a time.")] = 8,
     runs: Annotated[int, typer.Option(metavar="N", help="Counted runs of each.")] = 5,
     engine_options: options.EngineOptions,
-    max_rows: Annotated[int | None, typer.Option(metavar="N", help="Denoiser rows in one call.")] = None,
+    max_rows: Annotated[int | None, typer.Option(metavar="N", help="Most denoiser rows in a call.")] = None,
     unverified: Annotated[bool, typer.Option("--unverified", help="Also without parity, which is then told.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Say how fast a bundle draws on this machine, once `stepforge verify` has passed on the same backend and precision."""
+    from stepforge.runtime.engine import MAX_ROWS
+    from stepforge.runtime.engine.warm_up import masked
     from stepforge.runtime.errors import BundleError
     from stepforge.runtime.request import Request
     from stepforge.runtime.tune.speed import check_verified, machine, measure, peak_memory
 
     whole("--images", images, 1, 1024)
     whole("--runs", runs, 1, 1000)
+    rows = whole("--max-rows", MAX_ROWS if max_rows is None else max_rows, 2, 1 << 16)
     request = Request(prompt=prompt, width=width, height=height, **asked.fields())
     started = time.perf_counter()
-    with engine_options.load(bundle, **({} if max_rows is None else {"max_rows": max_rows})) as engine:
+    with engine_options.load(bundle, max_rows=rows) as engine:
         loaded = time.perf_counter() - started
-        backend = engine.backend
+        backend, request = engine.backend, masked(request, engine.bundle)
         parity = "passed"
         try:
             check_verified(engine.bundle, backend.name, backend.precision)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stepforge.runtime.checks import whole
 from stepforge.runtime.cli import options
 from stepforge.runtime.cli.inputs import read_requests
 from stepforge.runtime.cli.output import complain, progress_bar
@@ -48,15 +49,7 @@ def generate(
     *,
     asked: options.RequestOptions,
     seed: Annotated[int, typer.Option(metavar="N", help="Image i of a prompt uses seed + i.")] = 0,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="PATH",
-            help="A .png file for one image, a name with {index} or {seed} in it, or a folder.",
-        ),
-    ] = Path("out"),
+    out: options.Out = Path("out"),
     engine_options: options.EngineOptions,
     sheet: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write all images as one contact sheet.")
@@ -79,6 +72,8 @@ def generate(
 
     if columns is not None and sheet is None:
         raise RequestError("--columns needs --sheet")
+    if columns is not None:
+        whole("--columns", columns, 1, 1 << 16)
     requests = read_requests(prompts, prompt_file, request_file, {**asked.fields(), "seed": seed})
     singles = [
         (index, replace(request, images=1, seed=request.seed + i))

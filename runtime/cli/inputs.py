@@ -28,6 +28,8 @@ def read_requests(
 
     if [bool(prompts), prompt_file is not None, request_file is not None].count(True) != 1:
         raise RequestError("give either PROMPT arguments, --prompts FILE or --requests FILE")
+    if prompt_file is not None and prompt_file.suffix == ".jsonl":
+        raise RequestError(f"{printable(prompt_file)} has a request a line, not a prompt; give it with --requests")
     if request_file is None:
         texts = list(prompts or ()) if prompt_file is None else [line for _, line in read_lines(prompt_file)]
         return [Request(prompt=text, **options) for text in texts]
@@ -121,7 +123,10 @@ def parse_numbers(name: str, text: str | None, kind: type) -> Any:
 
 
 def parse_controls(texts: Sequence[str], preprocessor: str, window: str, guess_mode: bool) -> list[dict[str, Any]]:
-    """NAME=IMAGE[:SCALE] -> fields of Control, which checks them. window: START..END in fractions of the steps."""
+    """NAME=IMAGE[:SCALE] -> fields of Control, which checks them. window: START..END in fractions of the steps.
+
+    Raises RequestError, also for what says how ControlNets run where none is given.
+    """
     start, dots, end = window.partition("..")
     try:
         times = {"start": float(start), "end": float(end)} if dots else None
@@ -131,6 +136,14 @@ def parse_controls(texts: Sequence[str], preprocessor: str, window: str, guess_m
         raise RequestError(
             f"--control-window {printable(window)} is not understood; give two fractions of the steps such as 0..0.6"
         )
+    if not texts:
+        said = {
+            "--preprocessor": preprocessor != "none",
+            "--control-window": window != "0..1",
+            "--guess-mode": guess_mode,
+        }
+        if stated := [option for option, is_stated in said.items() if is_stated]:
+            raise RequestError(f"{stated[0]} needs --control NAME=IMAGE")
     controls = []
     for text in texts:
         name, equals, rest = text.partition("=")

@@ -158,16 +158,12 @@ Precision = Annotated[
 ]
 
 
-def bytes_of(option: str) -> Callable[[str], int]:
-    """Reads a number of bytes, or one with M or G behind it. Raises RequestError, which names the option."""
-
-    def parse(given: str) -> int:
-        number, unit = (given[:-1], given[-1]) if given[-1:] in UNITS else (given, "")
-        if not (number.isascii() and number.isdecimal() and len(number) < 16 and int(number)):
-            raise RequestError(f"{option} is {shown(given)}; write bytes, or such as 512M or 2G")
-        return int(number) * UNITS.get(unit, 1)
-
-    return parse
+def parse_bytes(given: str) -> int:
+    """A number of bytes, or one with M or G behind it. Raises typer's BadParameter."""
+    number, unit = (given[:-1], given[-1]) if given[-1:] in UNITS else (given, "")
+    if not (number.isascii() and number.isdecimal() and len(number) < 16 and int(number)):
+        raise typer.BadParameter(f"{shown(given)}; write bytes, or such as 512M or 2G")
+    return int(number) * UNITS.get(unit, 1)
 
 
 def _threads(given: int | None) -> int | None:
@@ -190,7 +186,7 @@ TileMemory = Annotated[
     int | None,
     typer.Option(
         metavar="BYTES",
-        parser=bytes_of("--tile-memory"),
+        parser=parse_bytes,
         help="Memory of one VAE or upscaler call, as 512M or 2G: larger pictures pass in tiles. [default: in one piece]",
     ),
 ]
@@ -198,6 +194,15 @@ Tiling = Annotated[str, typer.Option(metavar="NAME", help="even, or diffusers fo
 
 
 # Files
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="PATH",
+        help="A .png file for one image, a name with {index} or {seed} in it, or a folder.",
+    ),
+]
 Metadata = Annotated[bool, typer.Option(help="Write the request into each PNG.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 
@@ -329,17 +334,20 @@ class RayOptions:
     workers: Annotated[int, typer.Option(metavar="N", help="Engines on the cluster, each with --threads threads.")] = 1
     worker_gpus: Annotated[float, typer.Option(metavar="X", help="GPUs of each.")] = 0.0
     stall: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Give up when no job has ended on the cluster for so long.")
-    ] = 600.0
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="Give up when no job has ended on the cluster for so long. [default: 600]"
+        ),
+    ] = None
 
     def check(self) -> None:
         """Raises RequestError for what no cluster can do, and for workers without one."""
         whole("--workers", self.workers, 1, 10_000)
         for name, value, least in (("--worker-gpus", self.worker_gpus, 0.0), ("--stall", self.stall, 1.0)):
-            if not least <= value < 1e6:
+            if value is not None and not least <= value < 1e6:
                 raise RequestError(f"{name} is {value:g}; it must be a number from {least:g} to 1,000,000")
-        if self.ray is None and (self.workers != 1 or self.worker_gpus):
-            raise RequestError("--workers and --worker-gpus need --ray ADDRESS, or --ray local")
+        if self.ray is None and (self.workers != 1 or self.worker_gpus or self.stall is not None):
+            raise RequestError("--workers, --worker-gpus and --stall need --ray ADDRESS, or --ray local")
 
 
 GROUPS = (PlanOptions, StageOptions, RequestOptions, EngineOptions, RayOptions)

@@ -24,15 +24,7 @@ def upscale(
         str, typer.Option(metavar="TEXT", help="What the pictures show, for stages that read text.")
     ] = "",
     negative: options.Negative = "",
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="PATH",
-            help="A .png file for one image, a name with {index} or {seed} in it, or a folder.",
-        ),
-    ] = Path("out"),
+    out: options.Out = Path("out"),
     seed: Annotated[int, typer.Option(metavar="N", help="Picture i uses seed + i.")] = 0,
     engine_options: options.EngineOptions,
     metadata: options.Metadata = True,

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
@@ -18,7 +18,7 @@ from typing import Any, overload
 
 from stepforge.runtime.backends import Backend
 from stepforge.runtime.bundle import Bundle, Size
-from stepforge.runtime.checks import whole
+from stepforge.runtime.checks import shown, whole
 from stepforge.runtime.engine.adapters import Adapters
 from stepforge.runtime.engine.jobs.deadlines import Deadlines, check_seconds
 from stepforge.runtime.engine.jobs.fork import keep_in_children
@@ -29,7 +29,7 @@ from stepforge.runtime.engine.legs import legs_of
 from stepforge.runtime.engine.pictures.networks import WHOLE, Tiling
 from stepforge.runtime.engine.scheduler import Scheduler
 from stepforge.runtime.engine.state import Job, Leg, OnStep
-from stepforge.runtime.engine.warm_up import short_jobs
+from stepforge.runtime.engine.warm_up import masked, short_jobs
 from stepforge.runtime.engine.worker import Worker
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.plan import Plan
@@ -40,12 +40,12 @@ from stepforge.runtime.request.presets import resolve
 
 log = logging.getLogger(__name__)
 
-MAX_ROWS = 8  # denoiser rows in one call; on a CPU more rows cost memory and gain nothing (reference: measured.md)
+MAX_ROWS = 8  # denoiser rows in one call; on a CPU more rows cost memory and gain nothing (docs/speed.md)
 MAX_PIXELS = 8 << 20  # pixels of all rows of a call: eight of 1024×1024
 QUEUE_LIMIT = 1024  # waiting requests
 MAX_PRIORITY = 10  # levels above and below 0
 
-Asked = Request | str
+Asked = Request | str | Mapping[str, Any]
 
 
 class Engine:
@@ -121,7 +121,7 @@ class Engine:
         timeout: float | None = None,
         **options: Any,
     ) -> Future[Result]:
-        """Queue a request, or a prompt with fields of `Request` as options; cancel its future to stop it at the next step.
+        """Queue a request, a prompt or a mapping, with fields of `Request` as options; cancel its future to stop it.
 
         on_step: called on the engine's thread after each step of each image with a `Progress`; while it runs, nothing else
         does. It must not wait for the engine. priority: from -10 to 10, the higher first; a level is worth 30 s of waiting,
@@ -178,7 +178,7 @@ class Engine:
         """
         self._check_wait()
         more = {"on_step": on_step, "priority": priority, "deadline": deadline, **options}
-        if isinstance(request, Request | str):
+        if isinstance(request, Request | str | Mapping):
             return self.submit(request, wait=True, **more).result()
         found: dict[int, Any] = {}
         outcomes = self.stream(request, **more)
@@ -269,8 +269,8 @@ class Engine:
         **options: Any,
     ) -> AsyncGenerator[Outcome, None]:
         """`stream` for asyncio. RequestError is raised before the first outcome."""
-        jobs = await asyncio.to_thread(self._jobs, list(requests), on_step, priority, deadline, options)
-        async for outcome in self._intake.aoutcomes(jobs):
+        asked = asyncio.to_thread(self._jobs, Request.list_of(requests, **options), on_step, priority, deadline, {})
+        async for outcome in self._intake.aoutcomes(await asked):
             yield outcome
 
     def warm_up(self, *requests: Asked, images: int | None = None) -> None:
@@ -283,7 +283,7 @@ class Engine:
         Raises what `generate` raises.
         """
         self._check_wait()
-        for request in requests or ("",):
+        for request in requests or (masked(Request(prompt=""), self.bundle),):
             whole_job = self._job(Request.of(request), None, None, 0, None)
             for job in short_jobs(whole_job, images, self.max_rows, self._scheduler.max_pixels):
                 self._scheduler.submit(job, wait=True)
@@ -337,6 +337,8 @@ class Engine:
     ) -> Job:
         """A request that can be run. Raises RequestError for one that cannot."""
         self._check_process()
+        if not (on_step is None or callable(on_step)):
+            raise RequestError(f"on_step is {shown(on_step)}; give a function of a Progress")
         level = whole("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
         seconds = check_seconds("deadline", deadline)
         if rows is not None and request.experts is not None:
@@ -359,7 +361,7 @@ class Engine:
         deadline: float | None,
         options: dict[str, Any],
     ) -> list[Job]:
-        asked = [Request.of(request, **options) for request in requests]
+        asked = Request.list_of(requests, **options)
         return [self._job(request, on_step, None, priority, deadline) for request in asked]
 
     def _warn(self, request: Request) -> None:

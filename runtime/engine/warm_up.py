@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
+
+from stepforge.runtime.bundle import Bundle
 from stepforge.runtime.checks import whole
 from stepforge.runtime.engine.jobs.future import RequestFuture
 from stepforge.runtime.engine.state import Job, Leg
 from stepforge.runtime.plan import Plan, Step
 from stepforge.runtime.plan.reuse import MAKES, NEEDS
 from stepforge.runtime.plan.step import rows_of
+from stepforge.runtime.request import Request
+from stepforge.runtime.request.init import Init
 from stepforge.runtime.request.request import MAX_IMAGES
+
+
+def masked(request: Request, bundle: Bundle) -> Request:
+    """A request without an image as the bundle's model can run it: an inpainting model gets one that is masked as a whole."""
+    if not bundle.reads_mask:
+        return request
+    height, width = request.height or bundle.card.height, request.width or bundle.card.width
+    picture, mask = np.zeros((height, width, 3), np.uint8), np.full((height, width), 255, np.uint8)
+    return replace(request, init=Init(image=picture, mask=mask))
 
 
 def short_jobs(job: Job, images: int | None, max_rows: int, max_pixels: int) -> Iterator[Job]:

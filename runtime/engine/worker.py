@@ -35,6 +35,7 @@ from stepforge.runtime.engine.starts import from_noise, from_picture
 from stepforge.runtime.engine.state import Job, Leg, failure, stage
 from stepforge.runtime.engine.trajectory import Batch, Start, Trajectory, Waypoint
 from stepforge.runtime.errors import Cancelled, GenerationError, RequestError
+from stepforge.runtime.files import printable
 from stepforge.runtime.imaging.read import check_image, read_picture
 from stepforge.runtime.request import Progress, Request
 
@@ -50,6 +51,8 @@ class Worker:
         self._bundle, self._backend, self._scheduler, self._adapters = bundle, backend, scheduler, adapters
         self._encoders = Pictures(bundle, backend, tiling)  # the decoder has its own, on another thread
         self._inits = Inits(bundle)
+        read = {tensor.name for entry in bundle.components.values() for tensor in entry.inputs}
+        self._reads_no_sizes = bool(read) and "time_ids" not in read  # the test model states no inputs
         self.conditioner = Conditioner(bundle, backend, adapters)
         self.denoisers = Denoisers(bundle, backend, adapters)
         self._decoder = Decoder(bundle, backend, scheduler.resume, tiling)
@@ -65,7 +68,10 @@ class Worker:
         self._scheduler.returned(image)
 
     def check(self, request: Request) -> None:
-        """Refuse, on the caller's thread, unreadable prompts and images, and ControlNets that the bundle lacks."""
+        """Refuse, on the caller's thread, unreadable prompts and images, ControlNets that the bundle lacks, and sizes that no
+        network reads."""
+        if self._reads_no_sizes and request.micro.to_dict():
+            raise RequestError(f"micro is for SDXL; {printable(self._bundle.card.name)} is told no sizes")
         for text in (request.prompt, request.negative):
             self.conditioner.tokenize(text, request.prompt_syntax)
         for upscale in request.upscale:

@@ -127,8 +127,9 @@ def check_variants(plan: Plan, bundle: Bundle) -> None:
     for denoiser in dict.fromkeys(step.denoiser for step in plan.steps):
         network = bundle.components.get(ComponentId("denoiser", denoiser))
         if network is None:
-            have = ", ".join(["base", *bundle.experts]) if bundle.experts else "it was exported without any (--expert)"
-            raise RequestError(f"the bundle has no expert {denoiser!r}; it has {have}")
+            known = f"it has {', '.join(['base', *bundle.experts])}"
+            have = known if bundle.experts else "it was exported without any (--expert)"
+            raise RequestError(f"the bundle has no expert {denoiser!r}; {have}")
         takes = any(tensor.name.startswith("residual_") for tensor in network.inputs)
         if not takes and any(any(step.control) for step in plan.steps if step.denoiser == denoiser) and bundle.controls:
             raise RequestError(

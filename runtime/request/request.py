@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
@@ -177,6 +177,13 @@ class Request:
         if "prompt" not in (given := values | more):
             raise RequestError("a request needs a prompt")
         return cls(**given)
+
+    @classmethod
+    def list_of(cls, asked: Iterable[Request | str | Mapping[str, Any]], /, **options: Any) -> list[Request]:
+        """Requests of several, each as `of`. Raises RequestError, also for one in place of a list."""
+        if isinstance(asked, Request | str | Mapping) or not isinstance(asked, Iterable):
+            raise RequestError(f"a list of requests is needed, not {type(asked).__name__}")
+        return [cls.of(one, **options) for one in asked]
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as plain values for JSON, the images of ControlNets left out; texts are canonical."""

@@ -87,8 +87,9 @@ class Report:
 class Batch:
     """One run of a batch.
 
-    pictures: folder that pictures of jobs must lie in. room: what jobs may hold between reading and the disk. on_failure: told
-    of each failed job: line, reason. on_tick: called on the thread of `run` as long as it waits.
+    pictures: folder that pictures of jobs must lie in. room: what jobs may hold between reading and the disk. retry_failed:
+    for single files; a shard that is written stays as it is. on_failure: told of each failed job: line, reason. on_tick:
+    called on the thread of `run` as long as it waits.
     """
 
     def __init__(
@@ -105,8 +106,6 @@ class Batch:
         on_failure: Callable[[int, str], None] = lambda line, reason: None,
         on_tick: Callable[[Report], None] = lambda report: None,
     ) -> None:
-        if retry_failed and settings.layout != "files":
-            raise RequestError("--retry-failed needs single files; a shard that is written stays as it is")
         self._drawer, self._manifest, self._store, self._settings = drawer, manifest, store, settings
         self._pictures, self._room = pictures, room
         self._max_failures, self._retry_failed = max_failures, retry_failed

@@ -159,8 +159,16 @@ def _is_name(name: object) -> bool:
 def _worded(name: str, facts: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     if name != "settings" or not isinstance(record.get(name), dict):
         return {"bundle": "another bundle", "manifest": "another manifest"}.get(name, f"another {name}")
-    differ = [key for key in facts[name] if record[name].get(key) != facts[name][key]] or ["options"]
-    return f"other options ({', '.join(differ)})"
+    now, then = facts[name], record[name]
+    differ = _differing(now, then)
+    if "options" in differ and isinstance(then.get("options"), dict):  # of requests
+        differ.remove("options")
+        differ += _differing(now["options"], then["options"])
+    return f"other options ({', '.join(dict.fromkeys(differ))})"
+
+
+def _differing(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+    return [key for key in {**now, **then} if now.get(key) != then.get(key)]
 
 
 def _dumped(record: Mapping[str, Any]) -> bytes:

@@ -24,7 +24,7 @@ ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 # Columns of a CSV file whose cells are text; those of every other column are JSON
 TEXTS = frozenset(
     ("id", "prompt", "negative", "negative_prompt", "sampler", "schedule", "spacing", "guidance", "guidance_scale",
-     "guider", "reuse", "preset", "prompt_syntax")
+     "guider", "reuse", "experts", "preset", "prompt_syntax")
 )  # fmt: skip
 PICTURES = {"controls": ("image",), "init": ("image", "mask"), "upscale": ("image",)}  # fields that name files
 

@@ -18,6 +18,7 @@ from stepforge.runtime.tune.candidate import has_variant
 
 PROBE_STEPS = 5  # steps of the requests that are timed
 PROBE_RUNS = 3
+LEAST = 1e-6  # seconds of a row: noise makes some solutions negative, and prices are ratios
 
 
 def row_counts(plan: Plan, request: Request, bundle: Bundle) -> dict[str, int]:
@@ -59,7 +60,7 @@ def prices(engine: Engine, request: Request) -> dict[str, float]:
         seconds.append(min(result.stats.seconds["denoise"] for result in results))
     labels = list(dict.fromkeys(label for counts in rows for label in counts))
     matrix = np.array([[counts.get(label, 0) for label in labels] for counts in rows], np.float64)
-    solved = np.maximum(np.linalg.lstsq(matrix, np.array(seconds), rcond=None)[0], 0.0)
+    solved = np.maximum(np.linalg.lstsq(matrix, np.array(seconds), rcond=None)[0], LEAST)
     found = dict(zip(labels, solved.tolist(), strict=True))
     whole = found[labels[0]]
     found |= _stage_seconds(engine, request)

@@ -116,8 +116,9 @@ def machine(engine: Engine) -> str:
     model = next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
     )
-    versions = ", ".join(f"{name} {version}" for name, version in engine.backend.versions.items())
-    return f"{model}, {available_threads()} threads usable, Python {platform.python_version()}, {versions}"
+    versions = [f"{name} {version}" for name, version in engine.backend.versions.items()]
+    said = [model, f"{available_threads()} threads usable", f"Python {platform.python_version()}", *versions]
+    return ", ".join(said)
 
 
 def peak_memory() -> int:

@@ -198,7 +198,7 @@ def networks(name: str, base: dict[str, Any]) -> list[Any]:
         assert expert.text is not None
         return [expert.unet(torch.float32), expert.text.load(torch.float32)]
     stage = name.startswith("x") or name in ("if-ii", "if-plain")
-    source = read_upscaler(path).source if stage else load(path, tokenizer=base["tokens"])
+    source = read_upscaler(path).source if stage else load(path, tokenizer=None if path.is_dir() else base["tokens"])
     assert all(line.isprintable() for line in (*source.assumed, *source.corrected))
     loaders = (source.unet, source.vae, *source.text_encoders)
     return [loader(torch.float32) for loader in loaders if loader is not None]

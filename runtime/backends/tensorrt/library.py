@@ -84,7 +84,9 @@ class Library:
         try:
             self.module: Any = importlib.import_module(lean if self.is_lean else package)
         except ModuleNotFoundError as error:
-            raise BackendError(f"backend {name!r} needs the package {error.name}; pip install {name}") from error
+            raise BackendError(
+                f"backend {name!r} needs the package {error.name}; pip install 'stepforge[{name}]'"
+            ) from error
         except (ImportError, OSError, RuntimeError) as error:  # a library of the system's that is missing
             raise BackendError(f"{self.traits.package} cannot be imported: {str(error).splitlines()[0]}") from error
         self.version = str(self.module.__version__)

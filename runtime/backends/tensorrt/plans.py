@@ -35,6 +35,9 @@ FORMAT = 1
 CARD, PLAN, INLINE = "card.json", "engine.plan", "inline.npz"
 MOST_CARD_BYTES = 16 << 20
 PRECISIONS = ("fp32", "bf16", "fp16")
+PACKAGES = {  # names under which pip has a library
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt-rtx": ("tensorrt-rtx",),
+}  # fmt: skip
 
 Sizes = Annotated[tuple[Annotated[int, Between(0, 1 << 24)], ...], Between(0, 8)]
 Digest = Annotated[str, Matches(re.compile(r"[0-9a-f]{64}"), "a sha256")]
@@ -126,14 +129,21 @@ def here() -> dict[str, Machine]:
     """This machine, for each installed library, without importing one. Without a GPU a plan's own target is taken for it."""
     gpu = first_gpu()
     found = {}
-    for name, package in (("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt-rtx")):
-        try:
-            installed = version(package)
-        except PackageNotFoundError:
+    for name, packages in PACKAGES.items():
+        installed = next((one for package in packages if (one := _installed(package))), "")
+        if not installed:
             continue
         capability = f"sm_{gpu.capability[0]}{gpu.capability[1]}" if gpu is not None else ""
         found[name] = Machine(name, installed, capability, f"{gpu}, driver {driver()}" if gpu is not None else "")
     return found
+
+
+def _installed(package: str) -> str:
+    """Its version; empty if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def root() -> Path:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepforge.runtime.backends.signature import SIZE
 from stepforge.runtime.backends.tensorrt.plans import Profile, Shapes
 from stepforge.runtime.bundle import Bundle, ComponentId, ModelCard
 from stepforge.runtime.errors import BackendError
 
-SIZE = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)(?:/(\d+))?")
 RANGE = re.compile(r"(\d{1,6})(?:\.\.(\d{1,6}))?")
 RESIDUAL = "residual_"
 MOST_CHUNKS = 4  # longest prompt, in chunks of the text encoder's length

@@ -19,12 +19,16 @@ from stepforge.runtime.checks import choice, whole
 from stepforge.runtime.cli import options
 from stepforge.runtime.cli.output import complain
 from stepforge.runtime.cli.signals import Stopped, on_signal
+from stepforge.runtime.errors import RequestError
 
 if TYPE_CHECKING:
+    from stepforge.runtime.bundle import Bundle
+    from stepforge.runtime.request import Request
     from stepforge.runtime.serve.batch import Report
     from stepforge.runtime.serve.ray.pool import RayDrawer
 
 MOST_FAILURES = 20  # lines about failed jobs; all of them are in failures.jsonl
+QUALITY = 90
 PAUSE = 30.0  # seconds between lines of progress where no terminal shows a bar
 
 
@@ -47,9 +51,11 @@ def batch(
     layout: Annotated[
         str, typer.Option(metavar="NAME", help="files: one an image; webdataset: tar shards; parquet: parts.")
     ] = "files",
-    shard_size: Annotated[int, typer.Option(metavar="N", help="Jobs in a shard or part.")] = 1000,
+    shard_size: Annotated[
+        int, typer.Option(metavar="N", help="Jobs in a shard of webdataset or a part of parquet.")
+    ] = 1000,
     image_format: Annotated[str, typer.Option("--format", metavar="NAME", help="png, webp or jpeg.")] = "png",
-    quality: Annotated[int, typer.Option(metavar="N", help="Of WebP and JPEG, 1 to 100.")] = 90,
+    quality: Annotated[int | None, typer.Option(metavar="N", help="Of WebP and JPEG, 1 to 100. [default: 90]")] = None,
     metadata: options.Metadata = True,
     max_rows: Annotated[
         int | None, typer.Option(metavar="N", help="Most denoiser rows in a call; 2 draws one image at a time.")
@@ -66,7 +72,7 @@ def batch(
         int | None,
         typer.Option(
             metavar="BYTES",
-            parser=options.bytes_of("--limit-memory"),
+            parser=options.parse_bytes,
             help="Memory of jobs between manifest and disk, beside the networks, as 512M or 2G. [default: of 4 * --max-rows "
             "images]",
         ),
@@ -85,6 +91,7 @@ def batch(
     from stepforge.runtime.engine import MAX_ROWS
     from stepforge.runtime.imaging.encode import FORMATS
     from stepforge.runtime.load import open_bundle
+    from stepforge.runtime.request import Request
     from stepforge.runtime.serve.batch import Batch, Settings
     from stepforge.runtime.serve.draw import Drawer, Encoding, EngineDrawer
     from stepforge.runtime.serve.manifest import Manifest
@@ -92,13 +99,19 @@ def batch(
     from stepforge.runtime.serve.room import Room
     from stepforge.runtime.serve.store import LAYOUTS, Store
 
+    choice("--layout", layout, tuple(LAYOUTS))
+    choice("--format", image_format, tuple(FORMATS))
+    if layout != "files" and retry_failed:
+        raise RequestError("--retry-failed needs --layout files; a shard that is written stays as it is")
+    if image_format == "png" and quality is not None:
+        raise RequestError("--quality is for --format webp and jpeg")
+    fields = asked.fields()
+    stated = Request(prompt="", **fields)  # a wrong option would fail every job
     settings = Settings(
-        options=asked.fields(),
-        layout=choice("--layout", layout, tuple(LAYOUTS)),
+        options=fields,
+        layout=layout,
         shard_size=whole("--shard-size", shard_size, 1, 1_000_000),
-        encoding=Encoding(
-            choice("--format", image_format, tuple(FORMATS)), whole("--quality", quality, 1, 100), metadata
-        ),
+        encoding=Encoding(image_format, whole("--quality", QUALITY if quality is None else quality, 1, 100), metadata),
         tiling=(engine_options.tile_memory, engine_options.tiling),
     )
     rows = whole("--max-rows", MAX_ROWS if max_rows is None else max_rows, 2, 1 << 16)
@@ -125,10 +138,13 @@ def batch(
             engine = opened.enter_context(engine_options.load(bundle, max_rows=rows))
             for name, file in adapters.items():
                 engine.adapters.load(name, file)
-            model, store = engine.bundle, make_store()
+            model = engine.bundle
+            _check_fits(stated, model)
+            store = make_store()
             drawer = opened.enter_context(EngineDrawer(engine, store.files, settings.encoding))
         else:
             model = open_bundle(bundle)
+            _check_fits(stated, model)
             opened.enter_context(redirect_stdout(sys.stderr))  # Ray prints what its processes complain of
             workers = opened.enter_context(_cluster(ray_options, engine_options, rows))
             store = make_store()
@@ -160,13 +176,22 @@ def batch(
         raise typer.Exit(1)
 
 
+def _check_fits(stated: Request, model: Bundle) -> None:
+    """Raises RequestError for a preset or stages that the bundle has not; the rest of a plan is each job's."""
+    from stepforge.runtime.plan.stages import compile_stage
+    from stepforge.runtime.request.presets import resolve
+
+    resolve(stated, model)
+    for upscale in stated.upscale:
+        compile_stage(upscale, model)
+
+
 def _cluster(asked: options.RayOptions, engine: options.EngineOptions, rows: int) -> RayDrawer:
     """Workers to be. Raises RequestError."""
     from stepforge.runtime.serve.ray.pool import Cluster, RayDrawer
 
-    return RayDrawer(
-        Cluster(asked.ray or "", asked.workers, engine.threads, asked.worker_gpus, depth=rows, stall=asked.stall)
-    )
+    stall = {} if asked.stall is None else {"stall": asked.stall}
+    return RayDrawer(Cluster(asked.ray or "", asked.workers, engine.threads, asked.worker_gpus, depth=rows, **stall))
 
 
 def _tell(report: Report, as_json: bool) -> None:
@@ -190,7 +215,8 @@ def _tell(report: Report, as_json: bool) -> None:
         f"{report.images} images in {report.seconds:.1f} s, {report.rate:.2f} images/s; the engine worked "
         f"{min(report.busy, 1):.1%} of the time; at most {values['peak_memory'] >> 20} MiB were in memory"
     )
-    print("seconds of the parts, which overlap: " + ", ".join(f"{p} {v:g}" for p, v in values["part_seconds"].items()))
+    if parts := values["part_seconds"]:
+        print("seconds of the parts, which overlap: " + ", ".join(f"{part} {spent:g}" for part, spent in parts.items()))
 
 
 @contextmanager

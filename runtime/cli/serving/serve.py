@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import ssl
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from stepforge.runtime.bundle import NAME
+from stepforge.runtime.checks import whole
 from stepforge.runtime.cli import options
 from stepforge.runtime.cli.inputs import parse_adapters
-from stepforge.runtime.errors import RequestError
+from stepforge.runtime.cli.signals import Stopped
+from stepforge.runtime.errors import RequestError, StepforgeError
 from stepforge.runtime.files import printable
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -76,6 +80,7 @@ def serve(
     The log is JSON on standard error. SIGTERM and SIGINT finish what is under way, and answer 503 meanwhile; a second one cuts
     it. The exit code is 0, or 1 where requests were cut.
     """
+    from stepforge.runtime.backends import check_names
     from stepforge.runtime.engine import MAX_ROWS, Engine
     from stepforge.runtime.load import load
 
@@ -92,32 +97,35 @@ def serve(
         raise RequestError(f"serve needs the package {error.name}; pip install 'stepforge[server]'") from error
 
     places = named(bundles)
+    check_names(backend, precision)
+    rows = whole("--max-rows", MAX_ROWS if max_rows is None else max_rows, 2, 1 << 16)
     known = None if keys is None else Keys(keys)
     if known is None and host not in LOOPBACK and not open_to_all:
         raise RequestError(f"--host {printable(host)} is open to other machines: give --keys FILE, or --open")
     if adapters is not None and not adapters.is_dir():
         raise RequestError(f"--adapters {printable(adapters)} is not a folder")
-    if (ssl_certfile is None) != (ssl_keyfile is None):
-        raise RequestError("--ssl-certfile and --ssl-keyfile go together")
+    tls = check_tls(ssl_certfile, ssl_keyfile)
     preloaded = parse_adapters(adapter or ())
     if preloaded and len(places) > 1:
         raise RequestError("--adapter is for a server of one bundle; give --adapters FOLDER and load them by the API")
     if any(strength != 1.0 for _, strength in preloaded.values()):
         raise RequestError("--adapter takes no strength here; requests say it")
+    if ports := [name for name in allowed_host or () if ":" in name and not name.startswith("[")]:
+        raise RequestError(f"--allowed-host {printable(ports[0])} has a port; give the name alone")
     hosts = None
     if allowed_host or (known is None and not open_to_all):
         hosts = frozenset(name.lower() for name in (*(allowed_host or ()), host, "localhost", "127.0.0.1", "[::1]"))
     settings = Settings(
-        max_body=max_body, max_held=max_memory, max_prompt=max_prompt, max_images=max_images,
-        max_pixels=max_pixels, max_steps=max_steps, queue_limit=queue_limit, deadline=deadline, drain_seconds=drain,
-        grace_seconds=grace, adapter_folder=adapters, hosts=hosts, page=known is None if page is None else page,
+        max_body=max_body, max_memory=max_memory, max_prompt=max_prompt, max_images=max_images,
+        max_pixels=max_pixels, max_steps=max_steps, queue_limit=queue_limit, deadline=deadline, drain=drain,
+        grace=grace, adapter_folder=adapters, hosts=hosts, page=known is None if page is None else page,
         log_prompts=log_prompts, aliases=aliases(alias or [], places),
     )  # fmt: skip
 
     def opened(path: str) -> Engine:
         engine = load(
             path, backend=backend, precision=precision, threads=threads, tile_memory=tile_memory, tiling=tiling,
-            max_rows=MAX_ROWS if max_rows is None else max_rows, queue_limit=queue_limit,
+            max_rows=rows, queue_limit=queue_limit,
         )  # fmt: skip
         for name, (file, _) in preloaded.items():
             engine.adapters.load(name, file)
@@ -126,16 +134,34 @@ def serve(
         return engine
 
     models = Models({name: Model(name, partial(opened, path)) for name, path in places.items()}, settings.aliases)
-    tls: dict[str, Any] = {}
-    if ssl_certfile is not None:
-        tls = {"ssl_certfile": str(ssl_certfile), "ssl_keyfile": str(ssl_keyfile)}
     with json_logs():
         server = Server(Service(models, settings, known), host=host, port=port, **tls)
-        asyncio.run(server.serve())
+        try:
+            asyncio.run(server.serve())
+        except SystemExit as error:
+            if isinstance(error, Stopped):
+                raise
+            raise StepforgeError(f"cannot listen on {printable(host)}, port {port}; the log says why") from error
     if models.failure is not None:
         raise models.failure
     if server.was_cut:
         raise typer.Exit(1)
+
+
+def check_tls(certificate: Path | None, key: Path | None) -> dict[str, str]:
+    """uvicorn's options. Raises RequestError for one without the other, and for files that are no certificate and its key."""
+    if certificate is None and key is None:
+        return {}
+    if certificate is None or key is None:
+        raise RequestError("--ssl-certfile and --ssl-keyfile go together")
+    for option, file in (("--ssl-certfile", certificate), ("--ssl-keyfile", key)):
+        if not os.access(file, os.R_OK):
+            raise RequestError(f"{option} {printable(file)} cannot be read")
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except OSError as error:
+        raise RequestError(f"--ssl-certfile and --ssl-keyfile are no PEM certificate and its key: {error}") from error
+    return {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
 
 
 def named(texts: list[str]) -> dict[str, str]:

@@ -52,10 +52,12 @@ def triton(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace models of these names.")] = False,
 ) -> None:
     """Write a model repository for Triton's Python backend; docs/scale.md has its tensors and how to start the server."""
+    from stepforge.runtime.backends import check_names
     from stepforge.runtime.engine import MAX_ROWS
     from stepforge.runtime.load import open_bundle
     from stepforge.runtime.serve.triton.repository import KINDS, Settings, write_repository
 
+    check_names(backend, precision)
     opened = open_bundle(bundle, check=False)
     adapters = parse_adapters(adapter or ())
     if any(strength != 1.0 for _, strength in adapters.values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,29 +69,33 @@ class Intake:
             raise
 
     def outcomes(self, jobs: Sequence[Job]) -> Generator[Outcome, None, None]:
-        """Queue jobs while there is room, and yield their outcomes as they end. Closed, it cancels what is unfinished."""
+        """Queue jobs while there is room, and yield their outcomes as they end; nothing of one that was yielded is kept.
+        Closed, it cancels what is unfinished."""
         ended: queue.SimpleQueue[int] = queue.SimpleQueue()
-        queued = yielded = 0
+        left = dict(enumerate(jobs))  # not yielded yet
+        del jobs
         try:
-            for job in jobs:
-                self._begin(job)
-            while yielded < len(jobs):
-                while queued < len(jobs):
-                    try:
-                        # with nothing of ours on its way, others fill the queue: wait for them
-                        self._queue(jobs[queued], wait=queued == yielded)
-                    except QueueFull:
-                        break
-                    except EngineClosed:  # what has ended is still told
-                        jobs[queued].future.settle(Cancelled(CLOSED))
-                    jobs[queued].future.add_done_callback(lambda _, index=queued: ended.put(index))  # type: ignore[misc]
-                    queued += 1
+            self._begin(*left.values())
+            waiting = deque(left)  # not queued yet
+            while left:
+                while waiting and self._queue_next(left[waiting[0]], waiting, ended, wait=len(waiting) == len(left)):
+                    pass
                 index = ended.get()
-                yielded += 1
-                yield Outcome.of(index, jobs[index])
+                yield Outcome.of(index, left.pop(index))
         finally:
-            for job in jobs:
+            for job in left.values():
                 job.future.cancel()
+
+    def _queue_next(self, job: Job, waiting: deque[int], ended: queue.SimpleQueue[int], *, wait: bool) -> bool:
+        """Queue the first of those that wait; False where there is no room. wait: for room that others have."""
+        try:
+            self._queue(job, wait=wait)
+        except QueueFull:
+            return False
+        except EngineClosed:  # what has ended is still told
+            job.future.settle(Cancelled(CLOSED))
+        job.future.add_done_callback(lambda _, index=waiting.popleft(): ended.put(index))  # type: ignore[misc]
+        return True
 
     async def aoutcomes(self, jobs: Sequence[Job]) -> AsyncGenerator[Outcome, None]:
         """`outcomes` for asyncio."""
@@ -103,21 +108,33 @@ class Intake:
             await asyncio.wait([asyncio.wrap_future(job.future)])
             return Outcome.of(index, job)
 
-        tasks = [asyncio.ensure_future(run(index, job)) for index, job in enumerate(jobs)]
+        def begin(index: int, job: Job) -> asyncio.Task[Outcome]:
+            task = asyncio.ensure_future(run(index, job))
+            task.add_done_callback(ended.put_nowait)
+            return task
+
+        def take(task: asyncio.Task[Outcome]) -> Outcome:
+            del left[task]
+            return task.result()
+
+        ended: asyncio.Queue[asyncio.Task[Outcome]] = asyncio.Queue()
+        left = {begin(index, job): job for index, job in enumerate(jobs)}
+        del jobs
         try:
-            for ended in asyncio.as_completed(tasks):
-                yield await ended
+            while left:
+                yield take(await ended.get())
         finally:
-            for job, task in zip(jobs, tasks, strict=True):
+            for task, job in left.items():
                 job.future.cancel()
                 task.cancel()
 
-    def _begin(self, job: Job) -> None:
-        """A job that ends while it waits, for room or in the queue, wakes those who wait for room."""
+    def _begin(self, *jobs: Job) -> None:
+        """Jobs that end while they wait, for room or in the queue, wake those who wait for room."""
         wake = self._scheduler.wake
-        job.future.add_done_callback(lambda _: wake())
-        if job.deadline is not None:
-            self.deadlines.add(job.future, job.deadline)
+        for job in jobs:
+            job.future.add_done_callback(lambda _: wake())
+            if job.deadline is not None:
+                self.deadlines.add(job.future, job.deadline)
 
     def _queue(self, job: Job, *, wait: bool, timeout: float | None = None) -> None:
         self._scheduler.submit(job, wait=wait, timeout=timeout)

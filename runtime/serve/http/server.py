@@ -127,7 +127,7 @@ class Server(uvicorn.Server):
         settings, started = self.service.settings, time.monotonic()
         while not self._cut.is_set():
             passed = time.monotonic() - started
-            if passed >= settings.drain_seconds or (not self.service.under_way and passed >= settings.grace_seconds):
+            if passed >= settings.drain or (not self.service.under_way and passed >= settings.grace):
                 break
             await asyncio.sleep(POLL)
         self.was_cut = bool(self.service.under_way)

@@ -29,7 +29,7 @@ class Service:
     def __init__(self, models: Models, settings: Settings, keys: Keys | None = None) -> None:
         self.models, self.settings, self.keys = models, settings, keys
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="stepforge-http")
-        self.held = Held(settings.max_held)
+        self.held = Held(settings.max_memory)
         self.metrics = Metrics(self)
         self.under_way = 0
         self._seconds = 1.0  # of recent requests, a moving mean

@@ -16,7 +16,7 @@ class Settings:
     """Limits are checked before what they bound is allocated. Raises RequestError for values that make no sense."""
 
     max_body: int = 32 << 20  # bytes of one body
-    max_held: int = 1 << 30  # bytes of all bodies and finished images in memory together
+    max_memory: int = 1 << 30  # bytes of all bodies and finished images in memory together
     body_seconds: float = 120.0  # for a whole body to arrive
     stall_seconds: float = 30.0  # between two pieces of it
     max_prompt: int = 4000  # characters
@@ -27,8 +27,8 @@ class Settings:
     max_adapters: int = 64  # loaded in one engine
     queue_limit: int = 32  # waiting requests of one engine; one more is answered with 429
     deadline: float = 600.0  # seconds for one request, waiting included
-    drain_seconds: float = 60.0  # for requests under way after SIGTERM
-    grace_seconds: float = 0.0  # for which a draining server still answers new calls with 503, while nothing runs
+    drain: float = 60.0  # for requests under way after SIGTERM
+    grace: float = 0.0  # for which a draining server still answers new calls with 503, while nothing runs
     adapter_folder: Path | None = None  # where clients' adapters are looked for
     hosts: frozenset[str] | None = None  # names that a Host header may have; None: any
     page: bool = True  # the demo page at /
@@ -38,7 +38,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("max_body", 1 << 10, 1 << 30),
-            ("max_held", self.max_body, 1 << 36),
+            ("max_memory", self.max_body, 1 << 36),
             ("max_prompt", 1, 20_000),
             ("max_images", 1, 64),
             ("max_pixels", 64, 1 << 24),
@@ -46,7 +46,9 @@ class Settings:
             ("queue_limit", 1, 1 << 16),
         ):
             whole(name, getattr(self, name), low, high)
-        for name in ("body_seconds", "stall_seconds", "deadline", "drain_seconds", "grace_seconds"):
+        for name in ("body_seconds", "stall_seconds", "deadline", "drain", "grace"):
             seconds = real(getattr(self, name))
             if seconds is None or not 0 <= seconds <= DAY:
                 raise RequestError(f"{name} is {shown(getattr(self, name))}; give seconds, at most a day's")
+        if not self.deadline:
+            raise RequestError("deadline is 0; no request could be drawn")

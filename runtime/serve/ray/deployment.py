@@ -7,9 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepforge.runtime.backends import check_names
 from stepforge.runtime.checks import shown, whole
 from stepforge.runtime.errors import RequestError
 from stepforge.runtime.files import printable
+from stepforge.runtime.serve.http.settings import Settings
 
 if TYPE_CHECKING:
     from stepforge.runtime.engine import Engine
@@ -21,7 +23,8 @@ KINDS = {"str": str, "int": int, "float": float}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a deployment is given; paths are the nodes'. Raises RequestError for values that make no sense."""
+    """What a deployment is given; paths are the nodes'. Raises RequestError for values that make no sense, BackendError for
+    backends and precisions of no such name."""
 
     bundle: str  # path, or "fake"
     name: str = ""  # of the model; empty: the bundle's
@@ -50,6 +53,10 @@ class Options:
                     f"{name} is {printable(path)}; replicas have folders of their own, give a whole path"
                 )
         whole("retry_after", self.retry_after, 1, 120)
+        check_names(self.backend, self.precision)
+        if not 0 <= self.gpus < 1e6:
+            raise RequestError(f"gpus is {self.gpus:g}; give a number from 0")
+        self.settings()
         if self.most_replicas and self.most_replicas < self.replicas:
             raise RequestError(f"most_replicas is {self.most_replicas}, less than replicas, which is {self.replicas}")
 
@@ -69,6 +76,13 @@ class Options:
                 raise RequestError(f"{name} is {shown(value)}; a number is needed") from None
         return cls(**found)
 
+    def settings(self) -> Settings:
+        """Of each replica's server. Raises RequestError."""
+        return Settings(
+            queue_limit=self.queue_limit, deadline=self.deadline, drain=self.drain, page=False,
+            adapter_folder=Path(self.adapters) if self.adapters else None,
+        )  # fmt: skip
+
     @property
     def ongoing(self) -> int:
         """Calls that a replica holds: as many as its engine runs and keeps waiting, so that Serve sends others elsewhere."""
@@ -83,16 +97,11 @@ class Images:
         from stepforge.runtime.serve.http.keys import Keys
         from stepforge.runtime.serve.http.models import Model, Models
         from stepforge.runtime.serve.http.service import Service
-        from stepforge.runtime.serve.http.settings import Settings
 
         name = options.name or open_bundle(options.bundle, check=False).card.name
-        settings = Settings(
-            queue_limit=options.queue_limit, deadline=options.deadline, drain_seconds=options.drain, page=False,
-            adapter_folder=Path(options.adapters) if options.adapters else None,
-        )  # fmt: skip
         keys = Keys(Path(options.keys)) if options.keys else None
         self._models = Models({name: Model(name, lambda: _opened(options))}, {})
-        self._service = Service(self._models, settings, keys)
+        self._service = Service(self._models, options.settings(), keys)
         await self._models.load()
 
     def __serve_build_asgi_app__(self) -> Any:

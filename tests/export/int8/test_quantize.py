@@ -24,7 +24,7 @@ from stepforge.runtime.backends import open_backend
 from stepforge.runtime.backends.fake import fake_bundle
 from stepforge.runtime.bundle import UNET, Bundle, ComponentId, read
 from stepforge.runtime.cli.main import main
-from stepforge.runtime.errors import BackendError, CheckpointError
+from stepforge.runtime.errors import BackendError, CheckpointError, RequestError
 
 SIZE = {"width": 64, "height": 64}  # twice the model's own: more places for few integers
 CALIBRATION = Calibration(("a cat",), steps=2, **SIZE)
@@ -210,6 +210,12 @@ def test_requests_of_a_batch_are_their_single_runs(quantised, adapter, floats, n
         assert np.abs(other - alone[0]).max() > 2
     for ours, exact in zip(alone, floats, strict=True):
         assert relative_error(ours, exact) < LIMITS["int8"].trajectory
+
+
+@pytest.mark.parametrize("limit", [-1.0, float("nan"), 2.0])
+def test_limits_are_refused_before_anything_is_read(limit):
+    with pytest.raises(RequestError, match="a relative error lies between 0 and 1"):
+        quantize_bundle("nowhere", CALIBRATION, limit=limit)
 
 
 def test_refusals(quantised, tiny_sd1_bundle, tmp_path, monkeypatch):

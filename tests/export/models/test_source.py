@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -46,7 +47,7 @@ def refuse(path: Path, text: str) -> None:
     """Loading, or loading one of the networks, gives one line that contains the text."""
 
     def load_all() -> None:
-        source = load(path, tokenizer=path.parent)
+        source = load(path, tokenizer=None if os.path.isdir(path) else path.parent)
         for loader in (source.unet, source.vae, *source.text_encoders):
             loader(torch.float32)
 
@@ -337,6 +338,8 @@ def test_single_file_needs_a_tokenizer(tiny_sd1: Path, to_original: Original, tm
         load(path)
     with pytest.raises(CheckpointError, match="is not a folder"):
         load(path, tokenizer=tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="is a folder and has its own tokenizer"):
+        load(tiny_sd1, tokenizer=tiny_sd1 / "tokenizer")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from stepforge.export.models.upscaler import read_upscaler
 from stepforge.export.parity.measures import psnr
 from stepforge.export.parity.reference import Settings
 from stepforge.export.parity.stages import load_stage, run_stage
+from stepforge.export.parity.staging import assumed_tokenizer, stage_component
 from stepforge.export.parity.verify import verify
 from stepforge.runtime.bundle import read
 from stepforge.runtime.engine.conditions.t5 import T5Tokenizer
@@ -170,19 +171,43 @@ def test_a_cascade_in_fp16(tiny_if: Path, tiny_if_sr: dict[str, Path], tmp_path:
     assert {"stage ii", "stage plain", "a cat"} <= {c["name"] for c in verdict["checks"] if c["level"] == "image"}
 
 
+def save_pieces(tokenizer: Any, folder: Path) -> None:
+    """A T5 tokenizer as the SentencePiece model that published folders hold."""
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    proto = import_protobuf().ModelProto()
+    for piece, score in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"][:-100]:
+        proto.pieces.add(piece=piece, score=score)
+    (folder / "spiece.model").write_bytes(proto.SerializeToString())
+
+
+def test_the_reference_reads_pieces(tiny_if: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """transformers, without sentencepiece, reads a folder that has spiece.model alone as one without a vocabulary."""
+    from transformers import T5Tokenizer as Reference
+
+    reference = Reference.from_pretrained(tiny_if / "tokenizer")
+    folder, out = Path(shutil.copytree(tiny_if / "tokenizer", tmp_path / "tokenizer")), tmp_path / "out"
+    (folder / "tokenizer.json").unlink()
+    save_pieces(reference, folder)
+    monkeypatch.setattr("stepforge.export.parity.staging.find_spec", lambda _: None)
+    stage_component(folder, (), out)
+    assert Reference.from_pretrained(out)("a cat dog").input_ids == reference("a cat dog").input_ids
+    assert assumed_tokenizer(folder)[0].startswith("tokenizer: spiece.model as stepforge reads it")
+    monkeypatch.setattr("stepforge.export.parity.staging.find_spec", lambda _: "installed")
+    stage_component(folder, (), tmp_path / "own")
+    assert ((tmp_path / "own/spiece.model").exists(), assumed_tokenizer(folder)) == (True, ())
+
+
 @pytest.mark.parametrize("source", ["tokenizer.json", "spiece.model"])
 def test_t5_tokens(tiny_if: Path, tmp_path: Path, source: str, caplog: pytest.LogCaptureFixture):
     """Ids and masks of transformers' T5Tokenizer, from either file."""
     from transformers import T5Tokenizer as Reference
-    from transformers.convert_slow_tokenizer import import_protobuf
 
     reference = Reference.from_pretrained(tiny_if / "tokenizer")
     folder = tiny_if / "tokenizer"
     if source == "spiece.model":
-        folder, proto = tmp_path, import_protobuf().ModelProto()
-        for piece, score in json.loads(reference.backend_tokenizer.to_str())["model"]["vocab"][:-100]:
-            proto.pieces.add(piece=piece, score=score)
-        (folder / source).write_bytes(proto.SerializeToString())
+        folder = tmp_path
+        save_pieces(reference, folder)
     found = read_t5_tokenizer(folder)
     (tmp_path / "ours.json").write_text(found.text, encoding="utf-8")
     ours = T5Tokenizer.from_file(tmp_path / "ours.json", **found.card)

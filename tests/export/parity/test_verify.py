@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from stepforge.export.parity.measures import MAX_PSNR, psnr, relative_error
-from stepforge.export.parity.verify import verify
+from stepforge.export.parity.verify import _versions, verify
 from stepforge.runtime.backends.openvino import core
 from stepforge.runtime.bundle import read, sha256, write_manifest
 from stepforge.runtime.cli.main import main
-from stepforge.runtime.errors import CheckpointError, RequestError
+from stepforge.runtime.errors import BackendError, CheckpointError, RequestError
 
 
 @pytest.mark.slow
@@ -84,9 +84,17 @@ def test_other_parts_are_refused_before_anything_is_drawn(tiny_sd1, tiny_sd1_bun
     for options, text in (
         ({"upscalers": {"x": tmp_path}}, "has no stage 'x'"),
         ({"experts": {"x": tmp_path}}, "are none"),
+        ({"backends": ["onnxruntime", "onxruntime"]}, "'onxruntime' is unknown"),  # not merely left out
+        ({"precisions": ["fp32", "fp23"]}, "'fp23' is unknown"),
+        ({"precisions": ["fp32", "int8"]}, "has no int8 networks"),
     ):
-        with pytest.raises(CheckpointError, match=text):
+        with pytest.raises((CheckpointError, BackendError), match=text):
             verify(tiny_sd1_bundle, tiny_sd1, **options)
+
+
+def test_engines_that_are_not_installed_have_no_version(monkeypatch):
+    monkeypatch.setattr("stepforge.export.parity.verify.LIBRARIES", ("torch", "no-such-package"))
+    assert set(_versions()) == {"torch"}
 
 
 def test_measures():

@@ -42,6 +42,26 @@ def test_files_that_may_not_be_read(kind, refuse, foreign):
     assert error.rstrip().endswith("Permission denied")
 
 
+def test_options_without_effect_are_refused(refuse, tmp_path):
+    """What the fake model, a format or a request without ControlNets would not look at."""
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text('{"prompt": "x"}')
+    draw, batch = ("generate", "fake", "x", "-o", tmp_path / "x.png"), ("batch", "fake", jobs, "-o", tmp_path / "out")
+    for code, command, said in (
+        (1, (*draw, "--backend", "torch"), "no graphs for backend 'torch'"),
+        (1, (*draw, "--backend", "opnvino"), "backend 'opnvino' is unknown"),
+        (1, (*draw, "--precision", "bf16"), "computes in fp32, not in bf16"),
+        (2, (*draw, "--preprocessor", "canny"), "--preprocessor needs --control"),
+        (2, (*draw, "--control-window", "0..0.5"), "--control-window needs --control"),
+        (2, (*draw, "--guess-mode"), "--guess-mode needs --control"),
+        (2, ("generate", "fake", "--prompts", jobs), "give it with --requests"),
+        (2, (*batch, "--quality", 80), "--quality is for --format webp and jpeg"),
+        (2, (*batch, "--stall", 60), "need --ray ADDRESS"),
+    ):
+        assert said in refuse(code, *command)
+    assert list(tmp_path.iterdir()) == [jobs]
+
+
 LINES = {
     "no JSON": ("{", "line 2: "),
     "a list": ("[1]", "an object with the fields of a request is needed"),

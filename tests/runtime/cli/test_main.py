@@ -21,7 +21,7 @@ ERRORS = {
     "bad guidance": (["generate", "fake", "x", "--guidance", "much"], 2, "give a number such as 7.5"),
     "bad timesteps": (["generate", "fake", "x", "--timesteps", "a,b"], 2, "is not a list of numbers"),
     "no bundle": (["generate", "nowhere", "x"], 1, "is not a bundle"),
-    "bad backend": (["generate", "nowhere", "x", "--backend", "magic"], 1, "is not a bundle"),
+    "bad backend": (["generate", "nowhere", "x", "--backend", "magic"], 1, "backend 'magic' is unknown"),
     "several images in one file": (["generate", "fake", "x", "y", "-o", "z.png"], 2, "give a folder"),
     "columns without a sheet": (["generate", "fake", "x", "--columns", "3"], 2, "--columns needs --sheet"),
     "an adapter twice": (
@@ -39,6 +39,7 @@ ERRORS = {
         2,
         "makes integers of fp32 weights",
     ),
+    "a rank without slots": (["export", "m", "-o", "b", "--lora-rank", "8"], 2, "--lora-rank needs --lora-slots"),
     "bad reuse": (["plan", "fake", "--reuse", "deepcache"], 2, "give deepcache(INTERVAL)"),
     "reuse without a variant": (["generate", "fake", "x", "--reuse", "tgate(0.5)"], 2, "export it with --reuse tgate"),
     "bad control": (["generate", "fake", "x", "--control", "a"], 2, "give NAME=IMAGE or NAME=IMAGE:SCALE"),

@@ -1,5 +1,6 @@
 """`stepforge serve`: what it refuses before it listens, and a bundle that cannot be opened."""
 
+import socket
 import subprocess
 import sys
 
@@ -20,7 +21,19 @@ REFUSED = [
     (("fake", "--max-images", "65"), "max_images"),
     (("fake", "--queue-limit", "0"), "queue_limit"),
     (("fake", "--deadline", "nan"), "deadline is nan"),
+    (("fake", "--deadline", "0"), "deadline is 0"),
+    (("fake", "--max-memory", "5"), "max_memory is 5"),
+    (("fake", "--max-rows", "1"), "--max-rows is 1"),
+    (
+        ("fake", "--ssl-certfile", "none.pem", "--ssl-keyfile", "a.safetensors"),
+        "--ssl-certfile none.pem cannot be read",
+    ),
+    (
+        ("fake", "--ssl-certfile", "a.safetensors", "--ssl-keyfile", "a.safetensors"),
+        "are no PEM certificate and its key",
+    ),
     (("fake", "--adapters", "missing"), "missing"),
+    (("fake", "--allowed-host", "a.example:8443"), "has a port"),
     (("fake", "--port", "65536"), "less than or equal to 65535"),
 ]
 
@@ -35,6 +48,14 @@ def test_refused_in_one_line(refuse, tmp_path, monkeypatch):
 def test_a_bundle_that_cannot_be_opened_ends_the_server(run, capsys, tmp_path):
     assert run("serve", tmp_path, "--port", "0") == 1
     assert "is not a bundle" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_address_that_cannot_be_had(run, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert run("serve", "fake", "--port", taken.getsockname()[1]) == 1
+    assert "cannot listen on 127.0.0.1, port" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_extra_is_named():

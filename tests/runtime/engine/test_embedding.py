@@ -25,7 +25,8 @@ from stepforge import (
     RequestError,
 )
 from stepforge.runtime.backends.fake import Fake, fake_bundle
-from stepforge.runtime.bundle import VAE_DECODER, Footprint
+from stepforge.runtime.bundle import UNET, VAE_DECODER, Footprint
+from stepforge.runtime.bundle.format import Tensor
 from stepforge.runtime.engine.pictures.networks import Tiling
 
 SIZE = 64
@@ -323,6 +324,27 @@ def test_a_warm_up_runs_each_network_in_each_batch_size(request_, rows):
     assert set(seen[alone:]) <= set(seen[:alone])  # one image meets nothing new
     with Engine(BUNDLE, Fake(BUNDLE)) as cold:
         assert np.array_equal(cold.generate(request_).latents, result.latents)
+
+
+def test_a_warm_up_of_an_inpainting_model_has_a_mask():
+    """`stepforge serve` draws it before the first request."""
+    shapes = {
+        "sample": ("rows", 9, "height", "width"),
+        "timestep": ("rows",),
+        "encoder_hidden_states": ("rows", "tokens", 16),
+    }
+    inputs = tuple(Tensor(name, "float32", shape) for name, shape in shapes.items())
+    network = replace(BUNDLE.components[UNET], inputs=inputs)
+    bundle = replace(BUNDLE, components={**BUNDLE.components, UNET: network})
+    channels = set()
+
+    def hook(component, inputs):
+        if "sample" in inputs:
+            channels.add(inputs["sample"].shape[1])
+
+    with engine_with(hook, bundle=bundle) as engine:
+        engine.warm_up()
+    assert channels == {9}
 
 
 def test_a_warm_up_that_cannot_run_says_why(engine):

@@ -1,7 +1,9 @@
 """The engine on the fake backend: batching, guidance, cancellation, isolation. No weights, no engine library."""
 
 import asyncio
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -57,6 +59,38 @@ class Recorder:
             return self.poison(inputs, outputs) if self.poison else outputs
 
         return run
+
+
+def test_one_request_is_no_list_and_a_mapping_is_one_request(engine):
+    """Neither the letters of a prompt nor the keys of a mapping are drawn."""
+    job = {"prompt": "x", "steps": 1, "width": SIZE, "height": SIZE}
+    assert engine.generate(job).request == Request(**job)
+    assert [result.request.prompt for result in engine.generate([job, Request(**job)])] == ["x", "x"]
+    for wrong in ("a cat", job, Request(**job), 3):
+        with pytest.raises(RequestError, match="a list of requests is needed"):
+            engine.stream(wrong)
+    with pytest.raises(RequestError, match="on_step is 3"):
+        engine.submit(job, on_step=3)
+
+
+def test_streams_keep_nothing_of_what_was_yielded(engine):
+    """A hundred thousand prompts hold the pictures of those on their way."""
+    asked = [Request(prompt=str(index), steps=1, width=SIZE, height=SIZE) for index in range(5)]
+    seen = []
+
+    def held(outcome) -> int:
+        """Images of earlier outcomes that are still in memory."""
+        gc.collect()
+        count = sum(reference() is not None for reference in seen)
+        seen.append(weakref.ref(outcome.result.images[0]))
+        return count
+
+    async def astream():
+        return [held(outcome) async for outcome in engine.astream(asked)]
+
+    assert max(held(outcome) for outcome in engine.stream(asked)) == 0
+    seen.clear()
+    assert max(asyncio.run(astream())) == 0
 
 
 def test_batch_mates_do_not_change_an_image(engine):

@@ -169,7 +169,7 @@ def test_shards_hold_neighbours(batch, jobs, tmp_path, files):
     report = batch(manifest, *options)[1]
     assert (report["done"], report["resumed"]) == (3, 3)
     assert files(tmp_path / "out") == before
-    assert "--retry-failed needs single files" in batch(manifest, *options, "--retry-failed")[2][0]
+    assert "--retry-failed needs --layout files" in batch(manifest, *options, "--retry-failed")[2][0]
     batch(jobs(*["{"] * 3, PROMPTS[0]), *options, out="b")
     assert list(files(tmp_path / "b")) == ["failures.jsonl", "shard-000001.tar"]
 
@@ -209,7 +209,7 @@ def test_other_batches_are_refused(batch, jobs, tmp_path, files):
     other = jobs(PROMPTS[2], name="other.jsonl")
     assert "holds a batch of another manifest; give what it was begun with" in batch(other)[2][0]
     assert "other options (format)" in batch(first, "--format", "webp")[2][0]
-    assert "other options (options)" in batch(first, "--negative", "dog")[2][0]
+    assert "other options (format, negative)" in batch(first, "--negative", "dog", "--format", "jpeg")[2][0]
     head = json.loads(kept.split(b"\n")[0])
     journal.write_text(json.dumps({**head, "bundle": "0" * 64}) + "\n")
     assert "another bundle" in batch(first)[2][0]

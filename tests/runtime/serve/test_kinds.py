@@ -84,13 +84,16 @@ def test_options_of_the_command_are_those_of_generate(photo, batch, jobs, tmp_pa
     assert images(files(tmp_path / "out")) == images(files(tmp_path / "said"))
     assert batch(plain, *options)[1]["resumed"] == 4
     Image.new("RGB", (48, 32), "red").save(photo)
-    assert "other options (options)" in batch(plain, *options)[2][0]
+    assert "other options (init)" in batch(plain, *options)[2][0]
     for wrong, told in (
         (["--strength", 0.5], "--strength needs --init"),
         (["--noise-level", 3], "--noise-level needs --sr NAME"),
         (["--init", tmp_path / "none.png"], "cannot be read"),
-        (["--limit-memory", "1.5G"], "--limit-memory is '1.5G'; write bytes"),
+        (["--limit-memory", "1.5G"], "Invalid value for '--limit-memory': '1.5G'; write bytes"),
         (["--plan", "fast", "-g", 2], "leave --guidance out"),
+        (["--plan", "fast"], "no preset 'fast'"),  # once, not for every job
+        (["--sr", "x9"], "no super-resolution stage 'x9'"),
+        (["--images", 0], "images is 0"),
     ):
         code, _, errors = batch(plain, *wrong, out="b")
         assert (code, len(errors)) == (2, 1)

@@ -18,22 +18,22 @@ def values(row):
 def test_cells_have_the_types_of_fields(tmp_path):
     file = tmp_path / "jobs.csv"
     file.write_bytes(
-        "\ufeffid,prompt,seed,eta,guidance,adapters,timesteps\r\n"
-        'a,"a, ""b""\nc",18446744073709551615,0.5,"interval(7.5, sigma=0.28..5.42)","{""x"": 0.5}","[9, 5]"\r\n'
+        "\ufeffid,prompt,seed,eta,guidance,adapters,timesteps,experts\r\n"
+        'a,"a, ""b""\nc",18446744073709551615,0.5,"interval(7.5, sigma=0.28..5.42)","{""x"": 0.5}","[9, 5]",base@0..1\r\n'
         "\r\n"
-        "007,1,,,7.5,,\n"
+        "007,1,,,7.5,,,\n"
         "b,short\n"
-        "c,猫,x,,,,\n".encode()
+        "c,猫,x,,,,,\n".encode()
     )
     manifest = Manifest(file)
     assert manifest.total == 4
     rows = [(row.index, row.line, values(row)) for row in manifest.rows()]
     assert rows[0] == (0, 2, {
         "id": "a", "prompt": 'a, "b"\nc', "seed": 2**64 - 1, "eta": 0.5, "guidance": "interval(7.5, sigma=0.28..5.42)",
-        "adapters": {"x": 0.5}, "timesteps": [9, 5],
+        "adapters": {"x": 0.5}, "timesteps": [9, 5], "experts": "base@0..1",
     })  # fmt: skip
     assert rows[1] == (1, 5, {"id": "007", "prompt": "1", "guidance": "7.5"})  # texts stay texts
-    assert rows[2] == (2, 6, "the row has 2 cells, the first line 7")
+    assert rows[2] == (2, 6, "the row has 2 cells, the first line 8")
     assert rows[3][:2] == (3, 7)
     assert rows[3][2].startswith("the cell of seed: it is not JSON")
 

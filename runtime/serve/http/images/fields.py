@@ -109,8 +109,19 @@ class Asked:
 
 
 def read_fields(values: Mapping[str, Any], settings: Settings, *, edit: bool) -> Asked:
-    """Raises ApiError and RequestError, in one line."""
+    """Raises ApiError, in one line."""
     known = {**(EDITS if edit else GENERATIONS), **OURS}
+    try:
+        return _read(values, known, settings, edit=edit)
+    except RequestError as error:
+        name = str(error).split(" ", 1)[0]
+        if name in ("width", "height") and values.get("size") is not None:
+            name = "size"
+        raise bad(str(error), param=name if name in known else None) from None
+
+
+def _read(values: Mapping[str, Any], known: Mapping[str, str], settings: Settings, *, edit: bool) -> Asked:
+    """Raises ApiError and RequestError, which begins with the field's name."""
     values = {name: value for name, value in _named(values, known).items() if value is not None}
     if "prompt" not in values:
         raise bad("a request needs a prompt", param="prompt", code="missing_required_parameter")
@@ -120,6 +131,9 @@ def read_fields(values: Mapping[str, Any], settings: Settings, *, edit: bool) ->
     inputs = _Inputs(settings.max_inputs)
     count = whole("n", values.get("n", 1), 1, settings.max_images)
     stream = flag("stream", values.get("stream", False))
+    progress = flag("progress", values.get("progress", False))
+    if progress and not stream:
+        raise bad("progress is for streams; give stream: true", param="progress")
     fields: dict[str, Any] = {name: values[name] for name in PASSED if name in values}
     fields |= {"prompt": values["prompt"], "negative": values.get("negative", ""), "images": count}
     fields |= _size(values)
@@ -144,7 +158,7 @@ def read_fields(values: Mapping[str, Any], settings: Settings, *, edit: bool) ->
         compression=_compression(values, kind),
         stream=stream,
         partials=whole("partial_images", values.get("partial_images", 0), 0, MOST_PARTIALS),
-        progress=flag("progress", values.get("progress", False)),
+        progress=progress,
         priority=whole("priority", values.get("priority", 0), -10, 10),
         deadline=_deadline(values, settings),
     )

@@ -250,7 +250,7 @@ def test_a_bias_stays_where_the_bare_product_is_read():
 
 
 def lora(parts=2, x="x", rank=4):
-    """q, k, ... of one x with their banks, as export/bank.py writes them."""
+    """q, k, ... of one x with their banks, as export/graph/bank.py writes them."""
     nodes = [
         ("Gather", ["A", "adapter"], ["a"], {"axis": 0}),
         ("MatMul", [x, "a"], ["h0"], {}),

@@ -88,6 +88,13 @@ def test_bad_values_are_400_with_their_names(serving):
         answer = running.draw(**fields)
         assert code(answer, 400)
         assert said in answer.json()["error"]["message"]
+    for fields, name in (
+        ({"n": 0}, "n"),
+        ({"stream": 1}, "stream"),
+        ({"size": "1x1"}, "size"),
+        ({"progress": True}, "progress"),
+    ):
+        assert running.draw(**fields).json()["error"]["param"] == name
     assert not running.backends["fake"].calls
 
 
@@ -436,7 +443,7 @@ def test_failures_tell_nothing_of_the_inside(serving, monkeypatch, caplog):
 
 def test_bodies_and_images_share_a_memory_budget(serving):
     image = 64 * 64 * PIXEL
-    running = serving(max_body=4096, max_held=image + 4096)
+    running = serving(max_body=4096, max_memory=image + 4096)
     body = json.dumps({"prompt": "x", "size": "64x64", "steps": 2}) + " " * 3000
     headers = {"content-type": "application/json"}
     gate = running.backends["fake"].gate

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stepforge.runtime.errors import RequestError
+from stepforge.runtime.errors import StepforgeError
 from stepforge.runtime.serve.ray import Options, app
 from stepforge.runtime.serve.ray.deployment import Images
 
@@ -22,10 +22,13 @@ from stepforge.runtime.serve.ray.deployment import Images
         ({"bundle": "fake", "replicas": "two"}, "replicas is 'two'; a number is needed"),
         ({"bundle": "fake", "max_rows": "1"}, "max_rows is 1"),
         ({"bundle": "fake", "replicas": 3, "most_replicas": 2}, "less than replicas"),
+        ({"bundle": "fake", "gpus": "-1"}, "gpus is -1"),
+        ({"bundle": "fake", "deadline": "0"}, "deadline is 0"),
+        ({"bundle": "fake", "backend": "opnvino"}, "backend 'opnvino' is unknown"),
     ],
 )
 def test_bad_options(given, reason):
-    with pytest.raises(RequestError, match=reason):
+    with pytest.raises(StepforgeError, match=reason):
         Options.of(given)
 
 

@@ -50,11 +50,13 @@ def test_repository(triton, tmp_path):
         (("--mode", "no"), "--mode is 'no'"),
         (("--queue-limit", 0), "--queue-limit is 0"),
         (("--adapter", "a.safetensors:0.5"), "takes no strength"),
+        (("--backend", "no"), "backend 'no' is unknown"),
+        (("--precision", "no"), "precision 'no' is unknown"),
     ],
 )
 def test_refusals(arguments, reason, triton, tmp_path):
     code, _, errors = triton(*arguments)
-    assert (code, len(errors)) == (2, 1)
+    assert (code, len(errors)) == (1 if "unknown" in reason else 2, 1)
     assert reason in errors[0]
     assert not (tmp_path / "repo").exists()
 
