@@ -202,7 +202,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--sheet", type=Path, help="write a picture: prompts down, adapters across")
     parser.add_argument(
-        "--only", nargs="*", help="these variants; with --out the others keep the figures that stand there"
+        "--only",
+        nargs="*",
+        help="these variants of the subject's, or none; with --out the others keep the figures that stand there",
     )
     args = parser.parse_args()
 
