@@ -66,8 +66,8 @@ def quantize_bundle(
     Raises RequestError, BundleError, BackendError, and CheckpointError if the bundle's weights are not fp32 or no network
     keeps the limit.
     """
-    if not 0 < limit < 1:
-        raise RequestError(f"limit is {limit:g}; a relative error lies between 0 and 1")
+    if not 0 < limit <= 1:
+        raise RequestError(f"limit is {limit:g}; give a relative error above 0, at most 1")
     bundle = plain(read(path))
     if bundle.precision != "fp32":
         raise CheckpointError(

@@ -214,7 +214,7 @@ def test_requests_of_a_batch_are_their_single_runs(quantised, adapter, floats, n
 
 @pytest.mark.parametrize("limit", [-1.0, float("nan"), 2.0])
 def test_limits_are_refused_before_anything_is_read(limit):
-    with pytest.raises(RequestError, match="a relative error lies between 0 and 1"):
+    with pytest.raises(RequestError, match="give a relative error above 0, at most 1"):
         quantize_bundle("nowhere", CALIBRATION, limit=limit)
 
 
