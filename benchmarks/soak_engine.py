@@ -171,7 +171,14 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     unexpected = set(stats.failures) - {"Broken"}
-    if grown - 2 * error > MOST_GROWTH or left or ours or unexpected or not drained or sum(ends.values()) != max(readings):
+    if (
+        grown - 2 * error > MOST_GROWTH
+        or left
+        or ours
+        or unexpected
+        or not drained
+        or sum(ends.values()) != max(readings)
+    ):
         sys.exit(f"not as it should be: {grown:.2f} ± {error:.2f} KB a request, {left} left over, {ours}, {unexpected}")
 
 
