@@ -212,6 +212,8 @@ def main() -> None:
     variants = {"with": ({"subject": 1.0}, FILES), "without": ({}, FILES), "with, at 0.6": ({"subject": 0.6}, alone)}
     for name, file in args.ablation:
         variants[f"with, {name}"] = ({"subject": 1.0}, {"subject": Path(file)})
+    if unknown := set(args.only or ()) - {*variants, "none"}:
+        parser.error(f"--only {min(unknown)}: variants are {'; '.join((*variants, 'none'))}")
     report = json.loads(args.out.read_text()) if args.only and args.out else {"subject": {}, "prior": {}}
     report |= {"steps": 20, "guidance": 3, "machine": machine()}
     for name, variant in variants.items():

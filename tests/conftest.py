@@ -606,8 +606,9 @@ def _export(
     with _made_once(cached) as place:
         if place is not None:
             told: list[tuple[str, int, int]] = []
-            progress = lambda *of: told.append(of)  # noqa: E731
-            export_bundle(model, place, controls=controls, upscalers=upscalers, progress=progress, **options)
+            export_bundle(
+                model, place, controls=controls, upscalers=upscalers, progress=lambda *of: told.append(of), **options
+            )
             assert told[-1][1] == told[-1][2]
     out = request.getfixturevalue("tmp_path_factory").mktemp("bundles") / model.name
     return Path(shutil.copytree(cached, out))

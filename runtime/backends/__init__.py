@@ -36,7 +36,7 @@ BACKENDS = {
     "tensorrt-rtx": "stepforge.runtime.backends.tensorrt:TensorRtRtx",
     "fake": "stepforge.runtime.backends.fake:Fake",
 }
-EXTRAS = {  # that install what a backend imports
+EXTRAS = {  # extras that install what a backend imports
     "onnxruntime": "onnxruntime", "onnxruntime-cuda": "cuda", "onnxruntime-tensorrt": "cuda", "torch": "torch",
     "torch-exact": "torch", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx",
 }  # fmt: skip

@@ -23,8 +23,8 @@ from stepforge.runtime.errors import BackendError
 
 PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
 # OpenVINO keeps what it made for each shape in an LRU cache for each kind of primitive, of 5000 entries by default: with
-# requests of many sizes its memory grows without end that anybody sees (benchmarks/soak_shapes.py). As many entries as a
-# network has products keep some four of its shapes ready, since equal layers share an entry. Below some thirty they cost time.
+# requests of many sizes its memory grows without end that anybody sees (benchmarks/soak_shapes.py). Equal
+# layers share an entry, so that as many entries as a network has products keep several of its shapes ready.
 LEAST_ENTRIES = 32
 NODE = re.compile(r"<Node\((\w+)\): ([^>\n]*)>")  # as OpenVINO's ONNX reader names the node that it refuses
 

@@ -161,7 +161,7 @@ def _worded(name: str, facts: Mapping[str, Any], record: Mapping[str, Any]) -> s
         return {"bundle": "another bundle", "manifest": "another manifest"}.get(name, f"another {name}")
     now, then = facts[name], record[name]
     differ = _differing(now, then)
-    if "options" in differ and isinstance(then.get("options"), dict):  # of requests
+    if "options" in differ and isinstance(then.get("options"), dict):  # options of requests
         differ.remove("options")
         differ += _differing(now["options"], then["options"])
     return f"other options ({', '.join(dict.fromkeys(differ))})"

@@ -72,11 +72,11 @@ class Intake:
         """Queue jobs while there is room, and yield their outcomes as they end; nothing of one that was yielded is kept.
         Closed, it cancels what is unfinished."""
         ended: queue.SimpleQueue[int] = queue.SimpleQueue()
-        left = dict(enumerate(jobs))  # not yielded yet
+        left = dict(enumerate(jobs))  # jobs not yielded yet
         del jobs
         try:
             self._begin(*left.values())
-            waiting = deque(left)  # not queued yet
+            waiting = deque(left)  # indices not queued yet
             while left:
                 while waiting and self._queue_next(left[waiting[0]], waiting, ended, wait=len(waiting) == len(left)):
                     pass
