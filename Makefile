@@ -100,10 +100,15 @@ BENCH := .venv-bench
 bench-quick: $(BENCH)/.installed  ## the suite beside its peers, 15 minutes at most on 2 cores: benchmarks/results/suite/quick.md
 	$(BENCH)/bin/python benchmarks/bench.py quick
 
-bench: $(BENCH)/.installed  ## the same in full: SD 1.5's and XL's shapes, 20 steps, torch.compile; hours, 50 GB of disk
+bench: $(BENCH)/.compiled  ## the same in full: SD 1.5's and XL's shapes, 20 steps, torch.compile; hours, 50 GB of disk
 	$(BENCH)/bin/python benchmarks/bench.py full
 
-# the suite's environment with its peers, one of which pip compiles: what it cannot have, the report says
+# stable-diffusion.cpp has no wheel: pip compiles it, which takes long
+$(BENCH)/.compiled: $(BENCH)/.installed benchmarks/suite/sdcpp.txt
+	$(BENCH)/bin/pip install --quiet --no-compile --no-deps -r benchmarks/suite/sdcpp.txt || true
+	touch $@
+
+# the suite's environment with its peers: what it cannot have, the report says
 $(BENCH)/.installed: setup.py requirements.txt benchmarks/suite/peers.txt
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/pip install --quiet --upgrade pip

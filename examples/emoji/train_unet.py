@@ -31,6 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 MAX_TOKENS = 32
 UNCONDITIONAL = 0.1  # share of captions replaced by "", which classifier-free guidance needs
+NOISE_LEVELS = 20  # equal spans of timesteps, within which errors are compared
 NAME_ONLY = 0.1  # share of captions without a background; the picture is then on white
 
 UNET_CONFIG = dict(
@@ -83,6 +84,15 @@ def train_tokenizer(out: Path) -> CLIPTokenizer:
     return tokenizer
 
 
+def find_tokenizer(run: Path, init: Path | None) -> CLIPTokenizer:
+    """The run's own, the one of the model folder it goes on from, or a new one: equal merges get their ids in no fixed order."""
+    if not run.exists():
+        if init is None or not init.is_dir():
+            return train_tokenizer(run)
+        shutil.copytree(init / "tokenizer", run)
+    return CLIPTokenizer.from_pretrained(run)
+
+
 def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
@@ -128,14 +138,19 @@ def encode_all(vae: AutoencoderKL, file: Path) -> torch.Tensor:
     return latents
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over 100 steps, constant, linear to zero over the last quarter."""
-    return peak * min(1.0, step / 100, max(0.0, (steps - step) / (steps / 4)))
+def learning_rate(step: int, steps: int, peak: float, decay: float = 0.25) -> float:
+    """Warm-up over 100 steps, constant, linear to zero over the last `decay` of the steps."""
+    return peak * min(1.0, step / 100, max(0.0, (steps - step) / (steps * decay)))
+
+
+def follow(averages: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+    """Moves the running averages [n] at `index` [b] a twentieth of the way to `values` [b], in place; of an index given twice one counts."""
+    averages[index] = averages[index].lerp(values, 0.05)
 
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(args.run / "tokenizer")
+    tokenizer = find_tokenizer(args.run / "tokenizer", args.init)
     vae = AutoencoderKL.from_pretrained(args.vae).eval()
     device = torch.device(args.device)
     latents = encode_all(vae, args.run / "latents.pt").to(device)
@@ -158,7 +173,7 @@ def train(args: argparse.Namespace) -> None:
     snr = alphas / (1 - alphas)
     weights = (snr + 1).clamp(max=6.0) / (snr + 1)
 
-    first, checkpoint = 1, args.run / "checkpoint.pt"
+    first, checkpoint, state = 1, args.run / "checkpoint.pt", None
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
@@ -173,12 +188,14 @@ def train(args: argparse.Namespace) -> None:
     elif args.init is not None:
         model.load_state_dict(torch.load(args.init, weights_only=True, map_location=device)["model"])
     forward = torch.compile(model) if args.compile else model
+    hardness = torch.ones(len(emoji()), device=device) if state is None else state["hardness"]
+    usual = torch.ones(NOISE_LEVELS, device=device) if state is None else state["usual"]
 
     started, losses = time.time(), []
     for step in range(first, args.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        pick = seen[torch.randint(len(seen), (args.batch,), device=device)]
+            group["lr"] = learning_rate(step, args.steps, args.lr, args.decay)
+        pick = seen[torch.multinomial(1 + hardness[seen // len(BACKGROUNDS)], args.batch, replacement=True)]
         ids = full[pick].clone()
         draw = torch.rand(args.batch, device=device)
         named = (draw < UNCONDITIONAL + NAME_ONLY) & (draw >= UNCONDITIONAL)
@@ -196,6 +213,8 @@ def train(args: argparse.Namespace) -> None:
             output = forward(noisy, timesteps, ids)
         error = (output.float() - (a.sqrt() * noise - (1 - a).sqrt() * x0)).square().mean((1, 2, 3))
         loss = (weights[timesteps] * error).mean()
+        follow(usual, timesteps * NOISE_LEVELS // 1000, error.detach())
+        follow(hardness, pick // len(BACKGROUNDS), error.detach() / usual[timesteps * NOISE_LEVELS // 1000])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -211,7 +230,7 @@ def train(args: argparse.Namespace) -> None:
         if step % 250 == 0 or step == args.steps:
             args.run.mkdir(parents=True, exist_ok=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "shadow": shadow, "step": step}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
+            torch.save(state | {"hardness": hardness, "usual": usual}, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
             write(tokenizer, vae, shadow, args.out)
             for name in ("vocab.json", "merges.txt"):  # transformers 5 writes tokenizer.json only; others read these
@@ -244,6 +263,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=5400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--decay", type=float, default=0.25, help="share of the steps over which the rate falls to zero")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

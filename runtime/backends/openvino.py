@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import openvino
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import ALWAYS_FP32, Arrays, loading, message, reason, running
-from stepforge.runtime.backends.compile_cache import CompileCache
+from stepforge.runtime.backends.compile_cache import CompileCache, root
 from stepforge.runtime.backends.graph_file import checked_graph
+from stepforge.runtime.backends.mapped import released
 from stepforge.runtime.backends.signature import Signature
 from stepforge.runtime.bundle import INT8, Bundle, ComponentId
 from stepforge.runtime.checks import shown
@@ -26,6 +28,8 @@ PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
 # requests of many sizes its memory grows without end that anybody sees (benchmarks/soak_shapes.py). Equal
 # layers share an entry, so that as many entries as a network has products keep several of its shapes ready.
 LEAST_ENTRIES = 32
+# Weights are packed when a shape is first run. Shapes remembered as run; beyond that all are forgotten.
+MOST_SHAPES = 1024
 NODE = re.compile(r"<Node\((\w+)\): ([^>\n]*)>")  # as OpenVINO's ONNX reader names the node that it refuses
 
 
@@ -99,7 +103,8 @@ class OpenVino:
             "PERFORMANCE_HINT": "LATENCY",
             "CPU_RUNTIME_CACHE_CAPACITY": max(LEAST_ENTRIES, products),
         }
-        with loading("openvino", graph, why):
+        files = [self._bundle.path, *([kept] if (kept := root()) is not None else ())]
+        with loading("openvino", graph, why), released(files):
             # The key has the precision: OpenVINO takes a network compiled for f32 out of its cache for bf16 (2026.4.1,
             # LOADED_FROM_CACHE on the first bf16 compilation), whose results are then NaN, or the process ends. It has the
             # path and its time because OpenVINO's own has.
@@ -111,7 +116,7 @@ class OpenVino:
                     config["CACHE_DIR"] = str(folder)
                 network = self._with_bf16_inputs(path, banks) if banks and precision == "bf16" else path
                 compiled = core().compile_model(network, "CPU", config)
-            return _Graph(compiled, component, [t.name for t in entry.outputs], banks or {}, self._bundle)
+            return _Graph(compiled, component, [t.name for t in entry.outputs], banks or {}, self._bundle, files)
 
     @staticmethod
     def _with_bf16_inputs(graph: Path, names: Iterable[str]) -> openvino.Model:
@@ -124,9 +129,17 @@ class OpenVino:
 
 class _Graph:
     def __init__(
-        self, compiled: Any, component: ComponentId, outputs: list[str], banks: Arrays, bundle: Bundle
+        self,
+        compiled: Any,
+        component: ComponentId,
+        outputs: list[str],
+        banks: Arrays,
+        bundle: Bundle,
+        files: Sequence[Path],
     ) -> None:
         self._component, self._signature = component, Signature(bundle, component)
+        self._files = files  # folders whose files the library has mapped
+        self._run: set[tuple[tuple[int, ...], ...]] = set()  # shapes
         self._request = compiled.create_infer_request()
         self._outputs = outputs
         self._banks = banks  # their memory is shared, not copied
@@ -140,9 +153,13 @@ class _Graph:
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         # Not `infer`: OpenVINO 2026.4.1 loses its exceptions where shapes do not fit, gives empty outputs, and the next network
         # then reads freed memory. Outputs are views of the request's own tensors, valid until the next call.
-        with running("openvino", self._component, why):
+        shapes = tuple(array.shape for array in inputs.values())
+        with running("openvino", self._component, why), nullcontext() if shapes in self._run else released(self._files):
             self._request.start_async(dict(inputs), share_inputs=True)
             self._request.wait()
             found = {name: self._request.get_tensor(name).data for name in self._outputs}
+        if len(self._run) == MOST_SHAPES:
+            self._run.clear()
+        self._run.add(shapes)
         self._signature.check(inputs, found)
         return found

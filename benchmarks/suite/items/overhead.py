@@ -14,7 +14,8 @@ TITLE = "Time outside the networks"
 
 
 def cases(quick: bool, precisions: Sequence[str]) -> list[Case]:
-    return [Case("overhead", model, name) for model in ("demo", "sd15") for name in ("diffusers", "stepforge openvino")]
+    models = ("demo",) if quick else ("demo", "sd15")
+    return [Case("overhead", model, name) for model in models for name in ("diffusers", "stepforge openvino")]
 
 
 def measure(case: Case, context: Context) -> Record:
