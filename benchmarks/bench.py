@@ -9,7 +9,7 @@ it fails, there is nothing else. Images are compared with diffusers', and who dr
     python benchmarks/bench.py quick --items lora    those items alone; no report
     python benchmarks/bench.py compare quick         the last two runs of one kind of machine, by ratio; exit code 1 if one fell
 
-Peers run in the same run, where they are installed: `pip install -r benchmarks/suite/peers.txt`, in `full` also `suite/sdcpp.txt`.
+Peers run in the same run, where they are installed: `pip install -r benchmarks/suite/peers.txt`, for `full` also sdcpp.txt.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Controlled(torch.nn.Module):
 class Pool:
     """`count` warped pictures: rows of `pictures()`, latents [n, 4, 16, 16], hints [n, 64, 64] uint8."""
 
-    def __init__(self, model: Path, count: int, random: np.random.RandomState) -> None:
+    def __init__(self, model: Path, count: int, random: np.random.RandomState, bf16: bool) -> None:
         seen = [index for index, picture in enumerate(pictures()) if not picture.held_out]
         self.rows = torch.tensor(random.choice(seen, count))
         images, hints = [], []
@@ -62,7 +62,7 @@ class Pool:
             hint = torch.where(use[:, None, None], filled, silhouette(ink))
             hard = torch.tensor(random.rand(len(chosen)) < HARD)
             hints.append((torch.where(hard[:, None, None], (hint > 0.5).float(), hint) * 255).round().byte())
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             self.latents = encode(model, np.concatenate(images)).float()
         self.hints = torch.cat(hints)
 
@@ -78,7 +78,11 @@ def train(args: argparse.Namespace) -> None:
         text, empty = text.to(args.device), encoder(tokenize(args.model, [""]))[0][0].to(args.device)
 
     unet = fresh_unet(args.model).to(args.device)
-    control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=HINT_CHANNELS).train()
+    if args.init is None:
+        control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=HINT_CHANNELS)
+    else:
+        control = ControlNetModel.from_pretrained(args.init, local_files_only=True).float()
+    control.train()
     control.to(args.device).requires_grad_(True)
     shadow = copy.deepcopy(control).requires_grad_(False)
     weights = list(control.parameters())
@@ -93,11 +97,11 @@ def train(args: argparse.Namespace) -> None:
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"] + 1
     random, model = np.random.RandomState(first), Controlled(unet, control)
-    diffusion = Diffusion(args.model, device=args.device)
+    diffusion = Diffusion(args.model, bf16=args.bf16, device=args.device)
     started, losses = time.time(), []
     for step in range(first, args.steps + 1):
         if (step - first) % args.refresh == 0:
-            pool = Pool(args.model, args.pool, random)
+            pool = Pool(args.model, args.pool, random, args.bf16)
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
         pick = torch.randint(args.pool, (args.batch,))
         condition = text[pool.rows[pick]]
@@ -128,6 +132,9 @@ if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     parser.add_argument("--model", type=Path, default=here / "model")
     parser.add_argument("--run", type=Path, default=Path("runs/emoji/control"), help="checkpoints; resumes from here")
+    parser.add_argument(
+        "--init", type=Path, help="folder of a ControlNet to go on from, in place of the UNet's encoder"
+    )
     parser.add_argument("--out", type=Path, default=here / "control/silhouette")
     parser.add_argument("--steps", type=int, default=3300)
     parser.add_argument("--batch", type=int, default=32)
@@ -136,6 +143,7 @@ if __name__ == "__main__":
     parser.add_argument("--refresh", type=int, default=500, help="steps between new pools")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast")
     parser.add_argument("--threads", type=int, help="of torch")
     arguments = parser.parse_args()
     if arguments.threads:

@@ -127,7 +127,7 @@ def train(args: argparse.Namespace) -> None:
     weights = [p for p in unet.parameters() if p.requires_grad]
     print(f"{len(seen)} pictures, {sum(p.numel() for p in weights):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    diffusion = Diffusion(args.model, device=args.device)
+    diffusion = Diffusion(args.model, bf16=args.bf16, device=args.device)
     forward = torch.compile(unet) if args.compile else unet
     started, losses = time.time(), []
     for step in range(1, args.steps + 1):
@@ -158,5 +158,6 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     train(parser.parse_args())

@@ -85,7 +85,7 @@ def train_tokenizer(out: Path) -> CLIPTokenizer:
 
 
 def find_tokenizer(run: Path, init: Path | None) -> CLIPTokenizer:
-    """The run's own, the one of the model folder it goes on from, or a new one: equal merges get their ids in no fixed order."""
+    """The run's own, that of the model folder `init`, or a new one: equal merges get their ids in no fixed order."""
     if not run.exists():
         if init is None or not init.is_dir():
             return train_tokenizer(run)
@@ -144,7 +144,7 @@ def learning_rate(step: int, steps: int, peak: float, decay: float = 0.25) -> fl
 
 
 def follow(averages: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
-    """Moves the running averages [n] at `index` [b] a twentieth of the way to `values` [b], in place; of an index given twice one counts."""
+    """Move running averages [n] at `index` [b] a twentieth of the way to `values` [b]; of an index given twice one counts."""
     averages[index] = averages[index].lerp(values, 0.05)
 
 
@@ -263,7 +263,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=5400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--decay", type=float, default=0.25, help="share of the steps over which the rate falls to zero")
+    parser.add_argument(
+        "--decay", type=float, default=0.25, help="share of the steps over which the rate falls to zero"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

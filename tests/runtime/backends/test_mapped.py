@@ -39,9 +39,12 @@ def test_shared_read_only_pages_are_dropped_and_come_back(tmp_path):
         assert read_only[:] == content == theirs[:]
         assert resident(inside) >= SIZE
         assert release([inside]) == SIZE
-        assert resident(inside) < SIZE // 4 and resident(outside) >= SIZE
-        assert read_only[:] == content and written[:4] == b"mine"
-        read_only.close(), theirs.close(), written.close()
+        assert resident(inside) < SIZE // 4
+        assert resident(outside) >= SIZE
+        assert read_only[:] == content
+        assert written[:4] == b"mine"
+        for mapping in (read_only, theirs, written):
+            mapping.close()
 
 
 @pytest.mark.parametrize("start", ["anew", "from the cache"])
