@@ -51,17 +51,17 @@ class CompileCache:
     def __init__(self, library: str, *, most_bytes: int = MOST_BYTES) -> None:
         self._most_bytes = most_bytes
         base = root()
-        self._folder = None if base is None else base / library
-        if self._folder is not None:
+        self.path = None if base is None else base / library  # None: nothing is kept
+        if self.path is not None:
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                Path(tempfile.mkdtemp(dir=self._folder, prefix=PRIVATE)).rmdir()
+                self.path.mkdir(parents=True, exist_ok=True)
+                Path(tempfile.mkdtemp(dir=self.path, prefix=PRIVATE)).rmdir()
             except OSError as error:
                 log.warning(
                     "no compile cache: %s cannot be written (%s); set STEPFORGE_CACHE to a folder, or to nothing",
-                    self._folder, error.strerror,
+                    self.path, error.strerror,
                 )  # fmt: skip
-                self._folder = None
+                self.path = None
 
     @contextmanager
     def folder(self, *key: object) -> Iterator[Path | None]:
@@ -69,14 +69,14 @@ class CompileCache:
 
         None where there is no cache. Failing to keep a result is a warning.
         """
-        if self._folder is None:
+        if self.path is None:
             yield None
             return
         digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         try:
-            private = Path(tempfile.mkdtemp(dir=self._folder, prefix=PRIVATE))
+            private = Path(tempfile.mkdtemp(dir=self.path, prefix=PRIVATE))
         except OSError as error:
-            log.warning("compile cache: %s cannot be written (%s)", self._folder, error.strerror)
+            log.warning("compile cache: %s cannot be written (%s)", self.path, error.strerror)
             yield None
             return
         try:
@@ -88,9 +88,9 @@ class CompileCache:
 
     def _give(self, digest: str, private: Path) -> set[str]:
         """Link the undamaged files of a key; their names."""
-        assert self._folder is not None
+        assert self.path is not None
         given: set[str] = set()
-        for file in self._folder.glob(f"{digest}-*.blob"):
+        for file in self.path.glob(f"{digest}-*.blob"):
             with suppress(OSError):  # removed by another process meanwhile
                 if (match := BLOB.fullmatch(file.name)) is None or f"{match[2]}.blob" in given:
                     continue
@@ -109,20 +109,20 @@ class CompileCache:
 
     def _take(self, digest: str, private: Path, given: set[str]) -> None:
         """Keep what the library has written beside, or in place of, what it was given."""
-        assert self._folder is not None
+        assert self.path is not None
         try:
             for file in private.glob("*.blob"):
                 if file.name not in given:
-                    file.replace(self._folder / f"{digest}-{file.stem}.{sha256(file)}.blob")
+                    file.replace(self.path / f"{digest}-{file.stem}.{sha256(file)}.blob")
             self._prune()
         except OSError as error:
-            log.warning("compile cache: %s cannot be written (%s)", self._folder, error.strerror)
+            log.warning("compile cache: %s cannot be written (%s)", self.path, error.strerror)
 
     def _prune(self) -> None:
         """Bring the cache under its limit, oldest use first, and remove folders that killed processes have left."""
-        assert self._folder is not None
+        assert self.path is not None
         files: list[tuple[float, int, Path]] = []
-        for file in self._folder.parent.glob("*/*"):
+        for file in self.path.parent.glob("*/*"):
             with suppress(OSError):
                 status = file.stat()
                 if BLOB.fullmatch(file.name):

@@ -15,7 +15,7 @@ import openvino
 from numpy.typing import NDArray
 
 from stepforge.runtime.backends import ALWAYS_FP32, Arrays, loading, message, reason, running
-from stepforge.runtime.backends.compile_cache import CompileCache, root
+from stepforge.runtime.backends.compile_cache import CompileCache
 from stepforge.runtime.backends.graph_file import checked_graph
 from stepforge.runtime.backends.mapped import released
 from stepforge.runtime.backends.signature import Signature
@@ -103,7 +103,7 @@ class OpenVino:
             "PERFORMANCE_HINT": "LATENCY",
             "CPU_RUNTIME_CACHE_CAPACITY": max(LEAST_ENTRIES, products),
         }
-        files = [self._bundle.path, *([kept] if (kept := root()) is not None else ())]
+        files = [folder for folder in (self._bundle.path, self._cache.path) if folder is not None]
         with loading("openvino", graph, why), released(files):
             # The key has the precision: OpenVINO takes a network compiled for f32 out of its cache for bf16 (2026.4.1,
             # LOADED_FROM_CACHE on the first bf16 compilation), whose results are then NaN, or the process ends. It has the
