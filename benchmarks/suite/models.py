@@ -64,7 +64,7 @@ class Model:
         if self.name == "demo":
             return Workload("cat face on a blue background", 64, 20, 3.0)
         size = {"sd15": 256, "sdxl": 512}[self.name]
-        return Workload("a photograph of a cat sitting on a wooden table", size, 4 if quick else 20, 7.5)
+        return Workload("a photograph of a cat sitting on a wooden table", size, 2 if quick else 20, 7.5)
 
 
 def ready(bundle: Path) -> bool:

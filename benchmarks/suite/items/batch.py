@@ -25,4 +25,4 @@ def measure(case: Case, context: Context) -> Record:
         )
         for index in range(16)
     ]  # fmt: skip
-    return draw_and_time(case, context, workloads, "full")
+    return draw_and_time(case, replace(context, runs=1) if context.quick else context, workloads, "full")

@@ -15,7 +15,7 @@ def cases(quick: bool, precisions: Sequence[str]) -> list[Case]:
     return [
         Case("control", model, f"{name}{more}", precision)
         for model in (("demo",) if quick else ("demo", "sd15"))
-        for more in ("", ", with LoRA")
+        for more in ((", with LoRA",) if quick else ("", ", with LoRA"))
         for precision in precisions
         for name in ("diffusers", *OURS)
         if precision == "fp32" or name != "stepforge onnxruntime"

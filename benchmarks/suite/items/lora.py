@@ -19,7 +19,8 @@ def cases(quick: bool, precisions: Sequence[str]) -> list[Case]:
         for precision in precisions:
             found += [Case("lora", model, f"diffusers, {kind}", precision) for kind in kinds[:2]]
             found += [Case("lora", model, f"stepforge openvino, {kind}", precision) for kind in kinds]
-        found += [Case("lora", model, f"stepforge onnxruntime, {kind}") for kind in kinds]
+        if not quick:
+            found += [Case("lora", model, f"stepforge onnxruntime, {kind}") for kind in kinds]
     return found
 
 

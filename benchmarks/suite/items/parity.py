@@ -27,6 +27,7 @@ def measure(case: Case, context: Context) -> Record:
     command = [
         sys.executable, "-m", "stepforge.runtime", "verify", bundle, model.folder, "--backend", case.runner.split()[1],
         "--precision", case.precision, "--steps", "10", "--control", f"{model.control_name}={model.control}", "--json",
+        *(("--prompt", context.workload(case).prompt) if context.quick else ()),
     ]  # fmt: skip
     started = time.perf_counter()
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
