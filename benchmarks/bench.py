@@ -61,6 +61,8 @@ def run_case(case: Case, args: argparse.Namespace, store: Store) -> Record:
             str(store.image(case)), "--answer", answer.name, "--runs", str(args.runs),
         ]  # fmt: skip
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        # imports compile every module anew where this is set: it is the peers with most modules that lose
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         try:
             done = subprocess.run(
                 command, env=environment, capture_output=True, text=True, errors="replace", timeout=LIMIT, check=False

@@ -21,7 +21,7 @@ def measure(case: Case, context: Context) -> Record:
     workloads = [
         replace(
             base, seed=index, steps=(10, 20, 25, 16)[index // 4], guidance=(3.0, 1.0, 5.0)[index % 3],
-            adapters=sets[index % 4], control=0.5 if index % 5 == 0 else None, guided=0.5 if index % 6 == 0 else 1.0,
+            adapters=sets[index % 4], control=0.5 if index % 5 == 0 else None, guided=0.5 if index % 6 == 2 else 1.0,
         )
         for index in range(16)
     ]  # fmt: skip

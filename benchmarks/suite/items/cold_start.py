@@ -17,7 +17,8 @@ TITLE = "Cold start to the first image"
 DIFFUSERS = """
 import sys, torch
 from diffusers import StableDiffusionPipeline
-options = {"safety_checker": None, "requires_safety_checker": False, "local_files_only": True}
+options = {"safety_checker": None, "requires_safety_checker": False, "local_files_only": True,
+           "torch_dtype": torch.float32}
 pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], **options)
 pipe.set_progress_bar_config(disable=True)
 pipe(sys.argv[2], num_inference_steps=20, guidance_scale=3.0, width=64, height=64).images[0].save(sys.argv[3])

@@ -31,5 +31,7 @@ def cases(quick: bool, precisions: Sequence[str]) -> list[Case]:
 
 def measure(case: Case, context: Context) -> Record:
     command = [sys.executable, "-c", TIMED.format(line=LINES[case.runner])]
-    found = [json.loads(subprocess.check_output(command, text=True)) for _ in range(context.runs + 1)][1:]
+    found = [
+        json.loads(subprocess.check_output(command, text=True)) for _ in range(2 if context.quick else context.runs + 1)
+    ][1:]
     return Record(case, [seconds for seconds, _ in found], peak=max(peak for _, peak in found))
