@@ -38,7 +38,8 @@ def test_who_draws_another_image_has_no_ratio(tmp_path):
     wrong = Case("txt2img", "demo", "openvino")
     for case, drawn in ((DIFFUSERS, image), (OURS, image + 1e-3), (wrong, np.roll(image, 1, 1))):
         np.save(store.image(case), drawn)
-    records = [record(DIFFUSERS, 3.0, 2.0, 4.0), record(OURS, 1.5), record(wrong, 0.1)]
+    noted = record(OURS, 1.5, peak=3 << 30, weights=2 << 30, notes={"weights": "a note in no figure's place"})
+    records = [record(DIFFUSERS, 3.0, 2.0, 4.0), noted, record(wrong, 0.1)]
     first, ours, other = report.rows(records, store)
     assert (first["ratio"], ours["ratio"]) == (1.0, 2.0)
     assert ours["psnr"] == pytest.approx(60.0, abs=0.1)
@@ -46,6 +47,7 @@ def test_who_draws_another_image_has_no_ratio(tmp_path):
     assert "ratio" not in other
     page = report.markdown("quick", records, store)
     assert "3 s (2..4)" in page
+    assert "1.50 x weights" in page
     assert "another image" in page
 
 

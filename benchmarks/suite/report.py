@@ -68,9 +68,9 @@ def rows(records: Sequence[Record], store: Store) -> list[dict[str, Any]]:
             found.append({**row, "refused": record.refused})
             continue
         row |= {
-            "unit": record.unit, "median": statistics.median(record.seconds), "low": min(record.seconds),
+            **record.notes, "unit": record.unit, "median": statistics.median(record.seconds), "low": min(record.seconds),
             "high": max(record.seconds), "runs": len(record.seconds), "load": record.load, "peak": record.peak,
-            "weights": record.weights, **record.notes,
+            "weights": record.weights,
         }  # fmt: skip
         base = reference(record, records)
         if base is not None and record.unit == "s":

@@ -59,7 +59,7 @@ def measure(case: Case, context: Context) -> Record:
     largest = unet * (2 if case.model == "sdxl" and case.precision == "fp32" else 1)
     return Record(
         case, [time.perf_counter() - started], peak=peaks[0], weights=largest,
-        notes={"anonymous bytes": peaks[1], "weights": "of the UNet, as stored"},
+        notes={"anonymous bytes": peaks[1]},
     )  # fmt: skip
 
 
