@@ -97,7 +97,7 @@ check: $(STAMP)  ## formatting, lint, types
 
 BENCH := .venv-bench
 
-bench-quick: $(BENCH)/.installed  ## the suite beside its peers, 15 minutes at most on 2 cores: benchmarks/results/suite/quick.md
+bench-quick: $(BENCH)/.installed  ## the suite beside its peers, some 15 minutes on 2 cores: benchmarks/results/suite/quick.md
 	$(BENCH)/bin/python benchmarks/bench.py quick
 
 bench: $(BENCH)/.compiled  ## the same in full: SD 1.5's and XL's shapes, 20 steps, torch.compile; hours, 50 GB of disk

@@ -1,4 +1,4 @@
-"""The suite: `python benchmarks/bench.py quick` (`make bench-quick`, 15 minutes at most on 2 cores) or `full` (`make bench`).
+"""The suite: `python benchmarks/bench.py quick` (`make bench-quick`, some 15 minutes on 2 cores) or `full` (`make bench`).
 
 Each case is a process of its own, so that its peak of memory is its own, and its record is kept under --work by commit: a run
 that was cut off, or that --minutes ended (exit code 3), goes on where it was. When every case has its record, the report is
@@ -80,7 +80,9 @@ def child(args: argparse.Namespace) -> None:
     case = Case(**json.loads(args.case))
     context = Context(args.work, args.image, args.profile == "quick", args.runs)
     record = item(case.item).measure(case, context)
-    record.peak = record.peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    record.peak = record.peak or 1024 * max(
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     args.answer.write_text(json.dumps(asdict(record)), "utf-8")
 
 

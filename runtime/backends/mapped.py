@@ -1,7 +1,7 @@
 """Pages of mapped weights, let go of as soon as an engine library has its own copy.
 
 OpenVINO maps a network's weights, or its own cached network, packs them into its layouts, and leaves the mapping in place:
-every page it has read stays resident, beside the copy (6.9 GB for 3.4 GB of weights, benchmarks/bench_memory.py).
+every page it has read stays resident, beside the copy (8.9 GB for 4.3 GB of weights, benchmarks/results/suite/quick.md).
 A page of a shared read-only mapping can be dropped at any time: read again, it comes from the system's file cache.
 """
 
