@@ -103,7 +103,7 @@ bench-quick: $(BENCH)/.installed  ## the suite beside its peers, some 15 minutes
 bench: $(BENCH)/.compiled  ## the same in full: SD 1.5's and XL's shapes, 20 steps, torch.compile; hours, 50 GB of disk
 	$(BENCH)/bin/python benchmarks/bench.py full
 
-# stable-diffusion.cpp has no wheel: pip compiles it, which takes long
+# stable-diffusion.cpp has no wheel: pip compiles it, which takes long; where it cannot, the report says so
 $(BENCH)/.compiled: $(BENCH)/.installed benchmarks/suite/sdcpp.txt
 	$(BENCH)/bin/pip install --quiet --no-compile --no-deps -r benchmarks/suite/sdcpp.txt || true
 	touch $@

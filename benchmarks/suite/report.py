@@ -103,10 +103,11 @@ def cells(row: dict[str, Any]) -> str:
 def markdown(profile: str, records: Sequence[Record], store: Store) -> str:
     told = rows(records, store)
     wall = sum(record.notes.get("wall", 0) for record in records)
+    commits = ", ".join(dict.fromkeys(record.commit for record in records))
     lines = [
         f"# Benchmarks, {profile}",
         "",
-        f"Commit {records[0].commit}; {records[0].machine}. Command: `{records[0].command}`; {wall / 60:.1f} minutes in all.",
+        f"Commit {commits}; {records[0].machine}. Command: `{records[0].command}`; {wall / 60:.1f} minutes in all.",
         "Median (lowest..highest) of the counted runs. Ratio: times as fast as diffusers in fp32 on the same work, given only "
         "where the image is the same (PSNR to diffusers' own, worst image). Peak: resident memory of the case's process, "
         "mapped files counted; of an export, its tree of processes, beside the UNet's weights.",

@@ -8,14 +8,14 @@ A page of a shared read-only mapping can be dropped at any time: read again, it 
 from __future__ import annotations
 
 import ctypes
-import sys
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 MAPS = Path("/proc/self/maps")
-SHARED = "r--s"  # permissions of a mapping whose pages are the file's own: nothing in them can be lost
+SHARED = b"r--s"  # permissions of a mapping whose pages are the file's own: nothing in them can be lost
 INTERVAL = 0.05  # seconds; a library reads some 100 MB meanwhile
 MADV_DONTNEED = 4
 
@@ -40,15 +40,16 @@ def released(folders: Sequence[Path]) -> Iterator[None]:
 
 
 def release(folders: Sequence[Path]) -> int:
-    """Drop the resident pages of shared read-only mappings of files below `folders`; bytes mapped. 0 where it is not Linux."""
-    if not sys.platform.startswith("linux"):
+    """Drop the resident pages of shared read-only mappings of files below `folders`; bytes mapped. 0 without /proc."""
+    if not MAPS.is_file():
         return 0
-    wanted = tuple(f"{folder.resolve()}/" for folder in folders)
+    wanted = tuple(os.fsencode(folder.resolve()) + b"/" for folder in folders)
     mapped = 0
-    for line in MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        span, permissions, *_, name = f"{line} ".split(" ", 5)
+    # by newlines alone, which the kernel escapes in names: other separators of lines may be part of any file's name
+    for line in MAPS.read_bytes().split(b"\n")[:-1]:
+        span, permissions, _, _, _, name = (line + b" ").split(b" ", 5)
         if permissions == SHARED and name.lstrip().startswith(wanted):
-            first, last = (int(end, 16) for end in span.split("-"))
+            first, last = (int(end, 16) for end in span.split(b"-"))
             if not _madvise(first, last - first, MADV_DONTNEED):
                 mapped += last - first
     return mapped

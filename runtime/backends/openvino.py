@@ -139,7 +139,7 @@ class _Graph:
     ) -> None:
         self._component, self._signature = component, Signature(bundle, component)
         self._files = files  # folders whose files the library has mapped
-        self._run: set[tuple[tuple[int, ...], ...]] = set()  # shapes
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of the inputs of calls that have been run
         self._request = compiled.create_infer_request()
         self._outputs = outputs
         self._banks = banks  # their memory is shared, not copied
@@ -154,12 +154,15 @@ class _Graph:
         # Not `infer`: OpenVINO 2026.4.1 loses its exceptions where shapes do not fit, gives empty outputs, and the next network
         # then reads freed memory. Outputs are views of the request's own tensors, valid until the next call.
         shapes = tuple(array.shape for array in inputs.values())
-        with running("openvino", self._component, why), nullcontext() if shapes in self._run else released(self._files):
+        with (
+            running("openvino", self._component, why),
+            nullcontext() if shapes in self._shapes else released(self._files),
+        ):
             self._request.start_async(dict(inputs), share_inputs=True)
             self._request.wait()
             found = {name: self._request.get_tensor(name).data for name in self._outputs}
-        if len(self._run) == MOST_SHAPES:
-            self._run.clear()
-        self._run.add(shapes)
+        if len(self._shapes) == MOST_SHAPES:
+            self._shapes.clear()
+        self._shapes.add(shapes)
         self._signature.check(inputs, found)
         return found

@@ -13,7 +13,7 @@ TITLE = "Guidance in the first half of the steps"
 
 def cases(quick: bool, precisions: Sequence[str]) -> list[Case]:
     models = ("demo",) if quick else ("demo", "sd15")
-    return [Case("interval", model, name) for model in models for name in ("diffusers", *OURS[: 1 if quick else 2])]
+    return [Case("interval", model, name) for model in models for name in ("diffusers", *(OURS[:1] if quick else OURS))]
 
 
 def measure(case: Case, context: Context) -> Record:

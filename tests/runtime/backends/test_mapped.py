@@ -17,18 +17,18 @@ SIZE = 8 << 20
 def resident(folder):
     """Bytes of mappings of files below a folder that are in this process's resident memory."""
     total, ours = 0, False
-    with open("/proc/self/smaps") as lines:
+    with open("/proc/self/smaps", "rb") as lines:
         for line in lines:
-            if "-" in line.split(maxsplit=1)[0]:
-                ours = f"{folder}/" in line
-            elif ours and line.startswith("Rss:"):
+            if b"-" in line.split(maxsplit=1)[0]:
+                ours = f"{folder}/".encode() in line
+            elif ours and line.startswith(b"Rss:"):
                 total += int(line.split()[1]) << 10
     return total
 
 
 def test_shared_read_only_pages_are_dropped_and_come_back(tmp_path):
     content = np.random.RandomState(0).bytes(SIZE)
-    inside, outside = tmp_path / "in", tmp_path / "in and out"
+    inside, outside = tmp_path / "in", tmp_path / "in and\r\x0b\u2028out"  # no separators of lines to the kernel
     for folder in (inside, outside):
         folder.mkdir()
         (folder / "weights data").write_bytes(content)
