@@ -1,7 +1,7 @@
 """Train the demo text encoder and UNet on the latents of `train_vae.py`, and write the model as a diffusers folder.
 
 `python examples/emoji/train_unet.py` trains (resuming from its checkpoint, if there is one) and writes `--out` in
-Stable Diffusion's folder layout, fp16 safetensors. AdamW, EMA, a constant rate with a linear decay at the end (`--decay`, a quarter).
+Stable Diffusion's folder layout, fp16 safetensors. AdamW, EMA, a constant rate that falls linearly at the end (`--decay`).
 An emoji is drawn with a weight of 1 plus its running error, each error over the usual one of its noise level.
 Latents are made once and kept in `--run`. `--device cuda --batch 256` for a GPU; `--no-bf16` for processors without bf16.
 The committed weights go on with `--init examples/emoji/model --vae examples/emoji/model/vae --out runs/emoji/model`.
