@@ -210,7 +210,7 @@ class _Export:
                 entry = resolve_probes(graphs, entry, control=bool(self.controls), reuse=self.reuse)
             entry = entry if self.bank is None else adaptable(entry, self.folder, key, self.bank)
         self.components[key] = entry
-        del network
+        del network, traced
         release()
         return config
 

@@ -43,7 +43,7 @@ def lean() -> Iterator[None]:
     runs no operator again whose types agree, and notes no lines of source; torch remembers no shapes; onnxscript's optimizer is
     linear and tries its rules where they may fit."""
     with (
-        slice_rule_at_slices(), rules_at_their_operators(), registry_once(), casts_in_place(),
+        rules_at_their_operators(), registry_once(), casts_in_place(),
         promotions_where_types_differ(), norms_by_shape(), shapes_forgotten(), no_stack_traces(),
     ):  # fmt: skip
         yield
@@ -145,30 +145,28 @@ def promotions_where_types_differ() -> Iterator[None]:
 
 
 @contextmanager
-def slice_rule_at_slices() -> Iterator[None]:
-    """onnxscript's optimizer (0.7) lists the whole graph at every node, to see whether two Slices are a Split: the square of
-    its nodes. Inside the block it does so at Slices only."""
-    from onnxscript.rewriter.rules.common import slice_split_rule as rule
-
-    def at_slices(model: Any, graph: Any, node: Any, **options: Any) -> Any:
-        return whole(model, graph, node, **options) if node.op_type == "Slice" else None
-
-    with replaced(rule, "try_rewrite", at_slices) as whole:
-        yield
-
-
-@contextmanager
 def rules_at_their_operators() -> Iterator[None]:
-    """onnxscript (0.7) begins to match each rule at each node: 280,000 times for the graphs of a tiny model. Inside the block a
-    rule with one output is tried only at nodes of the operator that gives it, which a match compares first."""
+    """onnxscript (0.7) begins to match each rule at each node: 280,000 times for the graphs of a tiny model; the rule that makes
+    a Split of two Slices lists the whole graph each time. Inside the block a rule with one output is tried only at nodes of the
+    operator that gives it, which a match compares first, and that one at Slices.
+
+    Rules live as long as the process and remember the graph of their last match, a network's weights with it; here they
+    forget it."""
     from onnxscript.rewriter._rewrite_rule import RewriteRule
+    from onnxscript.rewriter.rules.common import slice_split_rule
 
     def try_rewrite(rule: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
         ends = rule._target_pattern.output_nodes
         last = ends[0].op_identifier() if len(ends) == 1 else None  # None where a pattern stands for several operators
         if last is not None and last[:2] != (node.domain, node.op_type):
             return None
-        return whole(rule, model, graph, node, **options)
+        if rule is slice_split_rule and node.op_type != "Slice":
+            return None
+        try:
+            return whole(rule, model, graph, node, **options)
+        finally:
+            rule._matcher._init_match(0)
+            rule._matcher._graph = None
 
     with replaced(RewriteRule, "try_rewrite", try_rewrite) as whole:
         yield

@@ -16,9 +16,11 @@ import onnxruntime
 import pytest
 import torch
 
+from stepforge.export.build import release
 from stepforge.export.graph import modules, trace
 from stepforge.export.models.load import load
 from stepforge.export.parity.measures import relative_error
+from stepforge.export.parts import text_trace
 from stepforge.runtime.backends.openvino import core
 from stepforge.runtime.bundle import TEXT_ENCODERS, UNET, VAE_DECODER, ComponentId, read
 
@@ -266,3 +268,14 @@ def test_fp16(tiny_sd1: Path, tiny_sd1_bundle: Path, tiny_fp16: Callable[[str], 
     unet = UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet").eval()
     inputs = unet_inputs(unet, 2, 6, 10, 77)
     check(bundle.path, UNET, inputs, unet_reference(unet, inputs), FP16)
+
+
+def test_no_weights_stay_behind(tiny_sd1: Path, tmp_path: Path, fresh_traces: None) -> None:
+    """A network's file is no longer mapped when its export has ended: what is left adds to the peak of the next one's."""
+    weights = str(tiny_sd1 / "text_encoder" / "model.safetensors")
+    network = load(tiny_sd1).text_encoders[0](torch.float32)
+    assert weights in Path("/proc/self/maps").read_text()
+    trace.save(text_trace("sd1", 77)(network), tmp_path)
+    del network
+    release()
+    assert weights not in Path("/proc/self/maps").read_text()
