@@ -146,9 +146,9 @@ def promotions_where_types_differ() -> Iterator[None]:
 
 @contextmanager
 def rules_at_their_operators() -> Iterator[None]:
-    """onnxscript (0.7) begins to match each rule at each node: 280,000 times for the graphs of a tiny model; the rule that makes
-    a Split of two Slices lists the whole graph each time. Inside the block a rule with one output is tried only at nodes of the
-    operator that gives it, which a match compares first, and that one at Slices.
+    """onnxscript (0.7) begins to match each rule at each node: 280,000 times for the graphs of a tiny model; the rule that
+    makes a Split of two Slices lists the whole graph each time. Inside the block a rule with one output is tried only at nodes
+    of the operator that gives it, which a match compares first, and that one at Slices.
 
     Rules live as long as the process and remember the graph of their last match, a network's weights with it; here they
     forget it."""
