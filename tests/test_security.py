@@ -65,6 +65,21 @@ def test_onnxruntime_uploads_nothing():
         assert subprocess.check_output([sys.executable, "-c", code], env=given, text=True).strip() == found
 
 
+def test_openvino_reports_nothing(tmp_path):
+    """Its report is sent by a process of its own, which an audit hook of this one does not see; that it is made, it does."""
+    code = """
+import sys
+seen = []
+sys.addaudithook(lambda event, _: seen.append(event) if event.startswith(("os.fork", "socket.", "subprocess.")) else None)
+import stepforge.runtime.backends.openvino, openvino
+print(seen, callable(openvino.convert_model))
+"""
+    at_home = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}  # no CI variable, where it would not report
+    told = subprocess.check_output([sys.executable, "-c", code], env=at_home, text=True)
+    assert told.split() == ["[]", "True"]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.long  # a process with torch; export/models/test_hostile.py has the refusals, the test above the watch
 def test_models_are_read_without_network_and_pickle(tiny_sd1, tmp_path):
