@@ -7,7 +7,7 @@ the smallest and the largest value of each activation as outputs.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,39 +26,47 @@ from stepforge.runtime.bundle import Bundle, Component, ComponentId, Role
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.request import Request
 
-MOST_CALLS = 40  # kept of each network; of more, every second is let go of
+MOST_CALLS = 40  # kept of each network, as many of each noise level
 
 
 class Recorder:
-    """A backend that keeps what networks of some roles are given."""
+    """A backend that keeps what networks of some roles are given. room: calls of each noise level."""
 
-    def __init__(self, inner: Backend, roles: Collection[Role]) -> None:
+    def __init__(self, inner: Backend, roles: Collection[Role], room: int) -> None:
         self.name, self.precision, self.versions = inner.name, inner.precision, inner.versions
         self.calls: defaultdict[ComponentId, list[Arrays]] = defaultdict(list)
-        self._inner, self._roles = inner, roles
+        self._inner, self._roles, self._room = inner, roles, room
 
     def bank_dtype(self, component: ComponentId) -> Any:
         return self._inner.bank_dtype(component)
 
     def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
         graph = self._inner.open(component, banks)
-        return _Kept(graph, self.calls[component]) if component.role in self._roles else graph
+        return _Kept(graph, self.calls[component], self._room) if component.role in self._roles else graph
 
 
 class _Kept:
-    """A graph whose inputs are kept, every call's at first, then every second's, ..."""
+    """A graph whose inputs are kept: of each noise level the first calls, later ones in the place of any of them, so that all
+    are as likely (reservoir sampling)."""
 
-    def __init__(self, graph: Graph, calls: list[Arrays]) -> None:
-        self._graph, self._calls = graph, calls
-        self._seen, self._stride = 0, 1
+    def __init__(self, graph: Graph, calls: list[Arrays], room: int) -> None:
+        self._graph, self._calls, self._room = graph, calls, room
+        self._random = np.random.default_rng(0)
+        self._seen: Counter[float] = Counter()
+        self._places: defaultdict[float, list[int]] = defaultdict(list)  # noise level -> indices of its calls
 
     def __call__(self, inputs: Arrays) -> dict[str, Float32]:
-        if self._seen % self._stride == 0 and len(self._calls) == MOST_CALLS:
-            del self._calls[1::2]
-            self._stride *= 2
-        if self._seen % self._stride == 0:
-            self._calls.append({name: np.array(value) for name, value in inputs.items()})
-        self._seen += 1
+        level = float(inputs["timestep"].max())
+        self._seen[level] += 1
+        places = self._places[level]
+        if len(places) < self._room:
+            places.append(len(self._calls))
+            self._calls.append({})
+            at = len(places) - 1
+        else:
+            at = int(self._random.integers(self._seen[level]))
+        if at < self._room:
+            self._calls[places[at]] = {name: np.array(value) for name, value in inputs.items()}
         return self._graph(inputs)
 
 
@@ -66,7 +74,7 @@ def record(
     bundle: Bundle, backend: Backend, requests: Sequence[Request], roles: Collection[Role]
 ) -> Mapping[ComponentId, list[Arrays]]:
     """Inputs of every network of these roles while the engine serves the requests."""
-    recorder = Recorder(backend, roles)
+    recorder = Recorder(backend, roles, max(1, MOST_CALLS // max(request.steps for request in requests)))
     with Engine(bundle, recorder) as engine:
         engine.generate(list(requests))
     return recorder.calls

@@ -1,7 +1,9 @@
 """INT8 graphs: their arithmetic against integers in NumPy, and what must hold of a quantised bundle."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -13,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from stepforge import Request, load
-from stepforge.export.int8 import quantize
+from stepforge.export.int8 import calibrate, quantize
 from stepforge.export.int8.choose import choose
 from stepforge.export.int8.quantize import Calibration, quantize_bundle
 from stepforge.export.int8.rewrite import Range, simulation, weight_scales, write_quantized
@@ -261,3 +263,17 @@ def test_export_quantizes_what_it_wrote(tmp_path, monkeypatch, capsys):
     [(path, calibration)] = asked
     assert (path, list(calibration.prompts)) == (out, ["a cat", "a dog"])
     assert made.digest[:16] in capsys.readouterr().out
+
+
+def test_calls_of_every_noise_level_are_kept() -> None:
+    """As many of each, of early and late batches, in memory that more prompts do not grow."""
+    bare = SimpleNamespace(name="x", precision="fp32", versions={}, open=lambda *_: lambda inputs: {})
+    recorder = calibrate.Recorder(bare, ("denoiser",), room=5)
+    graph = recorder.open(UNET)
+    for batch in range(200):
+        for step in range(8):
+            graph({"timestep": np.array([7.0 - step, 0.0]), "sample": np.array([batch])})
+    calls = recorder.calls[UNET]
+    assert Counter(float(call["timestep"].max()) for call in calls) == {float(level): 5 for level in range(8)}
+    batches = [int(call["sample"][0]) for call in calls]
+    assert min(batches) < 50 < 150 < max(batches)
