@@ -54,11 +54,11 @@ class Model:
         """plain; full: with banks, a ControlNet and, of the demo, its super-resolution; merged: an adapter in the weights."""
         return self.work / self.name / f"{kind}.bundle"
 
-    @property
-    def weights(self) -> int:
-        """Bytes of all networks' weights in fp32."""
+    def weights(self, *, control: bool = False) -> int:
+        """Bytes of all networks' weights in fp32, the ControlNet's among them or not."""
         wide = 2 if self.name == "sdxl" else 1
-        return wide * sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
+        folders = [self.folder, *([self.control] if control else [])]
+        return wide * sum(path.stat().st_size for folder in folders for path in folder.rglob("*.safetensors"))
 
     def workload(self, *, quick: bool) -> Workload:
         if self.name == "demo":

@@ -69,4 +69,5 @@ def draw_and_time(case: Case, context: Context, workloads: Sequence[Workload], k
         seconds.append(time.perf_counter() - started)
     np.save(context.image, np.stack(images))
     backing = 1 if case.precision == "fp32" else 0.5
-    return Record(case, seconds, load=loaded, weights=int(backing * model.weights))
+    weights = model.weights(control=any(one.control is not None for one in workloads))
+    return Record(case, seconds, load=loaded, weights=int(backing * weights))
