@@ -13,9 +13,9 @@ from stepforge.runtime.bundle import ComponentId
 from stepforge.runtime.errors import CheckpointError
 
 # Peak resident memory over the bytes of the largest network in the bundle's precision: 1.25 measured for SD 1.5 in fp32,
-# 1.46 for SDXL in fp16 when its text encoders stayed (benchmarks/bench_export.py). Most of it is mapped files, which the
-# system can let go of; so a refusal wants certainty: less than the weights themselves, and the libraries.
-PEAK = 1.5
+# 1.16 for SDXL in fp16 (benchmarks/results/suite). Most of it is mapped files, which the system can let go of; so a refusal
+# wants certainty: less than the weights themselves, and the libraries.
+PEAK = 1.3
 LIBRARIES = 500 << 20  # bytes resident after the imports; 0.5 GB measured (benchmarks/bench_export.py)
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
