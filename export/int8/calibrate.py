@@ -26,7 +26,7 @@ from stepforge.runtime.bundle import Bundle, Component, ComponentId, Role
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.request import Request
 
-MOST_CALLS = 40  # kept of each network, as many of each noise level
+MOST_CALLS = 40  # kept of each network, as many of each noise level; of more levels one each
 
 
 class Recorder:
