@@ -260,7 +260,7 @@ class _Export:
                 self.components[replace(key, variant="deepcache")] = variant(
                     self.folder, entry, "deepcache", (), unread
                 )
-        del network
+        del network, traced
         release()
 
     def decoder(self) -> Any:

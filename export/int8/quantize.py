@@ -62,7 +62,8 @@ def quantize_bundle(
     """Add INT8 graphs to a bundle, or to a copy of it at `out`; the bundle, and what was chosen for each network.
 
     limit: largest relative L2 error of a network's output in integers against its own in float, on what the calibration
-    showed it, at any noise level. Earlier INT8 graphs are replaced. A network that cannot keep the limit stays float.
+    showed it at the start, in the middle and at the end of a trajectory. Earlier INT8 graphs are replaced. A network that
+    cannot keep the limit stays float.
     Raises RequestError, BundleError, BackendError, and CheckpointError if the bundle's weights are not fp32 or no network
     keeps the limit.
     """

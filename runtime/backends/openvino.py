@@ -139,7 +139,7 @@ class _Graph:
     ) -> None:
         self._component, self._signature = component, Signature(bundle, component)
         self._files = files  # folders whose files the library has mapped
-        self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of the inputs of calls that have been run
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # input shapes of each call that has been run
         self._request = compiled.create_infer_request()
         self._outputs = outputs
         self._banks = banks  # their memory is shared, not copied
