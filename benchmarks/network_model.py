@@ -30,6 +30,7 @@ VIEWS = "views"  # should cost nothing; on a GPU the measurement tells whether o
 WHAT = "roofline with an H100's shares of the peaks, see stepforge/kernels/dispatch/cost.py"
 LATENT = {768: 64, 2048: 128}  # width of the prompt -> side of the latents at the model's own size: SD1.5, SDXL
 TOKENS = 77
+ADAPTERS = 2  # in a batch
 PRODUCTS = ("Linear", "Pointwise", "Accumulate", "Gemm")
 
 
@@ -104,23 +105,28 @@ def shapes_only(path: Path) -> Program:
 
 
 def cuda_network(graph: Path, precision: str = "fp16") -> Any:
-    """The denoiser as the torch backend prepares it for CUDA without adapters, on the meta device."""
+    """The denoiser as the torch backend prepares it for CUDA, on the meta device; as calls with adapters run it, where it takes
+    any."""
     own = backend.Torch.__new__(backend.Torch)
     own._bundle, own._device, own.precision = OneGraph(graph), torch.device("meta"), precision
-    own._weights, own._banks, own._pool = {}, {}, None
-    banks = {name: np.zeros((1, 1, 1), np.float32) for name in read(graph).inputs if ".lora_" in name}
+    own._weights, own._banks, own._wide, own._pool = {}, {}, {}, None
+    shapes = read(graph).shapes
+    banks = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if ".lora_" in name}
     backend.read, real = shapes_only, backend.read
     try:
-        return own._open(UNET, banks, with_lora=False)
+        return own._open(UNET, banks, with_lora=bool(banks))
     finally:
         backend.read = real
 
 
 def given(program: Program, rows: int, side: int = 0, device: Any = "meta") -> dict[str, Any]:
-    """Inputs of a call: latents [rows, C, side, side]; side 0: the model's own."""
+    """Inputs of a call: latents [rows, C, side, side]; side 0: the model's own. ADAPTERS adapters, where it takes any."""
     width = program.shapes["encoder_hidden_states"][2]
     side = side or LATENT.get(width, 32)
-    sizes = {"timestep": (rows,), "encoder_hidden_states": (rows, TOKENS, width)}
+    sizes: dict[str, tuple[int, ...]] = {"timestep": (rows,), "encoder_hidden_states": (rows, TOKENS, width)}
+    ranks = [shape[-1] for name, shape in program.shapes.items() if name.endswith(".lora_B")]
+    if ranks:
+        sizes |= {"adapter_columns": (rows, ADAPTERS * min(ranks)), "adapter_strength": (rows, 1, 1)}
     for name in program.inputs:
         shape = program.shapes.get(name, ())
         if name == "sample":
@@ -138,7 +144,7 @@ def works(network: Any, inputs: Mapping[str, Any]) -> list[Work]:
     hosts = launches.on_host(program)
     shapes: dict[str, tuple[int, ...]] = {}
     found: list[Work] = []
-    for name, value in {**program.constants, **inputs}.items():
+    for name, value in {**program.constants, **inputs, **network._columns(inputs)}.items():
         if isinstance(value, torch.Tensor):
             shapes[name] = tuple(value.shape)
     steps = list(runner._steps)
@@ -174,6 +180,13 @@ def work(program: Program, node: Node, shapes: Mapping[str, tuple[int, ...]]) ->
     flops = 0.0
     if node.op in PRODUCTS:
         flops = 2.0 * np.prod(out[0]) * shapes[node.inputs[1]][1]
+    elif node.op in ("Widen", "WidenNorm"):
+        columns, depth = shapes[node.inputs[1 if node.op == "Widen" else 7]][1:]
+        flops = 2.0 * np.prod(out[0]) / (depth + columns) * depth * columns
+    elif node.op == "WideConv":
+        wide, columns = shapes[node.inputs[1]], shapes[node.inputs[2]][1]
+        pixels = np.prod(out[0]) / out[0][1]
+        flops = 2.0 * pixels * (np.prod(wide) + columns * out[0][1])
     elif node.op == "Conv":
         flops = 2.0 * np.prod(out[0]) * np.prod(shapes[node.inputs[1]][1:])
     elif node.op == "MatMul":
@@ -181,8 +194,8 @@ def work(program: Program, node: Node, shapes: Mapping[str, tuple[int, ...]]) ->
     elif node.op == "Attention":
         flops = 4.0 * np.prod(shapes[node.inputs[0]]) * shapes[node.inputs[1]][-2]
     alone = Program([node], program.inputs, program.outputs, program.constants)
-    pixels = {name: int(np.prod(shape[2:])) for name, shape in shapes.items() if len(shape) == 4}
-    counted = launches.count(alone, pixels)
+    source = shapes.get(node.inputs[0], ()) if node.inputs else ()
+    counted = launches.count(alone, {node.outputs[0]: int(np.prod(source[2:]))} if len(source) == 4 else None)
     kind = next(iter(counted), node.op)
     return Work(kind, sum(counted.values()), flops, elements)
 
@@ -217,6 +230,10 @@ def drawn(network: Any, device: str) -> Any:
     constants = network.program.constants
     given = {name: value for name, value in constants.items() if isinstance(value, torch.Tensor)}
     constants |= numbers(given, device)
+    if network.wide is not None:
+        network.wide._downs = numbers(network.wide._downs, device)
+        for weight in network.wide._weights.values():
+            weight.tensor = numbers({"": weight.tensor}, device)[""]
     if device == "cuda":
         backend.channels_last(network.program)
     return network

@@ -1,12 +1,14 @@
 """A denoiser's graph without its weights: `python benchmarks/shapes.py sdxl benchmarks/shapes/sdxl.onnx.xz`, some minutes.
 
-The UNet of that shape is traced with weights that take no memory (one zero, expanded); of the graph everything is kept but
-the values of its weights, which `network_model` replaces by shapes. What is traced is what `stepforge export` traces.
+With `--banks all` it takes adapters: two slots of rank 16 in all layers, or in the transformers' alone. The UNet of that
+shape is traced with weights that take no memory (one number each, expanded); of the graph everything is kept but the values
+of its weights, which `network_model` replaces by shapes. What is traced is what `stepforge export` traces.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import lzma
 import tempfile
 from pathlib import Path
@@ -16,6 +18,10 @@ import onnx_ir as ir
 import torch
 
 from stepforge.export.graph import modules, trace
+from stepforge.export.graph.bank import TARGETS, add_bank, transformer_only
+from stepforge.export.models.networks import modules_of
+
+SLOTS, RANK = 2, 16
 
 SHAPES: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -36,17 +42,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def weightless(options: dict[str, Any]) -> Any:
-    """A UNet whose weights are one number each."""
+    """A UNet whose weights are one number each, none like another: equal ones would be held once, and zeros left out."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**options)
-    one = torch.zeros(1)
+    numbers = itertools.count(2)
     for module in unet.modules():
         for name, value in list(module.named_parameters(recurse=False)):
-            setattr(module, name, torch.nn.Parameter(one.expand(value.shape), requires_grad=False))
+            number = torch.tensor(1.0 / next(numbers)).expand(value.shape)
+            setattr(module, name, torch.nn.Parameter(number, requires_grad=False))
         for name, value in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, one.expand(value.shape))
+            module.register_buffer(name, torch.tensor(1.0 / next(numbers)).expand(value.shape))
     return unet
 
 
@@ -66,8 +73,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("out", type=Path)
+    parser.add_argument("--banks", choices=TARGETS)
     args = parser.parse_args()
-    traced = modules.denoiser(weightless(SHAPES[args.shape]))
+    unet = weightless(SHAPES[args.shape])
+    layers = modules_of(unet)
+    traced = modules.denoiser(unet)
     model = trace.trace(traced)
     trace.name_weights(model)
     trace.clean(model)
@@ -77,6 +87,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / trace.GRAPH
         ir.save(model, graph)
+        if args.banks is not None:
+            add_bank([graph], layers if args.banks == "all" else transformer_only(layers), SLOTS + 1, RANK)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_bytes(lzma.compress(graph.read_bytes(), preset=9 | lzma.PRESET_EXTREME))
 

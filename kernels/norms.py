@@ -252,10 +252,11 @@ def pixel_rows(name: str, image: Tensor) -> int:
 def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *,
     silu: bool = True, other: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
-    extra: Tensor | None = None, keep: bool = False, block: int = 4096, splits: int | None = None,
+    extra: Tensor | None = None, keep: bool = False, out: Tensor | None = None, block: int = 4096, splits: int | None = None,
     whole: int = WHOLE_NORM,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """y and, with keep, v + extra; shapes as in `reference.group_norm`. block: elements a program loads at a time."""
+    """y and, with keep, v + extra; shapes as in `reference.group_norm`. out: y's memory, whose pixels may lie apart. block:
+    elements a program loads at a time."""
     require(x.ndim == 4, f"x has shape {tuple(x.shape)}; it must be [B, C, H, W]")
     batch, first, height, width = x.shape
     channels = first + (other.shape[1] if other is not None else 0)
@@ -279,11 +280,16 @@ def group_norm(
     pixels, lanes = height * width, channels // groups
     kind = empty_out(x, ()).dtype
     shape = (batch, channels, height, width)
-    out = torch.empty(shape, device=x.device, dtype=kind, memory_format=torch.channels_last)
+    if out is not None:
+        check_shape("out", out, shape)
+    into = out if out is not None and out.dtype == kind else None
+    if into is None:
+        into = torch.empty(shape, device=x.device, dtype=kind, memory_format=torch.channels_last)
+    stride_out = pixel_rows("out", into)
     total = torch.empty((batch, first, height, width), device=x.device, dtype=kind, memory_format=torch.channels_last)
     total = total if keep else None
-    if not out.numel():
-        return out.to(x.dtype), total.to(x.dtype) if total is not None else None
+    if not into.numel():
+        return into.to(x.dtype), total.to(x.dtype) if total is not None else None
     lanes2 = triton.next_power_of_2(lanes)
     strides = (
         pixel_rows("x", x), pixel_rows("other", other) if other is not None else 0,
@@ -293,11 +299,11 @@ def group_norm(
                shift if shift is not None else weight)  # fmt: skip
     flags = {"TWO": other is not None, "RESIDUAL": residual is not None, "SHIFT": shift is not None}
     kept = {"SUM": keep, "EXTRA": extra is not None}
-    more = (extra if extra is not None else weight, total if total is not None else out)
+    more = (extra if extra is not None else weight, total if total is not None else into)
     pow2 = triton.next_power_of_2(pixels)
     if pow2 * lanes2 <= whole:
         whole_kernel[(groups, batch)](
-            *sources, *more, weight, bias, out, pixels, first, channels, *strides, channels, eps,
+            *sources, *more, weight, bias, into, pixels, first, channels, *strides, stride_out, eps,
             BLOCK_P=pow2, BLOCK_C=lanes2, LANES=lanes, **flags, **kept, SILU=silu, enable_fp_fusion=True,
             num_warps=8 if pow2 * lanes2 > 4096 else 4,
         )  # fmt: skip
@@ -320,8 +326,10 @@ def group_norm(
         if written:
             sources, strides = (total, *sources[1:]), (first, *strides[1:])
         apply_kernel[(triton.cdiv(pixels, block_p), columns, batch)](
-            *sources, more[0], parts, weight, bias, out, pixels, first, channels, groups, span, count, *strides, channels, eps,
+            *sources, more[0], parts, weight, bias, into, pixels, first, channels, groups, span, count, *strides, stride_out,
+            eps,
             SPLITS=triton.next_power_of_2(count), BLOCK_P=block_p, **tile, **flags, WRITTEN=written,
             EXTRA=extra is not None, SILU=silu,
         )  # fmt: skip
-    return out.to(x.dtype), total.to(x.dtype) if total is not None else None
+    y = into.to(x.dtype) if out is None else out if into is out else out.copy_(into)
+    return y, total.to(x.dtype) if total is not None else None

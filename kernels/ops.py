@@ -286,6 +286,39 @@ def widen(
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+@custom_op("stepforge::widen_norm", mutates_args=())
+def _widen_norm(
+    x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool,
+    other: torch.Tensor | None, shift: torch.Tensor | None, residual: torch.Tensor | None, extra: torch.Tensor | None,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    sources: dict[str, Any] = {"other": other, "shift": shift, "residual": residual, "extra": extra}
+    if x.device.type == "cpu":
+        rows, total = reference.widen_norm(x, a, weight, bias, groups, eps, silu=silu, **sources)
+        return rows, total if keep else rows.new_empty(0)
+    from stepforge.kernels import wide
+
+    sources |= {"other": images(other), "residual": images(residual)}
+    found, kept = wide.widen_norm(images(x), a, weight, bias, groups, eps, silu=silu, **sources, keep=keep)
+    return found, kept if kept is not None else found.new_empty(0)
+
+
+@_widen_norm.register_fake
+def _(x, a, weight, bias, groups, eps, silu, other, shift, residual, extra, keep):  # type: ignore[no-untyped-def]
+    rows = x.new_empty(x.shape[0] * x.shape[2] * x.shape[3], a.shape[1] + a.shape[2])
+    return rows, torch.empty_like(x, memory_format=torch.channels_last) if keep else x.new_empty(0)
+
+
+def widen_norm(
+    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5, *,
+    silu: bool = False, other: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
+    extra: Tensor | None = None, keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """[y | y Aᵀ] of `group_norm`'s y, pixels as rows [M, C + L], and what it keeps; shapes as in `reference.widen_norm`."""
+    rows, total = _widen_norm(x, a, weight, bias, groups, eps, silu, other, shift, residual, extra, keep)
+    return rows, total if keep else None
+
+
 @custom_op("stepforge::geglu", mutates_args=())
 def _geglu(h: torch.Tensor) -> torch.Tensor:
     if h.device.type == "cpu":

@@ -155,6 +155,17 @@ def widen(
     return torch.cat([value, s.flatten(0, 1).to(x.dtype)], 1)
 
 
+def widen_norm(
+    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *,
+    silu: bool = False, other: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
+    extra: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """[y | y Aᵀ] of `group_norm`'s y, pixels as rows [M, C + L], and its sum; a [B, L, C]."""
+    sources = {"other": other, "shift": shift, "residual": residual, "extra": extra}
+    y, total = group_norm(x, weight, bias, groups, eps, silu=silu, **sources)
+    return widen(y.permute(0, 2, 3, 1).flatten(0, 2), a), total
+
+
 def geglu(h: Tensor) -> Tensor:
     """value · gelu(gate) of h [..., 2C], values first; Shazeer, arXiv:2002.05202, eq. 6, with the exact erf. [..., C]."""
     value, gate = wide(h).chunk(2, dim=-1)

@@ -1,8 +1,9 @@
 """Operands of wide layers, y = [x | S]·[W | B]ᵀ: whoever writes x leaves room for S behind each row, and S = x Aᵀ is put there.
 
-LayerNorm is a Triton kernel, one pass over rows that may lie apart; so is GEGLU (`gated`). The shrink is a product of cuBLAS
-that writes its columns in place: on an H100 it takes 3.4 to 6.5 µs where shrinking inside the kernel that writes x cost 5 to
-120 more than that kernel alone (`benchmarks/results/h100_widen.txt`). The A of an image has its strengths in it.
+LayerNorm is a Triton kernel, one pass over rows that may lie apart; so are GEGLU (`gated`) and group norm (`norms`). The
+shrink is a product of cuBLAS that writes its columns in place: on an H100 it takes 3.4 to 6.5 µs where shrinking inside the
+kernel that writes x cost 5 to 120 more than that kernel alone (`benchmarks/results/h100_widen.txt`). The A of an image has its
+strengths in it.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, import-untyped"
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepforge.kernels import gated
+from stepforge.kernels import gated, norms
 from stepforge.kernels.launch import check_floats, check_rows, check_shape, empty_out, require
 
 
@@ -86,6 +87,41 @@ def widen(
         layer_norm(x, *norm, pre=pre, out=value)
     else:
         torch.add(x, pre, out=value) if pre is not None else value.copy_(x)
-    each = out.view(images, rows // images, depth + width)
-    torch.bmm(each[..., :depth], a.transpose(1, 2), out=each[..., depth:])
+    shrink(out, a)
     return out
+
+
+def shrink(rows: Tensor, a: Tensor) -> None:
+    """Put S of rows [M, K + L] behind their first K columns, a [images, L, K]."""
+    each = rows.view(len(a), -1, rows.shape[1])
+    torch.bmm(each[..., : a.shape[2]], a.transpose(1, 2), out=each[..., a.shape[2] :])
+
+
+def widen_norm(
+    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *,
+    silu: bool = False, other: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
+    extra: Tensor | None = None, keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """[y | y Aᵀ] [M, C + L] of a group norm's y, pixels as rows, and what `norms.group_norm` keeps; a [B, L, C]."""
+    batch, _, height, width = x.shape
+    require(a.ndim == 3, f"a has shape {tuple(a.shape)}; it must be [images, L, K]")
+    check_floats(x=x, a=a)
+    check_shape("a", a, (batch, a.shape[1], len(weight)))
+    rows = torch.empty(batch * height * width, len(weight) + a.shape[1], device=x.device, dtype=x.dtype)
+    image = rows.view(batch, height, width, -1)[..., : len(weight)].permute(0, 3, 1, 2)
+    _, total = norms.group_norm(
+        x,
+        weight,
+        bias,
+        groups,
+        eps,
+        silu=silu,
+        other=other,
+        shift=shift,
+        residual=residual,
+        extra=extra,
+        keep=keep,
+        out=image,
+    )
+    shrink(rows, a)
+    return rows, total

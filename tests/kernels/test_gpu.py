@@ -138,6 +138,21 @@ def test_layer_norm_and_widened_rows(shape, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("shape", [(2, 320, 64, 64), (2, 1280, 8, 8)], ids=str)
+def test_widened_group_norm(shape, dtype):
+    """The norm's own bits among columns of S."""
+    x, residual = (torch.randn(shape, device="cuda").to(dtype, memory_format=torch.channels_last) for _ in range(2))
+    weight, bias = (torch.randn(shape[1], device="cuda").to(dtype) for _ in range(2))
+    a = (torch.randn(2, 32, shape[1], device="cuda") / shape[1] ** 0.5).to(dtype)
+    rows, total = wide.widen_norm(x, a, weight, bias, 32, 1e-6, residual=residual, keep=True)
+    y, kept = norms.group_norm(x, weight, bias, 32, 1e-6, silu=False, residual=residual, keep=True)
+    assert torch.equal(total, kept)
+    value = y.permute(0, 2, 3, 1).flatten(0, 2)
+    assert torch.equal(rows[:, : shape[1]], value)
+    within(rows, *bounds.widen(value, a, u=CORE))
+
+
+@DTYPES
 def test_sum_of_images(dtype):
     x, residual = (
         torch.randn(2, 640, 32, 32, device="cuda").to(dtype).to(memory_format=torch.channels_last) for _ in range(2)

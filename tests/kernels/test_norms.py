@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -107,6 +109,22 @@ def test_widened_rows(dtype):
     for options in ({}, {"pre": pre}, {"norm": (weight, bias, 1e-5), "pre": pre}, {"gate": True}):
         x = torch.randn(42, 300 if options.get("gate") else 150).to(dtype)
         assert bounds.excess(wide.widen(x, a, **options), *bounds.widen(x, a, **options)) <= 1.0
+
+
+@pytest.mark.parametrize("whole", [0, 1 << 14], ids=["parts", "whole"])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+def test_widened_group_norm(dtype, whole, monkeypatch):
+    """The norm's own bits and sum, written among columns of S, which are the widened rows'."""
+    monkeypatch.setattr(wide.norms, "group_norm", functools.partial(norms.group_norm, block=256, whole=whole))
+    x, residual = (torch.randn(2, 24, 5, 6).to(dtype).to(memory_format=LAST) for _ in range(2))
+    weight, bias = torch.randn(24).to(dtype), torch.randn(24).to(dtype)
+    a = (torch.randn(2, 16, 24) / 5).to(dtype)
+    rows, total = wide.widen_norm(x, a, weight, bias, 4, 1e-5, residual=residual, keep=True)
+    y, kept = wide.norms.group_norm(x, weight, bias, 4, 1e-5, silu=False, residual=residual, keep=True)
+    assert torch.equal(total, kept)
+    assert torch.equal(rows, wide.widen(y.permute(0, 2, 3, 1).flatten(0, 2), a))
+    exact, bound = bounds.widen(y.permute(0, 2, 3, 1).flatten(0, 2), a)
+    assert bounds.excess(rows, exact, bound) <= 1.0
 
 
 def test_geglu_writes_rows_that_lie_apart():

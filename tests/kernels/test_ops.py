@@ -77,6 +77,10 @@ CALLS = {
     ),
     "layer_norm": lambda: (torch.randn(3, 10), torch.randn(10), torch.randn(10), 1e-5, torch.randn(10)),
     "widen": lambda: (torch.randn(6, 10), torch.randn(2, 4, 10), torch.randn(10), torch.randn(10), 1e-5, False, None),
+    "widen_norm": lambda: (
+        torch.randn(2, 8, 3, 5).to(memory_format=torch.channels_last), torch.randn(2, 4, 8), torch.randn(8), torch.randn(8), 2,
+        1e-5, False, None, torch.randn(1, 8), None, None, True,
+    ),
     "image_sum": lambda: (torch.randn(1, 4, 3, 5), torch.randn(1, 4, 3, 5), torch.randn(4), 2),
     "geglu": lambda: (torch.randn(3, 10),),
     "guide_update": lambda: (

@@ -26,7 +26,7 @@ from stepforge.runtime.backends.torch.banks import DeviceBanks, Shared
 from stepforge.runtime.backends.torch.loop import RINGS, Function, Once, TorchLoop
 from stepforge.runtime.backends.torch.lora import LoraPasses, drop_lora, fuse_lowrank_geglu, fuse_residual
 from stepforge.runtime.backends.torch.passes import exact as passes
-from stepforge.runtime.backends.torch.passes.once import split_once
+from stepforge.runtime.backends.torch.passes.once import STEADY, split_once
 from stepforge.runtime.backends.torch.passes.packed import pack_attention
 from stepforge.runtime.backends.torch.passes.sums import write_once
 from stepforge.runtime.backends.torch.passes.widen import WideLayer, fuse_widen, widen_layers
@@ -128,8 +128,6 @@ class Torch:
             run_passes(program, (write_once, fuse_residual, fuse_lowrank_geglu, fuse_widen))
         lower(program, dtype, self._device, banks)
         self._share(program, str(component.whole), dtype)
-        once = split_once(program) if self.fast and component.role == "denoiser" else None
-        runner = Runner(program)
         read_names = {name for node in program.nodes for name in node.inputs}
         placed = DeviceBanks(
             banks, lora.views.values(), [name for name in banks if name in read_names],
@@ -144,9 +142,13 @@ class Torch:
             for layer in layers:  # the same network without banks reads W there
                 self._weights[str(component.whole), layer.weight, dtype] = buffers.weight(layer)
                 program.constants.pop(layer.weight, None)
-            runner = Runner(program)
+        once = None
+        if self.fast and component.role == "denoiser":
+            once = split_once(program, buffers.names if buffers is not None else ())
         signature = Signature(self._bundle, component)
-        return Network(runner, placed, signature, once=Runner(once) if once is not None else None, wide=buffers)
+        return Network(
+            Runner(program), placed, signature, once=Runner(once) if once is not None else None, wide=buffers
+        )
 
     def _dtype_of(self, component: ComponentId) -> Any:
         model = self._bundle.model(component.stage)
@@ -179,7 +181,7 @@ def plain(array: NDArray[Any]) -> NDArray[Any]:
 
 
 class Network:
-    """A program with its banks. once: the part that needs the prompts alone."""
+    """A program with its banks. once: the part that needs the prompts and adapters alone."""
 
     def __init__(
         self,
@@ -192,7 +194,7 @@ class Network:
     ) -> None:
         self.wide, self._signature = wide, signature
         self.program = runner.program
-        self.once_inputs = once.program.inputs if once is not None else ()
+        self.once_inputs = tuple(name for name in once.program.inputs if name in STEADY) if once is not None else ()
         self._runner, self._banks, self._once = runner, banks, once
 
     def refresh(self) -> None:
@@ -205,15 +207,17 @@ class Network:
 
     def once(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """What may be kept while the inputs `once_inputs` do not change; the call takes it among its inputs."""
-        return self._once({name: given[name] for name in self.once_inputs}) if self._once is not None else {}
+        return self._once({**given, **self._columns(given)}) if self._once is not None else {}
 
     def __call__(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._once is not None and self._once.program.outputs[0] not in given:
             given = {**given, **self.once(given)}
-        columns = self.wide.tensors(given["adapter_columns"].shape[1]) if self.wide is not None else {}
-        found = self._runner({**given, **self._banks.tensors, **columns})
+        found = self._runner({**given, **self._banks.tensors, **self._columns(given)})
         self._signature.check(given, found)  # where calls are recorded, once
         return found
+
+    def _columns(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.wide.tensors(given["adapter_columns"].shape[1]) if self.wide is not None else {}
 
 
 class OnCpu:

@@ -43,20 +43,19 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor, shift: Tensor, 
     image = x if x.ndim == 4 else x[..., None]
     if residual is not None and residual.ndim == 3:
         residual = residual[..., None]
-    y, total = kernels.group_norm(
-        image,
-        weight,
-        bias,
-        groups,
-        epsilon,
-        silu=silu,
-        other=other,
-        shift=shift,
-        residual=residual,
-        extra=extra,
-        keep=keep,
-    )
+    sources: dict[str, Any] = {"other": other, "shift": shift, "residual": residual, "extra": extra}
+    y, total = kernels.group_norm(image, weight, bias, groups, epsilon, silu=silu, **sources, keep=keep)
     y = y.reshape(x.shape) if x.ndim != 4 else y
+    return (y, total) if keep else y
+
+
+def widen_norm(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor, shift: Tensor, residual: Tensor, extra: Tensor,
+               a: Tensor, *, groups: int, epsilon: float, silu: bool, first: int = 0, keep: bool = False,
+               tokens: bool = False) -> Any:  # fmt: skip
+    """[y | y Aᵀ] of `norm`'s y, an image [B, C + L, H, W] or tokens [B, H·W, C + L]; with keep also its sum."""
+    sources: dict[str, Any] = {"other": other, "shift": shift, "residual": residual, "extra": extra}
+    rows, total = kernels.widen_norm(x, a, weight, bias, groups, epsilon, silu=silu, **sources, keep=keep)
+    y = rows.unflatten(0, (len(x), -1)) if tokens else rows.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2)
     return (y, total) if keep else y
 
 
@@ -79,15 +78,16 @@ def columns(x: Tensor, *, start: int, end: int) -> Tensor:
     return x[:, start:end]
 
 
-def strengths(columns: Tensor, strength: Tensor, *, slices: int) -> Tensor:
-    """fp32 [rows, slices · L] of 0/1 [rows, L] and [rows, 1, 1]."""
-    return (columns * strength.reshape(-1, 1)).float().repeat(1, slices)
+def strengths(columns: Tensor, strength: Tensor) -> Tensor:
+    """fp32 [rows, L] of 0/1 [rows, L] and [rows, 1, 1]."""
+    return (columns * strength.reshape(-1, 1)).float()
 
 
-def scaled_columns(a: Tensor, strength: Tensor) -> Any:
-    """The A of n layers [n, L, K], times the strength of each image [rows, L]: n values [rows, L, K]."""
+def scaled_columns(a: Tensor, strength: Tensor, *, slices: int) -> Any:
+    """The A of n layers [n, slices · L, K], times the strength of each image [rows, L]: n values [rows, slices · L, K]."""
     scaled = a.new_empty(len(a), len(strength), *a.shape[1:])
-    torch.mul(a[:, None], strength[None, :, :, None], out=scaled)  # in fp32, rounded once
+    each = strength[None, :, None, :, None]
+    torch.mul(a.unflatten(1, (1, slices, -1)), each, out=scaled.unflatten(2, (slices, -1)))  # in fp32, rounded once
     return scaled.unbind(0) if len(scaled) > 1 else scaled[0]
 
 
@@ -100,16 +100,27 @@ def widen(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, *, ep
     return kernels.widen(x, a, norm=norm, gate=gate, pre=pre)
 
 
-def wide_conv(x: Tensor, w: Tensor, up: Tensor, bias: Tensor = None, *, stride: int, pad: int) -> Tensor:
-    """conv(x, W) + conv(x, A) B by one convolution with the channels [W; A] and one product on them in place.
+def shift(vector: Tensor, w: Tensor) -> Tensor:
+    """[out] of a vector [in] that a 1×1 convolution's source lacks; w [out, in, 1, 1]."""
+    return F.linear(vector, w.flatten(1))
 
-    w [N + L, C, k, k], up [rows, L, N] with the strengths of each row. Returns [rows, N, h, w], the first channels of N + L.
+
+def wide_conv(x: Tensor, w: Tensor, up: Tensor, other: Tensor = None, shift: Tensor = None, bias: Tensor = None, *,
+              stride: int, pad: int, first: int = 0) -> Tensor:  # fmt: skip
+    """conv(v, W) + conv(v, A) B, v = [x | other], by one convolution with the channels [W; A] and one product on them in place.
+
+    w [N + L, C, k, k], up [rows, L, N] with the strengths of each row. With `other` the convolution is 1×1: two products that
+    add up, from shift [N + L], and x has `first` channels. Returns [rows, N, h, w], the first channels of N + L.
     """
-    both = F.conv2d(x, w, None, stride, pad)
-    pixels = both.permute(0, 2, 3, 1)
-    if not pixels.is_contiguous():
-        pixels = pixels.contiguous()
-    rows, width = len(both), up.shape[2]
+    if other is not None:
+        matrix = w.flatten(1)
+        pixels = F.linear(rows_of(x), matrix[:, :first], shift)
+        pixels.view(-1, len(w)).addmm_(rows_of(other).flatten(0, 2), matrix[:, first:].T)
+    else:
+        pixels = F.conv2d(x, w, None, stride, pad).permute(0, 2, 3, 1)
+        if not pixels.is_contiguous():
+            pixels = pixels.contiguous()
+    rows, width = len(pixels), up.shape[2]
     flat = pixels.view(rows, -1, pixels.shape[-1])
     y = flat[..., :width]
     y.baddbmm_(flat[..., width:], up)
@@ -119,7 +130,8 @@ def wide_conv(x: Tensor, w: Tensor, up: Tensor, bias: Tensor = None, *, stride: 
 
 
 OPS: dict[str, Any] = {
-    "WideConv": wide_conv,
+    "WideConv": wide_conv, "Shift": shift,
     "Strengths": strengths, "Widen": widen, "ScaledColumns": scaled_columns,
-    "Pointwise": pointwise, "Accumulate": accumulate, "Norm": norm, "LayerNorm": layer_norm, "Sum": total, "Columns": columns,
+    "Pointwise": pointwise, "Accumulate": accumulate, "Norm": norm, "WidenNorm": widen_norm, "LayerNorm": layer_norm,
+    "Sum": total, "Columns": columns,
 }  # fmt: skip

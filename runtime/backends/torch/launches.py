@@ -8,7 +8,8 @@ from stepforge.runtime.backends.torch.program import Node, Program
 
 VIEWS = ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Columns", "Identity", "Shape", "Range")
 KINDS = {
-    "Linear": "product", "Pointwise": "product", "Accumulate": "product", "MatMul": "product", "Gemm": "product",
+    "Linear": "product", "Pointwise": "product", "Shift": "product",
+    "Accumulate": "product", "MatMul": "product", "Gemm": "product",
     "Conv": "convolution", "WideConv": "convolution", "Attention": "attention", "LayerNorm": "layer norm", "Geglu": "GEGLU",
     "Sum": "sum of images",
     "Strengths": "strengths",
@@ -26,8 +27,9 @@ def count(program: Program, pixels: dict[str, int] | None = None) -> Counter[str
     for node in program.nodes:
         if node.op in VIEWS or set(node.outputs) <= hosts:
             continue
-        if node.op in ("Norm", "GroupNormSilu"):
+        if node.op in ("Norm", "WidenNorm", "GroupNormSilu"):
             found["group norm"] += norm_launches(program, node, (pixels or {}).get(node.outputs[0], 0))
+            found["shrink"] += node.op == "WidenNorm"
             continue
         if node.op == "Widen":
             found["layer norm" if node.inputs[2] else "GEGLU" if node.attributes.get("gate") else "copy"] += 1
@@ -36,7 +38,8 @@ def count(program: Program, pixels: dict[str, int] | None = None) -> Counter[str
         found[KINDS.get(node.op, node.op)] += 1
         if node.op == "WideConv":
             found["adapter of a convolution"] += 1
-        bias = {"Conv": 2, "Accumulate": 3, "WideConv": 3}.get(node.op)
+            found["product"] += bool(node.inputs[3])
+        bias = {"Conv": 2, "Accumulate": 3, "WideConv": 5}.get(node.op)
         if bias is not None and len(node.inputs) > bias and node.inputs[bias]:
             found["bias"] += 1
     return found

@@ -5,7 +5,7 @@
 On CUDA the whole line is one recorded graph for each bucket of rows: the images' places and their rows are data. Rows of
 padding belong to one spare place, whose plan is done: they run through the network, and nothing is moved. From step to
 step only fresh noise crosses from the host, because it equals PyTorch's CPU generator, and the ControlNets' scales; prompts,
-hints and adapter slots when the batch changes.
+hints, adapter slots and strengths when they change, and with them what the network makes of these alone.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ class TorchLoop:
         self._caller = caller
         self._places, self._steps = PLACES, STEPS
         self._tensors: dict[str, Tensor] = {}
+        self._strengths: dict[int, NDArray[np.float32]] = {}  # by place, of the steps to come
+        self._strength = np.zeros((0, 1, 1), np.float32)  # of the last call's rows: equal ones need not cross again
         self._allocate()
 
     @torch.inference_mode()
@@ -80,7 +82,6 @@ class TorchLoop:
         size = self._shape[0] * self._shape[1] * self._shape[2]
         shapes: dict[str, tuple[int, ...]] = {
             "t": (places + 1, steps + 1),  # read for the spare place too, whose step is behind the last
-            "adapter_strength": (places + 1, steps + 1),
             "guidance": (places + 1, steps, 2),
             "table": (places + 1, steps, window + 1),
             "scale_in": (places + 1, steps + 1),
@@ -111,7 +112,8 @@ class TorchLoop:
             while count > self._steps:
                 self._steps *= 2
             self._allocate()
-        for name in ("t", "adapter_strength", "guidance", "table", "scale_in"):
+        self._strengths[place] = steps.adapter_strength
+        for name in ("t", "guidance", "table", "scale_in"):
             values = torch.from_numpy(getattr(steps, name))
             self._tensors[name][place, : len(values)] = values.to(self._device)
         self._tensors["state"][place] = torch.from_numpy(state).to(self._device)
@@ -128,6 +130,11 @@ class TorchLoop:
         noise: Mapping[int, NDArray[np.float32]],
         sides: Sequence[SideCall] = (),
     ) -> None:
+        if "adapter" in inputs:
+            strength = np.array([self._strengths[int(owner)][0] for owner in owners], np.float32).reshape(-1, 1, 1)
+            if not np.array_equal(strength, self._strength):
+                self._strength = strength
+            inputs = {**inputs, "adapter_strength": self._strength}
         which, inputs = prepared(self._networks, inputs)
         for place, values in noise.items():
             z = torch.from_numpy(values)
@@ -147,6 +154,8 @@ class TorchLoop:
                 pads[f"{at}.rows"] = starter.bucket(len(side.rows)), rows
             given |= own
         starter.start(given, tuple(given), pads)
+        for place in places.tolist():
+            self._strengths[place] = self._strengths[place][1:]
 
     def _starter(self, which: int, sides: Sequence[SideCall]) -> Starter:
         key = which, *(side.component for side in sides)
@@ -173,9 +182,6 @@ class TorchLoop:
             at = owners * (steps + 1) + tensors["step"].index_select(0, owners).clamp_(0, steps)
             given["sample"] = tensors["sample"].index_select(0, owners).view(-1, *self._shape)
             given["timestep"] = tensors["t"].view(-1).index_select(0, at)
-            if "adapter" in given:
-                strength = tensors["adapter_strength"].view(-1).index_select(0, at)
-                given["adapter_strength"] = strength.view(-1, 1, 1)
             prediction = network({**given, **_residuals(nets, given)})["prediction"]
             kernels.guide_update(
                 prediction.reshape(len(owners), -1).contiguous(), tensors["guidance"], tensors["table"],

@@ -47,7 +47,7 @@ def prepared(networks: Sequence[Any], inputs: Arrays) -> tuple[int, Arrays]:
     if mask is None:
         return at, inputs
     networks[at].lay(slots)
-    return at, {**inputs, "adapter_columns": mask}
+    return at, {**inputs, "adapter_columns": wide.columns(mask)}
 
 
 class WideWeight:
@@ -82,6 +82,7 @@ class WideBanks:
         self.layers, self._banks = list(layers), banks
         self._weights: dict[str, WideWeight] = {}
         self._laid: Any = None  # whose A stand in `_downs`
+        self._columns: NDArray[np.float32] | None = None  # of the last call, if nothing has been laid since
         most = BUCKETS[-1]
         for layer in self.layers:
             if layer.weight not in shared:
@@ -127,6 +128,17 @@ class WideBanks:
             found[layer.stack] = self._downs[layer.stack][:, : len(layer.widths) * width]
         return found
 
+    @property
+    def names(self) -> list[str]:
+        """Inputs of the program whose memory these buffers are."""
+        return [name for layer in self.layers for name in (layer.wide, layer.stack)]
+
+    def columns(self, mask: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The same array as in the last call, as long as rows have the same columns and these hold the same adapters."""
+        if self._columns is None or not np.array_equal(self._columns, mask):
+            self._columns = mask
+        return self._columns
+
     def lay(self, slots: tuple[int, ...], version: Any) -> None:
         """Put the adapters of these slots into the columns, where others stand there. version None: nobody can tell."""
         width = bucket(self.rank * len(slots))
@@ -137,6 +149,7 @@ class WideBanks:
             if version is None or self._laid != wanted or weight.laid != wanted:
                 self._lay(layer, slots, width)
                 weight.laid = wanted
+                self._columns = None
         self._laid = wanted
 
     def _lay(self, layer: WideLayer, slots: tuple[int, ...], width: int) -> None:

@@ -93,12 +93,23 @@ def test_a_loop_draws_what_the_host_draws(tiny_sd1_bundle, backend, host, counte
         assert a.stats.rows["unet"] == b.stats.rows["unet"] == a.plan.rows
 
 
+def adapter(path, seed=2):
+    """A file for a layer that reads the image, and for one that reads the prompt."""
+    block = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+    layers = {"attn1.to_q": 32, "attn2.to_k": 32}
+    random = np.random.RandomState(seed)
+    sizes = {
+        f"{block}.{layer}.lora_{letter}.weight": size
+        for layer, width in layers.items()
+        for letter, size in {"A": (4, width), "B": (width, 4)}.items()
+    }
+    save_file({name: random.standard_normal(size).astype(np.float32) for name, size in sizes.items()}, path)
+    return path
+
+
 @pytest.mark.slow
 def test_adapters_by_step(tiny_sd1_banks, tmp_path, monkeypatch):
-    path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    random = np.random.RandomState(2)
-    pair = {f"{path}.lora_A.weight": (4, 32), f"{path}.lora_B.weight": (32, 4)}
-    save_file({k: random.standard_normal(s).astype(np.float32) for k, s in pair.items()}, tmp_path / "a.safetensors")
+    adapter(tmp_path / "a.safetensors")
     requests = [
         Request(**ASK, sampler="ddim", adapters={"a": 0.7}, adapter_schedule=[0.0, 1.0, 0.5, -1.0]),
         Request(**ASK),
@@ -335,7 +346,12 @@ def recorded(monkeypatch):
         def _make(self, inputs):
             recording = super()._make(inputs)
             if recording.once is not None:
-                recording.once.calls.append((self._once, recording.buffers, recording.kept))
+
+                def once(given):
+                    made.append("once")
+                    return self._once(given)
+
+                recording.once.calls.append((once, recording.buffers, recording.kept))
             return recording
 
     @contextlib.contextmanager
@@ -364,6 +380,29 @@ def test_recordings_hold_whole_steps(tiny_sd1_bundle, host, recorded):
     assert 0 < made < sum(result.stats.calls for result in results)
     for a, b in zip([*results, *again], [*host, *host[:2]], strict=True):
         assert close(a.latents, b.latents)
+
+
+def test_what_adapters_make_of_prompts_is_made_when_they_change(tiny_sd1_banks, tmp_path, recorded, monkeypatch):
+    """Once for a request, once where a schedule changes the strength, once for the next request, once for another adapter in the
+    slot; on the host in every call."""
+    ask = {**ASK, "sampler": "ddim", "adapters": {"a": 0.7}}
+    steady = Request(**ask)
+    requests = [steady, steady, Request(**ask, adapter_schedule=[1.0, 1.0, 0.5, 0.5]), steady, steady]
+    found, counts = [], []
+    for _ in range(2):
+        with load(tiny_sd1_banks, backend="torch", precision="fp32") as engine:
+            engine.adapters.load("a", adapter(tmp_path / "a.safetensors"))
+            for at, request in enumerate(requests):
+                if at == 4:
+                    engine.adapters.unload("a")
+                    engine.adapters.load("a", adapter(tmp_path / "b.safetensors", 3))
+                recorded.clear()
+                found.append(engine.generate(request).latents)
+                counts.append(recorded.count("once"))
+        on_host(monkeypatch)
+    assert counts == [1, 0, 1, 1, 1, *[4] * 5]
+    assert all(close(a, b) for a, b in zip(found[:5], found[5:], strict=True))
+    assert not close(found[3], found[4])
 
 
 def test_a_plan_is_told_in_full(tiny_sd1_bundle):

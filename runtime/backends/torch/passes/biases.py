@@ -33,7 +33,7 @@ class Biases:
     def resolve(self) -> None:
         self._into_written_sums()
         for index, node in enumerate(self.program.nodes):
-            at = {"Conv": 2, "Accumulate": 3, "WideConv": 3}.get(node.op)
+            at = {"Conv": 2, "Accumulate": 3, "WideConv": 5}.get(node.op)
             if at is None or len(node.inputs) <= at or not node.inputs[at]:
                 continue
             if not self._takes_all(node.outputs[0]):
@@ -42,6 +42,7 @@ class Biases:
             self.program.nodes[index] = Node(node.op, node.inputs[:at], node.outputs, node.attributes)
             self._give(node.outputs[0], bias)
         self._into_written_sums()  # what came to them from the products before
+        self._shifts_of_wide_convolutions()
 
     def _into_written_sums(self) -> None:
         """The bias of a product that runs in place on a sum which a norm has written: into that sum."""
@@ -77,7 +78,11 @@ class Biases:
             return at == 0 or (at == 2 and self._takes_all(node.outputs[0]))
         if node.op == "Norm":
             return at in (0, 3, 5) and self._shift_is_ours(node)
-        return at == 0 and node.op in ("LayerNorm", "Linear", "Pointwise", "Sum", "Widen")
+        if node.op == "WideConv":  # of one pixel
+            return at in (0, 3) and bool(node.inputs[3])
+        if node.op == "Sum":
+            return at in (0, 1)
+        return at == 0 and node.op in ("LayerNorm", "Linear", "Pointwise", "Widen", "Shape")
 
     def _shift_is_ours(self, node: Node) -> bool:
         shift = node.inputs[4]
@@ -86,17 +91,17 @@ class Biases:
             return True
         while made[shift].op == "Add" and uses[shift] == 1:  # a LoRA term
             shift = made[shift].inputs[0]
-        return (
-            made[shift].op == "Linear"
-            and uses[shift] == 1
-            and len(made[shift].inputs) > 2
-            and bool(made[shift].inputs[2])
-        )
+        if uses[shift] != 1:
+            return False
+        layer = made[made[shift].inputs[0]] if made[shift].op == "Columns" else made[shift]
+        return layer.op == "Linear" and len(layer.inputs) > 2 and bool(layer.inputs[2])
 
     def _give(self, name: str, vector: str) -> None:
         program, constants = self.program, self.program.constants
         for index, at, node in self._readers(name):
             operands = list(node.inputs)
+            if node.op == "Shape":
+                continue
             if node.op in ("Reshape", "Transpose"):
                 self._give(node.outputs[0], vector)
                 continue
@@ -115,6 +120,11 @@ class Biases:
                 operands[3] = self._sum(operands[3], vector)
             elif node.op == "Sum":
                 operands[2] = self._sum(operands[2], vector)
+            elif node.op == "WideConv":
+                channels = program.weight(operands[1]).shape[1]
+                operands[4] = self._sum(
+                    operands[4], self._among(vector, node.attributes["first"] if at else 0, channels)
+                )
             else:
                 self._into_shift(index, at, node, vector)
                 continue
@@ -122,13 +132,8 @@ class Biases:
 
     def _into_shift(self, index: int, at: int, node: Node, vector: str) -> None:
         program, constants = self.program, self.program.constants
-        channels = len(constants[node.inputs[1]])
-        value = constants[vector]
-        if len(value) < channels:
-            before = node.attributes["first"] if at == 3 else 0
-            rest = channels - before - len(value)
-            whole = torch.cat([value.new_zeros(before), value, value.new_zeros(rest)])
-            vector = self._constant(whole, f"{vector} of {channels} from {before}")
+        before = node.attributes["first"] if at == 3 else 0
+        vector = self._among(vector, before, len(constants[node.inputs[1]]))
         shift = node.inputs[4]
         if not shift or shift in constants:
             old = constants[shift].flatten() if shift else None
@@ -156,6 +161,26 @@ class Biases:
         program.nodes[place] = Node(
             layer.op, (*layer.inputs[:2], biases, *layer.inputs[3:]), layer.outputs, layer.attributes
         )
+
+    def _among(self, vector: str, before: int, channels: int) -> str:
+        """With zeros for the channels in front of it and behind."""
+        value = self.program.constants[vector]
+        rest = channels - before - len(value)
+        if not before and not rest:
+            return vector
+        whole = torch.cat([value.new_zeros(before), value, value.new_zeros(rest)])
+        return self._constant(whole, f"{vector} of {channels} from {before}")
+
+    def _shifts_of_wide_convolutions(self) -> None:
+        """What a vector that is missing in their sources comes to: it changes with the adapters alone."""
+        nodes: list[Node] = []
+        for node in self.program.nodes:
+            if node.op == "WideConv" and node.inputs[4]:
+                shift = f"{node.inputs[4]} by {node.inputs[1]}"
+                nodes.append(Node("Shift", (node.inputs[4], node.inputs[1]), (shift,)))
+                node = Node(node.op, (*node.inputs[:4], shift, *node.inputs[5:]), node.outputs, node.attributes)
+            nodes.append(node)
+        self.program.nodes = nodes
 
     def _sum(self, one: str, other: str) -> str:
         if not one:

@@ -144,15 +144,23 @@ def two_sources(program: Program) -> bool:
     for node in program.nodes:
         joins = node.op == "Concat" and node.attributes["axis"] == 1 and len(node.inputs) == 2
         found = readers.get(node.outputs[0], [])
-        if joins and found and all(reader.op in ("GroupNormSilu", "Pointwise") for reader in found):
+        if (
+            joins
+            and found
+            and all(reader.op in ("GroupNormSilu", "Pointwise") or is_1x1(program, reader) for reader in found)
+        ):
             widths = {width_of(program, made, name) for name in node.inputs}
             if None not in widths and node.outputs[0] not in program.outputs:
                 parts[node.outputs[0]] = (node.inputs[0], node.inputs[1])
     nodes: list[Node] = []
     for node in program.nodes:
-        sources = parts.get(node.inputs[0]) if node.op in ("GroupNormSilu", "Pointwise") else None
+        sources = parts.get(node.inputs[0]) if node.op in ("GroupNormSilu", "Pointwise", "WideConv") else None
         if sources is None:
             nodes.append(node)
+        elif node.op == "WideConv":
+            operands = (sources[0], *node.inputs[1:3], sources[1], *node.inputs[4:])
+            attributes = {**node.attributes, "first": width_of(program, made, sources[0])}
+            nodes.append(Node("WideConv", operands, node.outputs, attributes))
         elif node.op == "GroupNormSilu":
             x, other = sources
             attributes = {**node.attributes, "first": width_of(program, made, x)}
@@ -176,6 +184,12 @@ def two_sources(program: Program) -> bool:
     program.nodes = [new for node in nodes for new in delayed.pop(node.outputs[0], [node])]
     program.sweep()
     return bool(parts)
+
+
+def is_1x1(program: Program, node: Node) -> bool:
+    """Whether a convolution with adapters is a product over pixels."""
+    plain = node.op == "WideConv" and (node.attributes["stride"], node.attributes["pad"]) == (1, 0)
+    return plain and tuple(program.weight(node.inputs[1]).shape[2:]) == (1, 1)
 
 
 def width_of(program: Program, made: dict[str, Node], name: str) -> int | None:
@@ -207,7 +221,8 @@ def sums_of_norms(program: Program) -> bool:
     at = {name: index for index, node in enumerate(program.nodes) for name in node.outputs}
     uses = program.uses()
     gone: set[int] = set()
-    put: dict[int, Node] = {}
+    taken: set[str] = set()  # sums that a norm makes
+    put: dict[int, list[Node]] = {}  # behind the node of that index
     for index, node in enumerate(program.nodes):
         if node.op not in ("GroupNormSilu", "Norm"):
             continue
@@ -216,7 +231,7 @@ def sums_of_norms(program: Program) -> bool:
         new = Node("Norm", (node.inputs[0], *node.inputs[1:3], other, "", "", ""), node.outputs, attributes)
         added = made.get(node.inputs[0])
         place = index
-        if added is not None and added.op == "Add" and added.outputs[0] != other and at[added.outputs[0]] not in gone:
+        if added is not None and added.op == "Add" and added.outputs[0] != other and added.outputs[0] not in taken:
             left, right = added.inputs
             vector = is_vector(program, made, right)
             alone = uses[added.outputs[0]] == 1
@@ -224,6 +239,7 @@ def sums_of_norms(program: Program) -> bool:
             if vector is not None and alone and not other:
                 new = Node("Norm", (left, *new.inputs[1:4], vector, "", ""), node.outputs, attributes)
                 gone.add(at[added.outputs[0]])
+                taken.add(added.outputs[0])
             elif (
                 left_made is not None and right_made is not None and vector is None
                 and not any(side.op in PRODUCTS and uses[side.outputs[0]] == 1 for side in (left_made, right_made))
@@ -236,13 +252,15 @@ def sums_of_norms(program: Program) -> bool:
                 if all(at[reader.outputs[0]] > place for reader in others):
                     new = Node("Norm", (raw, *new.inputs[1:4], "", residual, ""), outputs, attributes)
                     gone.add(at[added.outputs[0]])
+                    taken.add(added.outputs[0])
                 else:
                     place = index
         gone.add(index)
-        put[place] = new
+        put.setdefault(place, []).append(new)
+        at.update(dict.fromkeys(new.outputs, place))
     program.nodes = [
         found for index, node in enumerate(program.nodes)
-        for found in ([put[index]] if index in put else [] if index in gone else [node])
+        for found in ([] if index in gone else [node]) + put.get(index, [])
     ]  # fmt: skip
     program.sweep()
     return bool(put)
@@ -326,7 +344,7 @@ def left_over_sums(program: Program) -> bool:
     is_image = {
         name
         for node in program.nodes
-        if node.op in ("Conv", "Norm", "Pointwise", "Accumulate")
+        if node.op in ("Conv", "WideConv", "Norm", "Pointwise", "Accumulate")
         for name in node.outputs
     }
 

@@ -2,7 +2,7 @@
 
 W lies in a buffer with spare columns, which hold the B of the adapters that are in use (`wide`). The layers of one x that the
 packing pass has stacked, and the projections of the time embedding, are slices of one product with blocks of columns each.
-LayerNorm and GEGLU that one `Widen` alone reads run inside it.
+LayerNorm, GEGLU and group norm that one `Widen` alone reads run inside it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from stepforge.runtime.backends.torch.passes.biases import on_one_device
 from stepforge.runtime.backends.torch.program import Node, Program
 
-STRENGTHS = "strength of columns"  # value [rows, slices · L] of a number of slices
+TO_PIXELS = (0, 2, 3, 1)
+STRENGTHS = "strength of columns"  # value [rows, L]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class WideLayer:
 
 
 def widen_layers(program: Program) -> list[WideLayer]:
-    """Layers with LoRA to Widen and Linear, or WideConv; what is neither (1×1 on a concatenation) stays."""
+    """Layers with LoRA to Widen and Linear, or WideConv, which also takes the 1×1 on a concatenation."""
     groups = _time_groups(program)
     joined = {node.outputs[0] for node in program.nodes if node.op == "Concat"}
     layers: list[WideLayer] = []
@@ -40,10 +42,10 @@ def widen_layers(program: Program) -> list[WideLayer]:
     for node in program.nodes:
         if node.outputs[0] in done:
             continue
-        if node.op == "LowrankConv" and program.constants[node.inputs[1]].shape[2] > 1:
-            layer, made = _conv(program, node)
-        elif node.op == "LowrankConv" and _is_product(program, node) and node.inputs[0] not in joined:
+        if node.op == "LowrankConv" and _is_product(program, node) and node.inputs[0] not in joined:
             layer, made = _linear(program, [_flat(program, node)], "Pointwise")
+        elif node.op == "LowrankConv":
+            layer, made = _conv(program, node)
         elif node.op == "LowrankLinear" and len(node.inputs) == 7:
             group = groups.get(node.outputs[0], [node])
             layer, made = _linear(program, group, "Linear")
@@ -74,7 +76,7 @@ def _conv(program: Program, node: Node) -> tuple[WideLayer, list[Node]]:
         (width,),
         conv=True,
     )
-    operands = (node.inputs[0], layer.wide, layer.down, *[name for name in node.inputs[2:3] if name])
+    operands = (node.inputs[0], layer.wide, layer.down, "", "", *[name for name in node.inputs[2:3] if name])
     settings = {"stride": node.attributes["stride"], "pad": node.attributes["pad"]}
     return layer, [Node("WideConv", operands, node.outputs, settings)]
 
@@ -94,7 +96,7 @@ def _linear(program: Program, group: list[Node], op: str) -> tuple[WideLayer, li
     if len(group) > 1:
         weight, bias = (f"all of {name}" for name in (weight, bias))
         constants[weight] = torch.cat([constants[each.inputs[1]] for each in group])
-        constants[bias] = torch.cat([constants[each.inputs[2]] for each in group])
+        constants[bias] = torch.cat(on_one_device(*(constants[each.inputs[2]] for each in group)))
     else:
         slices = node.attributes.get("slices", 1)
         widths = [widths[0] // slices] * slices
@@ -118,16 +120,13 @@ def _linear(program: Program, group: list[Node], op: str) -> tuple[WideLayer, li
 
 def _strengths(layers: list[WideLayer]) -> list[Node]:
     """What makes the A (of convolutions the B) of each layer, with the strengths of the rows in it."""
-    made: dict[int, Node] = {}
     scaled: dict[str, Node] = {}
     for layer in layers:
-        slices = len(layer.widths)
-        strength = f"{STRENGTHS} × {slices}"
-        made[slices] = Node("Strengths", ("adapter_columns", "adapter_strength"), (strength,), {"slices": slices})
         if layer.stack not in scaled:
             members = tuple(each.down for each in layers if each.stack == layer.stack)
-            scaled[layer.stack] = Node("ScaledColumns", (layer.stack, strength), members)
-    return [*made.values(), *scaled.values()]
+            settings = {"slices": len(layer.widths)}
+            scaled[layer.stack] = Node("ScaledColumns", (layer.stack, STRENGTHS), members, settings)
+    return [Node("Strengths", ("adapter_columns", "adapter_strength"), (STRENGTHS,)), *scaled.values()]
 
 
 def _is_product(program: Program, node: Node) -> bool:
@@ -152,7 +151,7 @@ def _time_groups(program: Program) -> dict[str, list[Node]]:
 
 
 def fuse_widen(program: Program) -> bool:
-    """LayerNorm and GEGLU inside the Widen that alone reads them."""
+    """LayerNorm, GEGLU and group norm inside the Widen that alone reads them."""
     made, uses = program.producers(), program.uses()
 
     def match(node: Node) -> Node | None:
@@ -167,4 +166,34 @@ def fuse_widen(program: Program) -> bool:
             return Node("Widen", (before.inputs[0], *node.inputs[1:]), node.outputs, {"gate": True})
         return None
 
-    return program.rewrite(match)
+    return any([program.rewrite(match), _norms_of_images(program)])
+
+
+def _norms_of_images(program: Program) -> bool:
+    """Widen of a group norm's image, or of its tokens, in the norm's place, whose sum others may read at once."""
+    made, uses = program.producers(), program.uses()
+    found: dict[str, Node] = {}  # result of a norm -> what takes its place
+    for node in program.nodes:
+        if node.op != "Widen" or any(node.inputs[2:]) or node.attributes.get("gate"):
+            continue
+        name, views = node.inputs[0], []
+        while uses[name] == 1 and name in made and made[name].op in ("Reshape", "Transpose"):
+            views.append(made[name])
+            name = made[name].inputs[0]
+        norm = made.get(name)
+        if norm is None or norm.op != "Norm" or uses[name] != 1:
+            continue
+        is_tokens = [view.op for view in views] == ["Reshape", "Transpose"] and views[1].attributes["perm"] == TO_PIXELS
+        if views and not is_tokens:
+            continue
+        outputs = (*node.outputs, *norm.outputs[1:])
+        settings = {**norm.attributes, "tokens": is_tokens}
+        found[name] = Node("WidenNorm", (*norm.inputs, node.inputs[1]), outputs, settings)
+    widened = {node.outputs[0] for node in found.values()}
+    program.nodes = [
+        found.get(node.outputs[0], node)
+        for node in program.nodes
+        if node.op != "Widen" or node.outputs[0] not in widened
+    ]
+    program.sweep()
+    return bool(found)

@@ -16,6 +16,7 @@ ALLOWED = {
     "product", "convolution", "attention", "group norm", "layer norm", "GEGLU", "sum of images", "timestep", "time embedding",
     "multiplication", "concatenation", "cast", "bias",
 }  # fmt: skip
+WITH_ADAPTERS = {"strengths", "copy"}  # copies of rows that no kernel of ours wrote, each with a shrink
 ROOT = Path(__file__).resolve().parents[4]
 
 
@@ -51,9 +52,12 @@ def test_flops_are_those_of_the_unet(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "side", "attentions", "most"), [("sd15", 64, 32, 430), ("sdxl", 128, 140, 1060)])
+@pytest.mark.parametrize(
+    ("shape", "side", "attentions", "most"),
+    [("sd15", 64, 32, 410), ("sdxl", 128, 140, 1040), ("sd15_transformer", 64, 32, 595), ("sd15_all", 64, 32, 675)],
+)
 def test_launches_are_few_and_each_of_a_kind_on_the_list(model, shape, side, attentions, most):
-    """Two rows at the size that the shape was trained for."""
+    """Two rows at the size that the shape was trained for; with two adapters in the transformers' layers, and in all."""
     with model.with_holes(model.SHAPES / f"{shape}.onnx.xz") as graph, torch.inference_mode():
         network = model.cuda_network(graph)
         found = model.works(network, model.given(network.program, 2, side))
@@ -61,7 +65,7 @@ def test_launches_are_few_and_each_of_a_kind_on_the_list(model, shape, side, att
     for work in found:
         launches[work.kind] += work.launches
     assert launches["attention"] == attentions
-    assert set(launches) <= ALLOWED
+    assert set(launches) <= ALLOWED | (WITH_ADAPTERS if "_" in shape else set())
     assert sum(launches.values()) <= most
 
 
