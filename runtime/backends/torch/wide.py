@@ -13,7 +13,7 @@ from torch import Tensor
 from stepforge.runtime.backends import Arrays
 from stepforge.runtime.backends.torch.passes.widen import WideLayer
 
-BUCKETS = (16, 32, 64, 128)  # columns of a slice: one recording each
+BUCKETS = (16, 32, 64, 128, 256)  # columns of a slice: one recording each
 
 
 def bucket(columns: int) -> int | None:
@@ -51,10 +51,9 @@ def prepared(networks: Sequence[Any], inputs: Arrays) -> tuple[int, Arrays]:
 
 
 class WideWeight:
-    """W with spare columns, or the spare output channels of a convolution; laid: whose adapters stand there."""
+    """W with `most` spare columns a slice, or the spare output channels of a convolution; laid: whose adapters stand there."""
 
-    def __init__(self, weight: Tensor, layer: WideLayer) -> None:
-        most = BUCKETS[-1]
+    def __init__(self, weight: Tensor, layer: WideLayer, most: int) -> None:
         if layer.conv:
             tensor = weight.new_zeros(len(weight) + most, *weight.shape[1:])
             self.tensor = tensor.contiguous(memory_format=torch.channels_last)
@@ -83,10 +82,10 @@ class WideBanks:
         self._weights: dict[str, WideWeight] = {}
         self._laid: Any = None  # whose A stand in `_downs`
         self._columns: NDArray[np.float32] | None = None  # of the last call, if nothing has been laid since
-        most = BUCKETS[-1]
+        most = bucket(self.rank * self._slots) or BUCKETS[-1]
         for layer in self.layers:
             if layer.weight not in shared:
-                shared[layer.weight] = WideWeight(constants[layer.weight], layer)
+                shared[layer.weight] = WideWeight(constants[layer.weight], layer, most)
             self._weights[layer.wide] = shared[layer.weight]
         self._downs: dict[str, Tensor] = {}  # by stack: [n, slices · most, K]
         self._place: dict[str, tuple[str, int]] = {}
@@ -107,8 +106,12 @@ class WideBanks:
     @property
     def exceeded(self) -> bool:
         """Whether a batch can have more adapters than the columns hold."""
-        slots = self._banks[self.layers[0].b[0]].shape[0] - 1
-        return bucket(self.rank * slots) is None
+        return bucket(self.rank * self._slots) is None
+
+    @property
+    def _slots(self) -> int:
+        """Slots that adapters fill."""
+        return int(self._banks[self.layers[0].b[0]].shape[0]) - 1
 
     def weight(self, layer: WideLayer) -> Tensor:
         """The constant of a layer, in the buffer's memory."""

@@ -67,5 +67,5 @@ def test_columns():
     assert mask.sum(1).tolist() == [16, 0, 16, 16]
     assert mask[0, 16:].all()
     assert mask[2, :16].all()
-    assert [bucket(n) for n in (1, 17, 65, 128, 129)] == [16, 32, 128, 128, None]
-    assert columns_of(np.array([1, 2]), 100)[1] is None
+    assert [bucket(n) for n in (1, 17, 65, 128, 129, 257)] == [16, 32, 128, 128, 256, None]
+    assert columns_of(np.array([1, 2, 3]), 100)[1] is None
