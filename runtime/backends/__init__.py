@@ -94,6 +94,25 @@ class SideCall:
     inputs: Arrays  # hint and scale
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Activations of a network that later steps of an image read, and the rows that are meant."""
+
+    names: tuple[str, ...]  # of its outputs, and of the inputs of who reads them
+    rows: NDArray[np.bool_]  # [R]
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkCall:
+    """The network of a step where that is not always the loop's own: its reuse variants, other experts."""
+
+    component: ComponentId
+    graph: Graph
+    roles: NDArray[np.int32]  # [R]: 0 for the conditional row of an image, 1 for the unconditional one
+    keep: Sequence[Kept] = ()  # rows: whose are kept
+    read: Sequence[Kept] = ()  # rows: who reads the mean of its image's two, and not its own
+
+
 class Loop(Protocol):
     """Whole steps of a denoiser, guidance and update included, for images that stay on the device.
 
@@ -112,10 +131,12 @@ class Loop(Protocol):
         inputs: Arrays,
         noise: Mapping[int, NDArray[np.float32]],
         sides: Sequence[SideCall] = (),
+        call: NetworkCall | None = None,
     ) -> None:
         """One step of the images at places [n]; may return before it is done.
 
-        sources: rows of the network's call, [n, 2], as in `StepTable.guidance`. owners: the place of each row, [R].
+        sources: rows of the network's call, [n, 2], as in `StepTable.guidance`. owners: the place of each row, [R]. call: the
+        network; None is the loop's own, as loops of graphs that do not share theirs have it.
         inputs: what else the network reads; arrays that come again are taken as unchanged. noise: fresh noise by place,
         where the step wants some. If it raises, no image has moved.
         """
@@ -131,6 +152,7 @@ class LoopingGraph(Graph, Protocol):
     """A denoiser whose backend can run whole steps."""
 
     rings: tuple[int, int]  # latents and predictions that an image's state holds in its loops
+    shares_loops: bool  # whether its loops run other denoisers of the backend, too
 
     def loop(self, shape: tuple[int, int, int]) -> Loop:
         """An empty loop for latents [C, h, w]."""

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepforge.runtime.arrays import Float32
-from stepforge.runtime.backends import Arrays, Backend, Graph, LoopingGraph
-from stepforge.runtime.bundle import Bundle, Component, ComponentId
+from stepforge.runtime.backends import Arrays, Backend, Graph, Kept, LoopingGraph, NetworkCall
+from stepforge.runtime.bundle import Bundle, Component, ComponentId, Tensor
 from stepforge.runtime.engine.adapters import Adapters, row_inputs
 from stepforge.runtime.engine.conditions.controls import Controls, ControlUse, no_residuals
 from stepforge.runtime.engine.conditions.text import Condition
@@ -25,6 +25,7 @@ from stepforge.runtime.engine.state import Leg
 from stepforge.runtime.engine.trajectory import Batch, Row, Trajectory
 
 KEPT = re.compile(r"deep|text_\d+")  # inputs of variants; text_embeds is SDXL's pooled prompt
+KINDS = ("deep", "text")
 MOST_POOLS = 8  # networks times latent shapes whose images a device holds; idle ones go first
 
 
@@ -39,7 +40,7 @@ class Denoisers:
             self._open(network)
         self._packed: tuple[tuple[Any, ...], dict[str, Float32], list[Condition]] | None = None
         self._sample: Float32 = np.empty(0, np.float32)
-        self._pools: OrderedDict[tuple[ComponentId, tuple[int, int, int]], DevicePool] = OrderedDict()
+        self._pools: OrderedDict[tuple[str, str, tuple[int, int, int]], DevicePool] = OrderedDict()
         self._zeros = {key: no_residuals(entry) for key, entry in bundle.components.items()}
 
     def __call__(self, batch: Batch) -> Float32:
@@ -65,22 +66,49 @@ class Denoisers:
 
     def rings(self, leg: Leg) -> tuple[int, int] | None:
         """Latents and predictions of the loop that the leg's steps can run in; None if they run here."""
-        network = ComponentId("denoiser", leg.plan.steps[0].denoiser, stage=leg.stage)
-        graph, entry = self._open(network), self._bundle.components[network]
-        ends = {
-            tensor.shape[1:2] for tensor in (*entry.inputs, *entry.outputs) if tensor.name in ("sample", "prediction")
-        }
+        names = dict.fromkeys(step.denoiser for step in leg.plan.steps)
+        networks = [ComponentId("denoiser", name, stage=leg.stage) for name in names]
+        graph = self._open(networks[0])
+        entries = [self._bundle.components[network] for network in networks]
+        tensors = [tensor for entry in entries for tensor in (*entry.inputs, *entry.outputs)]
+        ends = {tensor.shape[1:2] for tensor in tensors if tensor.name in ("sample", "prediction")}
         if not isinstance(graph, LoopingGraph) or len(ends) > 1:  # loops know latents in and latents out
             return None
-        return graph.rings if can_run_on_device(leg.plan, graph.rings) else None
+        return graph.rings if can_run_on_device(leg.plan, graph.rings, shared=graph.shares_loops) else None
 
     def step(self, batch: Batch) -> None:
         """One whole step of the batch's images in their loop."""
-        zeros = self._zeros[batch.network]
+        network = batch.network
+        zeros = self._zeros[network]
         uses = self.controls.uses(batch) if zeros else []
         inputs = {**self._context(batch.rows), **zeros}
-        self._pool(batch.trajectories[0]).step(batch, inputs, self.controls.calls(uses))
-        _count(uses, batch.rows, "")
+        sides = self.controls.calls(uses, network.variant)
+        call = self._network_call(batch) if self._shares(network) else None
+        has_bank = self._adapters.banks(network) is not None
+        self._pool(batch.trajectories[0]).step(batch, inputs, sides, call, has_bank=has_bank)
+        _count(uses, batch.rows, network.variant)
+        for trajectory, span in zip(batch.trajectories, batch.spans, strict=True):
+            for what in trajectory.leg.recordings[trajectory.k]:
+                trajectory.kept_roles[what] = [row.is_cond for row in batch.rows[span]]
+
+    def _network_call(self, batch: Batch) -> NetworkCall:
+        """What a step in a loop runs, keeps and reads; as `_keep` and `_reused` do on the host."""
+        entry = self._bundle.components[batch.network]
+        images = [
+            (trajectory, span.stop - span.start)
+            for trajectory, span in zip(batch.trajectories, batch.spans, strict=True)
+        ]
+        keep = []
+        for what in sorted({what for trajectory, _ in images for what in trajectory.leg.recordings[trajectory.k]}):
+            own = [what in trajectory.leg.recordings[trajectory.k] for trajectory, _ in images]
+            keep.append(Kept(_kept(entry.outputs, what), np.repeat(own, [count for _, count in images])))
+        read = []
+        for what in KINDS:
+            if names := _kept(entry.inputs, what):
+                mean = [what == "text" and len(trajectory.kept_roles[what]) > count for trajectory, count in images]
+                read.append(Kept(names, np.repeat(mean, [count for _, count in images])))
+        roles = np.array([not row.is_cond for row in batch.rows], np.int32)
+        return NetworkCall(batch.network, self._open(batch.network), roles, keep, read)
 
     def read(self, trajectory: Trajectory) -> None:
         """Bring the state of an image from its loop."""
@@ -88,19 +116,21 @@ class Denoisers:
 
     def _pool(self, trajectory: Trajectory) -> DevicePool:
         leg = trajectory.leg
-        network = ComponentId("denoiser", leg.plan.steps[0].denoiser, stage=leg.stage)  # a loop runs one network
-        key = network, trajectory.shape
+        network = ComponentId("denoiser", leg.plan.steps[0].denoiser, stage=leg.stage)
+        key = leg.stage, "" if self._shares(network) else network.name, trajectory.shape
         if key not in self._pools:
             graph = self._open(network)
             assert isinstance(graph, LoopingGraph)
             idle = [other for other, pool in self._pools.items() if pool.is_idle]
             for other in idle[: max(0, len(self._pools) + 1 - MOST_POOLS)]:
                 del self._pools[other]
-            self._pools[key] = DevicePool(
-                graph.loop(trajectory.shape), has_bank=self._adapters.banks(network) is not None
-            )
+            self._pools[key] = DevicePool(graph.loop(trajectory.shape))
         self._pools.move_to_end(key)
         return self._pools[key]
+
+    def _shares(self, network: ComponentId) -> bool:
+        graph = self._open(network)
+        return isinstance(graph, LoopingGraph) and graph.shares_loops
 
     def _open(self, network: ComponentId) -> Graph:
         if network not in self._graphs:
@@ -157,6 +187,11 @@ def _count(uses: Sequence[ControlUse], rows: Sequence[Row], variant: str) -> Non
     for use in uses:
         label = ComponentId("control_residuals", use.name, variant if variant == "deepcache" else "").label
         rows[use.row].trajectory.job.count(label, 1)
+
+
+def _kept(tensors: Sequence[Tensor], what: str) -> tuple[str, ...]:
+    """Tensors of a kind of what is kept."""
+    return tuple(t.name for t in tensors if KEPT.fullmatch(t.name) and t.name.startswith(what))
 
 
 def _reused(batch: Batch, entry: Component) -> dict[str, Float32]:

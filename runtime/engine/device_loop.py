@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stepforge.runtime.arrays import Float32
-from stepforge.runtime.backends import Arrays, Loop, SideCall, StepTable
+from stepforge.runtime.backends import Arrays, Loop, NetworkCall, SideCall, StepTable
 from stepforge.runtime.engine.trajectory import Batch, Trajectory
 from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.guiders import Guider
 
 
-def can_run_on_device(plan: Plan, rings: tuple[int, int]) -> bool:
-    """Whether a plan is a table and nothing else: linear guidance of one network, without reuse."""
+def can_run_on_device(plan: Plan, rings: tuple[int, int], *, shared: bool = False) -> bool:
+    """Whether a plan is a table and nothing else: linear guidance of one network, or of several where loops are shared."""
     steps = plan.steps
     return (
         plan.guider == Guider()
-        and len({step.denoiser for step in steps}) == 1
-        and not any(step.reuse or step.threshold or step.variance for step in steps)
+        and (shared or (len({step.denoiser for step in steps}) == 1 and not any(step.reuse for step in steps)))
+        and not any(step.threshold or step.variance for step in steps)
         and max(len(step.keep) for step in steps) <= rings[0]
         and max(len(step.gain) for step in steps) <= rings[1]
     )
@@ -45,10 +44,10 @@ def step_table(trajectory: Trajectory) -> StepTable:
 
 
 class DevicePool:
-    """The images of one loop, by place; those of ended requests make room. has_bank: the network takes LoRA slots."""
+    """The images of one loop, by place; those of ended requests make room."""
 
-    def __init__(self, loop: Loop, *, has_bank: bool) -> None:
-        self.loop, self._has_bank = loop, has_bank
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
         self._images: list[Trajectory] = []
         self._last: tuple[tuple[Trajectory, bool], ...] = ()
         self._told: tuple[Any, ...] = ()
@@ -58,14 +57,17 @@ class DevicePool:
         """No image of the pool has steps left."""
         return all(image.has_ended for image in self._images)
 
-    def step(self, batch: Batch, inputs: Arrays, sides: Sequence[SideCall]) -> None:
-        """One step of the batch's images."""
+    def step(
+        self, batch: Batch, inputs: Arrays, sides: Sequence[SideCall], call: NetworkCall | None, *, has_bank: bool
+    ) -> None:
+        """One step of the batch's images. has_bank: the network takes LoRA slots."""
         key = tuple((row.trajectory, row.is_cond) for row in batch.rows)
         if key != self._last:
             self._told, self._last = self._tell(batch), key
-        places, sources, owners, adapter = self._told
+        places, sources, owners, slots = self._told
+        adapter = {"adapter": slots} if has_bank else {}
         noise = {self._place(image): z for image in batch.trajectories if (z := image.draw()) is not None}
-        self.loop.step(places, sources, owners, {**inputs, **adapter}, noise, sides)
+        self.loop.step(places, sources, owners, {**inputs, **adapter}, noise, sides, call)
 
     def read(self, image: Trajectory) -> None:
         """Bring an image's state to the host."""
@@ -81,10 +83,8 @@ class DevicePool:
                 sources[i, 0 if batch.rows[r].is_cond else 1] = r
         places = np.array([self._place(image) for image in batch.trajectories], np.int32)
         counts = [span.stop - span.start for span in batch.spans]
-        adapter: Mapping[str, NDArray[np.int64]] = {}
-        if self._has_bank:
-            adapter = {"adapter": np.array([row.trajectory.job.bank_slot for row in batch.rows], np.int64)}
-        return places, sources, np.repeat(places, counts), adapter
+        slots = np.array([row.trajectory.job.bank_slot for row in batch.rows], np.int64)
+        return places, sources, np.repeat(places, counts), slots
 
     def _place(self, image: Trajectory) -> int:
         return self._images.index(image)

@@ -92,6 +92,7 @@ class Trajectory:
         self.guide = leg.guider.start()
         self.preview: Future[Any] | None = None  # the last one asked for
         self._kept: dict[str, tuple[list[bool], Float32]] = {}
+        self.kept_roles: dict[str, list[bool]] = {}  # in a loop, which holds what is kept of these rows
         self._means: dict[str, Float32] = {}
         self._drawn = -1  # the evaluation that the noise in `state` is for
         self.state = np.zeros((self.table.shape[1], start.x.size), np.float32)

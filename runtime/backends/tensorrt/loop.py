@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from stepforge.runtime.backends import Arrays, SideCall, StepTable, running
+from stepforge.runtime.backends import Arrays, NetworkCall, SideCall, StepTable, running
 from stepforge.runtime.backends.tensorrt.cuda import Memory
 from stepforge.runtime.backends.tensorrt.execution import MOST_SHAPES, Call, Runner, Shape, TensorRtGraph, bucket_of
 from stepforge.runtime.backends.tensorrt.step import NUM_P, NUM_X
@@ -33,6 +33,7 @@ class TensorRtDenoiser(TensorRtGraph):
     """A denoiser whose whole steps run on the device. parts: the step's own plans, by name."""
 
     rings = NUM_X, NUM_P
+    shares_loops = False
     parts: Mapping[str, Runner]  # see step.py
 
     def loop(self, shape: tuple[int, int, int]) -> TensorRtLoop:
@@ -138,7 +139,9 @@ class TensorRtLoop:
         inputs: Arrays,
         noise: Mapping[int, NDArray[np.float32]],
         sides: Sequence[SideCall] = (),
+        call: NetworkCall | None = None,
     ) -> None:
+        assert call is None, "a loop of TensorRT runs one network"
         denoiser = self._denoiser
         with running(self._name, denoiser.component), self._worker.lock:
             self._device.synchronize()  # pinned memory of the step before is free

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepforge.kernels import ops as kernels
-from stepforge.runtime.backends import Arrays, SideCall, StepTable
+from stepforge.runtime.backends import Arrays, NetworkCall, SideCall, StepTable
 from stepforge.runtime.backends.torch.program import Program
 from stepforge.runtime.backends.torch.wide import prepared
 
@@ -27,6 +27,8 @@ Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 Once = tuple[Function, Sequence[str]]  # what may be kept while these inputs do not change
 RINGS = (3, 5)  # the longest windows of all samplers; shorter ones leave coefficients at 0
 PLACES, STEPS = 8, 64  # initial capacity, doubled on demand
+EMPTY, SPARE, FIRST = 0, 1, 2  # rows of kept activations: zeros, what nobody reads, those of the first place
+KEEP, READ, OTHER = "keep", "read", "mean of this and"
 
 
 class Network(Protocol):
@@ -72,7 +74,9 @@ class TorchLoop:
         self._places, self._steps = PLACES, STEPS
         self._tensors: dict[str, Tensor] = {}
         self._strengths: dict[int, NDArray[np.float32]] = {}  # by place, of the steps to come
-        self._strength = np.zeros((0, 1, 1), np.float32)  # of the last call's rows: equal ones need not cross again
+        self._steady: dict[str, NDArray[Any]] = {}  # inputs of the last call by name: equal ones need not cross again
+        self._kept: dict[str, Tensor] = {}  # activations by name, [FIRST + 2·places, ...]: two rows an image
+        self._kept_places = 0
         self._allocate()
 
     @torch.inference_mode()
@@ -129,23 +133,26 @@ class TorchLoop:
         inputs: Arrays,
         noise: Mapping[int, NDArray[np.float32]],
         sides: Sequence[SideCall] = (),
+        call: NetworkCall | None = None,
     ) -> None:
         if "adapter" in inputs:
             strength = np.array([self._strengths[int(owner)][0] for owner in owners], np.float32).reshape(-1, 1, 1)
-            if not np.array_equal(strength, self._strength):
-                self._strength = strength
-            inputs = {**inputs, "adapter_strength": self._strength}
-        which, inputs = prepared(self._networks, inputs)
+            inputs = {**inputs, "adapter_strength": self._same("adapter_strength", strength)}
+        networks = self._networks if call is None else cast(Any, call.graph).networks
+        which, inputs = prepared(networks, inputs)
         for place, values in noise.items():
             z = torch.from_numpy(values)
             # from other memory the copy would wait for the steps before it
             z = z.pin_memory() if self._device.type == "cuda" else z
             self._tensors["z"][place].copy_(z, non_blocking=True)
         given = {**inputs, "places": places, "sources": sources, "owners": owners}
-        starter, spare = self._starter(which, sides), self._places
+        kept = self._kept_rows(owners, call) if call is not None else {}
+        starter, spare = self._starter(networks[which], sides, call, tuple(kept)), self._places
         rows = starter.bucket(len(owners))
         pads = {name: (rows, 0) for name, array in inputs.items() if len(array) == len(owners)}
         pads |= {"places": (rows, spare), "sources": (rows, 0), "owners": (rows, spare)}
+        given |= kept
+        pads |= {name: (rows, SPARE if name.startswith(KEEP) else EMPTY) for name in kept}
         for at, side in enumerate(sides):
             own = {f"{at}.{name}": array for name, array in side.inputs.items()}
             pads |= {name: (starter.bucket(len(side.rows)), 0) for name in own}
@@ -157,12 +164,45 @@ class TorchLoop:
         for place in places.tolist():
             self._strengths[place] = self._strengths[place][1:]
 
-    def _starter(self, which: int, sides: Sequence[SideCall]) -> Starter:
-        key = which, *(side.component for side in sides)
+    def _same(self, name: str, value: NDArray[Any]) -> NDArray[Any]:
+        """The array of the last call, if this one is equal."""
+        if name not in self._steady or not np.array_equal(self._steady[name], value):
+            self._steady[name] = value
+        return self._steady[name]
+
+    def _kept_rows(self, owners: NDArray[np.int32], call: NetworkCall) -> dict[str, NDArray[np.int32]]:
+        """Rows of the kept activations that a call's rows write and read; two of each to read where some take a mean."""
+        first = FIRST + 2 * owners
+        found: dict[str, NDArray[np.int32]] = {}
+        for kept in call.keep:
+            self._make_room(int(owners[kept.rows].max()))
+            found[f"{KEEP} {kept.names}"] = np.where(kept.rows, first + call.roles, SPARE).astype(np.int32)
+        for kept in call.read:
+            found[f"{READ} {kept.names}"] = np.where(kept.rows, first, first + call.roles).astype(np.int32)
+            if kept.rows.any():
+                found[f"{OTHER} {kept.names}"] = np.where(kept.rows, first + 1, first + call.roles).astype(np.int32)
+        return {name: self._same(name, value) for name, value in found.items()}
+
+    def _make_room(self, place: int) -> None:
+        """Room for what is kept of the images up to this place. What was recorded before is void."""
+        if place < self._kept_places:
+            return
+        self._kept_places = max(place + 1, 2 * self._kept_places)
+        if self._kept:
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()  # recordings that go may still be running
+            for name, old in self._kept.items():
+                self._kept[name] = old.new_zeros(FIRST + 2 * self._kept_places, *old.shape[1:])
+                self._kept[name][: len(old)] = old
+            self._starters = {}
+
+    def _starter(
+        self, network: Network, sides: Sequence[SideCall], call: NetworkCall | None, kept: tuple[str, ...]
+    ) -> Starter:
+        key = id(network), *(side.component for side in sides), kept
         if key not in self._starters:
             nets = [cast(Any, side.graph).networks[0] for side in sides]
-            network = self._networks[which]
-            function = self._function(network, nets)
+            function = self._function(network, nets, call)
             changes = [self._tensors[name] for name in ("step", "state", "sample")]
             self._starters[key] = self._caller(function, changes=changes, once=(network.once, network.once_inputs))
         return self._starters[key]
@@ -172,9 +212,11 @@ class TorchLoop:
         found: NDArray[np.float32] = self._tensors["state"][place].cpu().numpy()
         return found
 
-    def _function(self, network: Network, nets: Sequence[Network]) -> Function:
+    def _function(self, network: Network, nets: Sequence[Network], call: NetworkCall | None) -> Function:
         """The step with the present tensors."""
         tensors, steps = self._tensors, self._steps
+        keep = [kept.names for kept in call.keep] if call is not None else []
+        read = [kept.names for kept in call.read] if call is not None else []
 
         def step(told: dict[str, Tensor]) -> dict[str, Tensor]:
             given = dict(told)
@@ -182,15 +224,31 @@ class TorchLoop:
             at = owners * (steps + 1) + tensors["step"].index_select(0, owners).clamp_(0, steps)
             given["sample"] = tensors["sample"].index_select(0, owners).view(-1, *self._shape)
             given["timestep"] = tensors["t"].view(-1).index_select(0, at)
-            prediction = network({**given, **_residuals(nets, given)})["prediction"]
+            for names in read:
+                rows, others = given.pop(f"{READ} {names}"), given.pop(f"{OTHER} {names}", None)
+                given |= {name: self._recalled(name, rows, others) for name in names}
+            found = network({**given, **_residuals(nets, given)})
+            for names in keep:
+                for name in names:
+                    self._keep(name, given[f"{KEEP} {names}"], found[name])
             kernels.guide_update(
-                prediction.reshape(len(owners), -1).contiguous(), tensors["guidance"], tensors["table"],
+                found["prediction"].reshape(len(owners), -1).contiguous(), tensors["guidance"], tensors["table"],
                 tensors["scale_in"], tensors["step"], tensors["state"], tensors["z"], tensors["sample"], places, sources,
                 num_x=RINGS[0], exact=self._exact,
             )  # fmt: skip
             return {}
 
         return step
+
+    def _keep(self, name: str, rows: Tensor, values: Tensor) -> None:
+        if name not in self._kept:  # in the warm-up, not while it is recorded
+            self._kept[name] = values.new_zeros(FIRST + 2 * self._kept_places, *values.shape[1:])
+        self._kept[name].index_copy_(0, rows.long(), values)
+
+    def _recalled(self, name: str, rows: Tensor, others: Tensor | None) -> Tensor:
+        """What was kept in these rows, or the mean of it and of what was in others."""
+        own = self._kept[name].index_select(0, rows)
+        return own if others is None else torch.lerp(own, self._kept[name].index_select(0, others), 0.5)
 
 
 def _residuals(nets: Sequence[Network], given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def close(a, b):
 
 def on_host(monkeypatch):
     """Engines made after this run no loops."""
-    monkeypatch.setattr("stepforge.runtime.engine.denoise.can_run_on_device", lambda job, rings: False)
+    monkeypatch.setattr("stepforge.runtime.engine.denoise.can_run_on_device", lambda plan, rings, shared: False)
 
 
 class Counted(torch_loop.TorchLoop):
@@ -47,9 +47,9 @@ class Counted(torch_loop.TorchLoop):
         self.log.append(("put", place))
         super().put(place, state, steps)
 
-    def step(self, places, sources, owners, inputs, noise, sides=()):
+    def step(self, places, sources, owners, inputs, noise, sides=(), call=None):
         self.log.append(("step", tuple(places), len(owners), tuple(sorted(noise))))
-        super().step(places, sources, owners, inputs, noise, sides)
+        super().step(places, sources, owners, inputs, noise, sides, call)
 
     def get(self, place):
         self.log.append(("get", place))
@@ -151,6 +151,37 @@ def test_controlnets_in_a_loop(tiny_sd1_control_bundle, monkeypatch, counted):
         assert a.stats.rows == b.stats.rows
     plain = found[0][2].latents
     assert not any(close(found[0][i].latents, plain) for i in (0, 1, 3, 4))
+
+
+REUSING = [
+    Request(**{**ASK, "steps": 8}, sampler="ddim", reuse="deepcache(3)", seed=1),
+    Request(**{**ASK, "steps": 8, "guidance": "5@0-0.5,1@0.5-1"}, sampler="dpmpp_2m", reuse="tgate(0.4)", seed=2),
+    Request(
+        **{**ASK, "steps": 9, "guidance": "5@0-0.3,1@0.3-1"}, sampler="euler_a", reuse="deepcache(2)+tgate(0.5)", seed=3
+    ),
+    Request(**{**ASK, "steps": 7}, seed=4),
+    Request(**{**ASK, "steps": 6, "guidance": 1.0}, reuse="tgate(0.5)", seed=5),
+]
+
+
+@pytest.fixture(scope="module")
+def reusing(tiny_sd1_control_bundle):
+    """Results of `REUSING` in one batch, without a loop."""
+    with pytest.MonkeyPatch.context() as patch:
+        on_host(patch)
+        with load(tiny_sd1_control_bundle, backend="torch-exact", precision="fp32") as engine:
+            return engine.generate(REUSING)
+
+
+@TIERS
+def test_what_is_kept_stays_in_the_loop(tiny_sd1_control_bundle, backend, reusing, counted, monkeypatch):
+    """DeepCache, T-GATE, both, the mean of two rows where guidance ends, and none, in one batch; room for them grows."""
+    with load(tiny_sd1_control_bundle, backend=backend, precision="fp32") as engine:
+        results = engine.generate(REUSING)
+    assert sum(entry[0] == "put" for entry in counted) == len(REUSING)
+    for a, b in zip(results, reusing, strict=True):
+        assert close(a.latents, b.latents), a.request
+        assert a.stats.rows == b.stats.rows
 
 
 def test_sdxl(tiny_sdxl_bundle, monkeypatch):
@@ -264,7 +295,7 @@ def test_a_nan_harms_only_its_request(tiny_sd1_bundle, monkeypatch):
         ({"guider": "cfg+rescale(0.7)"}, False),
         ({"guider": "cfg+adaptive"}, False),
         ({"controls": 1.0}, True),
-        ({"reuse": "deepcache(2)"}, False),
+        ({"reuse": "deepcache(2)"}, True),
     ],
 )
 def test_which_requests_run_there(tiny_sd1_control_bundle, counted, values, expected):
@@ -379,6 +410,16 @@ def test_recordings_hold_whole_steps(tiny_sd1_bundle, host, recorded):
         again = engine.generate(VARIED[:2])
     assert 0 < made < sum(result.stats.calls for result in results)
     for a, b in zip([*results, *again], [*host, *host[:2]], strict=True):
+        assert close(a.latents, b.latents)
+
+
+@pytest.mark.slow
+def test_recordings_keep_activations(tiny_sd1_control_bundle, reusing, recorded):
+    """One recording a variant and packed shape; room that grows voids those before."""
+    with load(tiny_sd1_control_bundle, backend="torch", precision="fp32") as engine:
+        results = [*engine.generate(REUSING[:2]), *engine.generate(REUSING[2:])]
+    assert 0 < recorded.count("step") < sum(result.stats.calls for result in results)
+    for a, b in zip(results, reusing, strict=True):
         assert close(a.latents, b.latents)
 
 

@@ -349,9 +349,10 @@ def test_text_encoder_is_stored_once_and_missing_experts_are_refused(
 
 
 @pytest.mark.slow
-def test_neighbours_with_other_experts_change_nothing(opened):
-    """Rows of two denoisers never share a call; each request is what it is alone."""
-    engine = opened("onnxruntime")
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_neighbours_with_other_experts_change_nothing(opened, backend):
+    """Rows of two denoisers never share a call; each request is what it is alone. With torch in one loop."""
+    engine = opened(backend)
     requests = [
         Request(prompt=PROMPT, steps=5, seed=i, experts=experts, guidance=2.0)
         for i, experts in enumerate((None, "base", "refiner@0.4..1", "refiner@sigma=0..2"))
@@ -361,6 +362,7 @@ def test_neighbours_with_other_experts_change_nothing(opened):
         alone = engine.generate(request)
         assert np.abs(alone.latents[0] - result.latents[0]).max() < 1e-4
         assert {"unet", "refiner"} & set(alone.stats.rows) == {step.denoiser for step in engine.plan(request).steps}
+    assert len(engine._worker.denoisers._pools) == (backend == "torch")
 
 
 def test_plans_for_tensorrt_know_the_shapes_of_every_network(refined):

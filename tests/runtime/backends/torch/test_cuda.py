@@ -155,7 +155,7 @@ def test_whole_steps_are_those_of_the_host(tiny_sd1_banks, name, precision, monk
     for _ in range(2):
         with load(tiny_sd1_banks, backend=name, precision=precision) as engine:
             found.append([result.latents for result in engine.generate(requests)])
-        monkeypatch.setattr("stepforge.runtime.engine.denoise.can_run_on_device", lambda job, rings: False)
+        monkeypatch.setattr("stepforge.runtime.engine.denoise.can_run_on_device", lambda plan, rings, shared: False)
     for a, b in zip(*found, strict=True):
         assert np.linalg.norm(a - b) <= LIMITS[precision] * np.linalg.norm(b)
 
