@@ -19,6 +19,7 @@ from stepforge.runtime.bundle import INT8, Bundle, ComponentId, Role
 from stepforge.runtime.checks import whole
 from stepforge.runtime.errors import BackendError, RequestError
 from stepforge.runtime.files import printable
+from stepforge.runtime.plan.guiders import Guider
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +80,13 @@ class StepTable:
 
     t: NDArray[np.float32]  # [K]
     scale_in: NDArray[np.float32]  # [K + 1]; the last is not used
-    guidance: NDArray[np.float32]  # [K, 2]: weights of the conditional and the unconditional prediction; 0: no such row
+    guidance: NDArray[np.float32]  # [K, 2]: weights of the conditional and the unconditional prediction; 0: of no use
     table: NDArray[np.float32]  # [K, latents + predictions + 1]: keep, gain and noise
     adapter_strength: NDArray[np.float32]  # [K]
+    guider: Guider
+    denoised: NDArray[
+        np.float64
+    ]  # [K, 2]: `Step.denoised`, for guiders that look at the clean image; 0 where it has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +141,7 @@ class Loop(Protocol):
         """One step of the images at places [n]; may return before it is done.
 
         sources: rows of the network's call, [n, 2], as in `StepTable.guidance`. owners: the place of each row, [R]. call: the
-        network; None is the loop's own, as loops of graphs that do not share theirs have it.
+        network; None is the loop's own.
         inputs: what else the network reads; arrays that come again are taken as unchanged. noise: fresh noise by place,
         where the step wants some. If it raises, no image has moved.
         """
@@ -152,7 +157,7 @@ class LoopingGraph(Graph, Protocol):
     """A denoiser whose backend can run whole steps."""
 
     rings: tuple[int, int]  # latents and predictions that an image's state holds in its loops
-    shares_loops: bool  # whether its loops run other denoisers of the backend, too
+    runs_plans: bool  # whether its loops also run the backend's other denoisers, and guiders
 
     def loop(self, shape: tuple[int, int, int]) -> Loop:
         """An empty loop for latents [C, h, w]."""

@@ -74,7 +74,7 @@ class Denoisers:
         ends = {tensor.shape[1:2] for tensor in tensors if tensor.name in ("sample", "prediction")}
         if not isinstance(graph, LoopingGraph) or len(ends) > 1:  # loops know latents in and latents out
             return None
-        return graph.rings if can_run_on_device(leg.plan, graph.rings, shared=graph.shares_loops) else None
+        return graph.rings if can_run_on_device(leg.plan, graph.rings, all_plans=graph.runs_plans) else None
 
     def step(self, batch: Batch) -> None:
         """One whole step of the batch's images in their loop."""
@@ -83,7 +83,7 @@ class Denoisers:
         uses = self.controls.uses(batch) if zeros else []
         inputs = {**self._context(batch.rows), **zeros}
         sides = self.controls.calls(uses, network.variant)
-        call = self._network_call(batch) if self._shares(network) else None
+        call = self._network_call(batch) if self._runs_plans(network) else None
         has_bank = self._adapters.banks(network) is not None
         self._pool(batch.trajectories[0]).step(batch, inputs, sides, call, has_bank=has_bank)
         _count(uses, batch.rows, network.variant)
@@ -117,7 +117,7 @@ class Denoisers:
     def _pool(self, trajectory: Trajectory) -> DevicePool:
         leg = trajectory.leg
         network = ComponentId("denoiser", leg.plan.steps[0].denoiser, stage=leg.stage)
-        key = leg.stage, "" if self._shares(network) else network.name, trajectory.shape
+        key = leg.stage, "" if self._runs_plans(network) else network.name, trajectory.shape
         if key not in self._pools:
             graph = self._open(network)
             assert isinstance(graph, LoopingGraph)
@@ -128,9 +128,9 @@ class Denoisers:
         self._pools.move_to_end(key)
         return self._pools[key]
 
-    def _shares(self, network: ComponentId) -> bool:
+    def _runs_plans(self, network: ComponentId) -> bool:
         graph = self._open(network)
-        return isinstance(graph, LoopingGraph) and graph.shares_loops
+        return isinstance(graph, LoopingGraph) and graph.runs_plans
 
     def _open(self, network: ComponentId) -> Graph:
         if network not in self._graphs:

@@ -14,12 +14,17 @@ from stepforge.runtime.plan import Plan
 from stepforge.runtime.plan.guiders import Guider
 
 
-def can_run_on_device(plan: Plan, rings: tuple[int, int], *, shared: bool = False) -> bool:
-    """Whether a plan is a table and nothing else: linear guidance of one network, or of several where loops are shared."""
+def can_run_on_device(plan: Plan, rings: tuple[int, int], *, all_plans: bool = False) -> bool:
+    """Whether a plan is a table and nothing else: plain guidance of one network. all_plans: or of several, with any guider but
+    an adaptive one, which decides by what it sees which rows run."""
     steps = plan.steps
-    return (
+    plain = (
         plan.guider == Guider()
-        and (shared or (len({step.denoiser for step in steps}) == 1 and not any(step.reuse for step in steps)))
+        and len({step.denoiser for step in steps}) == 1
+        and not any(step.reuse for step in steps)
+    )
+    return (
+        (plain or (all_plans and plan.guider.adaptive is None))
         and not any(step.threshold or step.variance for step in steps)
         and max(len(step.keep) for step in steps) <= rings[0]
         and max(len(step.gain) for step in steps) <= rings[1]
@@ -27,7 +32,7 @@ def can_run_on_device(plan: Plan, rings: tuple[int, int], *, shared: bool = Fals
 
 
 def step_table(trajectory: Trajectory) -> StepTable:
-    steps = trajectory.leg.plan.steps
+    steps, guider = trajectory.leg.plan.steps, trajectory.leg.guider
     adapters = trajectory.job.adapters
     strength = 0.0 if adapters is None else adapters.strength
 
@@ -37,9 +42,13 @@ def step_table(trajectory: Trajectory) -> StepTable:
     return StepTable(
         t=column([step.t for step in steps]),
         scale_in=column([*(step.scale_in for step in steps), 1.0]),
-        guidance=column([(step.guidance, 1.0 - step.guidance) for step in steps]),
+        guidance=column([(0, 0) if guider.is_zeroed(step) else (step.guidance, 1.0 - step.guidance) for step in steps]),
         table=trajectory.table,
         adapter_strength=column([strength * step.adapters for step in steps]),
+        guider=guider,
+        denoised=np.array(
+            [step.denoised if np.isfinite(step.denoised).all() else (0, 0) for step in steps], np.float64
+        ),
     )
 
 

@@ -33,7 +33,7 @@ class TensorRtDenoiser(TensorRtGraph):
     """A denoiser whose whole steps run on the device. parts: the step's own plans, by name."""
 
     rings = NUM_X, NUM_P
-    shares_loops = False
+    runs_plans = False
     parts: Mapping[str, Runner]  # see step.py
 
     def loop(self, shape: tuple[int, int, int]) -> TensorRtLoop:

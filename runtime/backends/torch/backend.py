@@ -245,7 +245,7 @@ class TorchGraph:
     more adapters than these hold (the exact tier has one with banks, and PEFT's operators in it)."""
 
     rings = RINGS
-    shares_loops = True
+    runs_plans = True
 
     def __init__(
         self,

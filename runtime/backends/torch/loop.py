@@ -20,6 +20,7 @@ from torch import Tensor
 
 from stepforge.kernels import ops as kernels
 from stepforge.runtime.backends import Arrays, NetworkCall, SideCall, StepTable
+from stepforge.runtime.backends.torch import guide
 from stepforge.runtime.backends.torch.program import Program
 from stepforge.runtime.backends.torch.wide import prepared
 
@@ -74,6 +75,7 @@ class TorchLoop:
         self._places, self._steps = PLACES, STEPS
         self._tensors: dict[str, Tensor] = {}
         self._strengths: dict[int, NDArray[np.float32]] = {}  # by place, of the steps to come
+        self._parts: dict[int, frozenset[str]] = {}  # of guiders, by place
         self._steady: dict[str, NDArray[Any]] = {}  # inputs of the last call by name: equal ones need not cross again
         self._kept: dict[str, Tensor] = {}  # activations by name, [FIRST + 2·places, ...]: two rows an image
         self._kept_places = 0
@@ -89,6 +91,10 @@ class TorchLoop:
             "guidance": (places + 1, steps, 2),
             "table": (places + 1, steps, window + 1),
             "scale_in": (places + 1, steps + 1),
+            "denoised": (places + 1, steps, 2),
+            "guider": (places + 1, len(guide.NUMBERS)),
+            "change": (places + 1, size),  # APG's
+            "taken": (places + 1, steps, 2),  # weights of predictions that are guided already
             "step": (places + 1,),
             "state": (places + 1, window, size),
             "z": (places + 1, size),
@@ -97,14 +103,16 @@ class TorchLoop:
         if self._tensors and self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # recordings that go may still be running
         old = self._tensors
+        kinds = {"step": torch.int32, "denoised": torch.float64}
         self._tensors = {
-            name: torch.zeros(shape, dtype=torch.int32 if name == "step" else torch.float32, device=self._device)
+            name: torch.zeros(shape, dtype=kinds.get(name, torch.float32), device=self._device)
             for name, shape in shapes.items()
         }
         for name, tensor in old.items():
             self._tensors[name][tuple(slice(length) for length in tensor.shape)] = tensor
         self._tensors["step"][places] = steps
         self._tensors["sample"][places] = 0.0
+        self._tensors["taken"][..., 0] = 1.0
         self._starters: dict[tuple[Any, ...], Starter] = {}
 
     @torch.inference_mode()
@@ -117,7 +125,10 @@ class TorchLoop:
                 self._steps *= 2
             self._allocate()
         self._strengths[place] = steps.adapter_strength
-        for name in ("t", "guidance", "table", "scale_in"):
+        self._parts[place] = guide.parts(steps.guider)
+        self._tensors["guider"][place] = torch.tensor(guide.numbers(steps.guider)).to(self._device)
+        self._tensors["change"][place] = 0.0
+        for name in ("t", "guidance", "table", "scale_in", "denoised"):
             values = torch.from_numpy(getattr(steps, name))
             self._tensors[name][place, : len(values)] = values.to(self._device)
         self._tensors["state"][place] = torch.from_numpy(state).to(self._device)
@@ -147,7 +158,8 @@ class TorchLoop:
             self._tensors["z"][place].copy_(z, non_blocking=True)
         given = {**inputs, "places": places, "sources": sources, "owners": owners}
         kept = self._kept_rows(owners, call) if call is not None else {}
-        starter, spare = self._starter(networks[which], sides, call, tuple(kept)), self._places
+        asked = frozenset[str]().union(*(self._parts[place] for place in places.tolist()))
+        starter, spare = self._starter(networks[which], sides, call, tuple(kept), asked), self._places
         rows = starter.bucket(len(owners))
         pads = {name: (rows, 0) for name, array in inputs.items() if len(array) == len(owners)}
         pads |= {"places": (rows, spare), "sources": (rows, 0), "owners": (rows, spare)}
@@ -197,13 +209,18 @@ class TorchLoop:
             self._starters = {}
 
     def _starter(
-        self, network: Network, sides: Sequence[SideCall], call: NetworkCall | None, kept: tuple[str, ...]
+        self,
+        network: Network,
+        sides: Sequence[SideCall],
+        call: NetworkCall | None,
+        kept: tuple[str, ...],
+        asked: frozenset[str],
     ) -> Starter:
-        key = id(network), *(side.component for side in sides), kept
+        key = id(network), *(side.component for side in sides), kept, asked
         if key not in self._starters:
             nets = [cast(Any, side.graph).networks[0] for side in sides]
-            function = self._function(network, nets, call)
-            changes = [self._tensors[name] for name in ("step", "state", "sample")]
+            function = self._function(network, nets, call, asked)
+            changes = [self._tensors[name] for name in ("step", "state", "sample", "change")]
             self._starters[key] = self._caller(function, changes=changes, once=(network.once, network.once_inputs))
         return self._starters[key]
 
@@ -212,8 +229,10 @@ class TorchLoop:
         found: NDArray[np.float32] = self._tensors["state"][place].cpu().numpy()
         return found
 
-    def _function(self, network: Network, nets: Sequence[Network], call: NetworkCall | None) -> Function:
-        """The step with the present tensors."""
+    def _function(
+        self, network: Network, nets: Sequence[Network], call: NetworkCall | None, asked: frozenset[str]
+    ) -> Function:
+        """The step with the present tensors. asked: parts of guiders."""
         tensors, steps = self._tensors, self._steps
         keep = [kept.names for kept in call.keep] if call is not None else []
         read = [kept.names for kept in call.read] if call is not None else []
@@ -231,14 +250,29 @@ class TorchLoop:
             for names in keep:
                 for name in names:
                     self._keep(name, given[f"{KEEP} {names}"], found[name])
+            prediction, weights = found["prediction"].reshape(len(owners), -1).contiguous(), tensors["guidance"]
+            if asked:
+                prediction, weights = self._guided(asked, prediction, places, sources), tensors["taken"]
+                sources = torch.arange(len(places), dtype=torch.int32, device=self._device)[:, None].repeat(1, 2)
             kernels.guide_update(
-                found["prediction"].reshape(len(owners), -1).contiguous(), tensors["guidance"], tensors["table"],
-                tensors["scale_in"], tensors["step"], tensors["state"], tensors["z"], tensors["sample"], places, sources,
-                num_x=RINGS[0], exact=self._exact,
+                prediction, weights, tensors["table"], tensors["scale_in"], tensors["step"], tensors["state"], tensors["z"],
+                tensors["sample"], places, sources, num_x=RINGS[0], exact=self._exact,
             )  # fmt: skip
             return {}
 
         return step
+
+    def _guided(self, asked: frozenset[str], prediction: Tensor, places: Tensor, sources: Tensor) -> Tensor:
+        """The guided prediction of each place, [n, E] in fp32."""
+        tensors, at = self._tensors, places.long()
+        k = tensors["step"].index_select(0, places).clamp(max=self._steps - 1).long()
+        own, x = tensors["guider"].index_select(0, places), tensors["state"][at, k % RINGS[0]]
+        p, change = guide.guided(
+            asked, prediction, sources, tensors["guidance"][at, k], own, x, tensors["denoised"][at, k],
+            tensors["change"].index_select(0, places),
+        )  # fmt: skip
+        tensors["change"].index_copy_(0, at, change)
+        return p
 
     def _keep(self, name: str, rows: Tensor, values: Tensor) -> None:
         if name not in self._kept:  # in the warm-up, not while it is recorded

@@ -18,6 +18,7 @@ from stepforge.runtime.backends.torch import backend
 from stepforge.runtime.backends.torch import cuda as torch_cuda
 from stepforge.runtime.backends.torch.cuda import Recorder
 from stepforge.runtime.bundle import UNET, read
+from stepforge.runtime.plan.guiders import Guider
 
 on_gpu = [
     pytest.mark.gpu,
@@ -155,7 +156,7 @@ def test_whole_steps_are_those_of_the_host(tiny_sd1_banks, name, precision, monk
     for _ in range(2):
         with load(tiny_sd1_banks, backend=name, precision=precision) as engine:
             found.append([result.latents for result in engine.generate(requests)])
-        monkeypatch.setattr("stepforge.runtime.engine.denoise.can_run_on_device", lambda plan, rings, shared: False)
+        monkeypatch.setattr("stepforge.runtime.engine.denoise.can_run_on_device", lambda plan, rings, all_plans: False)
     for a, b in zip(*found, strict=True):
         assert np.linalg.norm(a - b) <= LIMITS[precision] * np.linalg.norm(b)
 
@@ -168,7 +169,7 @@ def test_a_whole_step_waits_for_nothing(tiny_sd1_banks, name):
     loop = opened.open(UNET, filled(bundle, opened)).loop((4, 16, 16))
     steps = StepTable(
         np.linspace(999, 1, 9, dtype=np.float32), np.ones(10, np.float32), np.tile(np.float32([3, -2]), (9, 1)),
-        np.full((9, 9), 0.1, np.float32), np.ones(9, np.float32),
+        np.full((9, 9), 0.1, np.float32), np.ones(9, np.float32), Guider(), np.zeros((9, 2)),
     )  # fmt: skip
     loop.put(0, np.ones((8, 4 * 16 * 16), np.float32), steps)
     told = (np.int32([0]), np.int32([[0, 1]]), np.int32([0, 0]))
