@@ -160,8 +160,20 @@ def network(
     return found, faults
 
 
+def ratios(steps: dict[tuple[str, int], float]) -> dict[str, float]:
+    """Steps with adapters over those without, and SD 1.5's image of 20 steps with its decoder, ms; replays, or predicted."""
+    found = {
+        f"{name}, {rows} rows, over the step without": time / steps[name.partition("_")[0], rows]
+        for (name, rows), time in steps.items()
+        if "_" in name and (name.partition("_")[0], rows) in steps
+    }
+    if ("sd15", 2) in steps and ("sd15_decoder", 1) in steps:
+        found["20 steps of 2 rows and the decoder, ms"] = 20 * steps["sd15", 2] + steps["sd15_decoder", 1]
+    return found
+
+
 def model(graphs: list[Path], rows: list[int], out: Path | None) -> int:
-    """Print the tables; on a CUDA GPU with what it measured, on weights drawn there."""
+    """Print the tables and ratios; on a CUDA GPU with what it measured, on weights drawn there."""
     import network_model
     import torch
     from harness import machine
@@ -175,22 +187,31 @@ def model(graphs: list[Path], rows: list[int], out: Path | None) -> int:
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "tables": {},
     }
+    steps: dict[tuple[str, int], float] = {}
     for graph in graphs or sorted(network_model.SHAPES.glob("*.onnx.xz")):
         with network_model.with_holes(graph) as path, torch.inference_mode():
             network = network_model.cuda_network(path)
-            calls = {count: network_model.given(network.program, count) for count in rows}
+            own = [1] if "latents" in network.program.inputs else rows
+            calls = {count: network_model.given(network.program, count) for count in own}
             works = {count: network_model.works(network, given) for count, given in calls.items()}
             network = network_model.drawn(network, "cuda") if on_gpu else network
         for count, found in works.items():
-            measured = None
+            measured = replay = None
             if on_gpu:
                 with torch.inference_mode():
-                    measured = network_model.measure(network, network_model.numbers(calls[count], "cuda"))
-            size = "x".join(map(str, calls[count]["sample"].shape[2:]))
+                    values = network_model.numbers(calls[count], "cuda")
+                    measured = network_model.measure(network, values)
+                    replay = network_model.replayed(network, values)
+            latents = next(calls[count][name] for name in ("sample", "latents") if name in calls[count])
+            size = "x".join(map(str, latents.shape[2:]))
             print(f"\n{graph.name.partition('.')[0]}, {count} rows, fp16, latents {size}: {network_model.WHAT}")
             print("\n".join(network_model.table(found, gpus, measured)), flush=True)
+            predicted = 1e3 * sum(work.seconds(gpus["H100"]) for work in found)
+            steps[graph.name.partition(".")[0], count] = predicted if replay is None else replay[1]
+            if replay is not None:
+                print(f"recorded and replayed: {replay} ms, quartiles")
             report["tables"][f"{graph.name} {count}"] = {
-                "measured ms": measured,
+                "measured ms": measured, "replay ms": replay,
                 "kinds": {
                     kind: {
                         "launches": sum(w.launches for w in own), "flops": sum(w.flops for w in own),
@@ -200,6 +221,8 @@ def model(graphs: list[Path], rows: list[int], out: Path | None) -> int:
                     for kind, own in network_model.by_kind(found).items()
                 },
             }  # fmt: skip
+    report["ratios"] = ratios(steps)
+    print("\n".join(f"{name}: {value:.3f}" for name, value in report["ratios"].items()))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")

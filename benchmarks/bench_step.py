@@ -178,7 +178,7 @@ def peer(rows: int, compiled: bool, report: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=Path, nargs="?", help="left out, the peers alone")
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 16])
     parser.add_argument("--side", type=int, default=0, help="of the latents")
     parser.add_argument("--precision", nargs="+", default=["fp16"])
@@ -192,7 +192,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("cannot run: there is no CUDA GPU", file=sys.stderr)
         return 2
-    if args.fill:
+    if args.fill and args.bundle is not None:
         fill(args.bundle)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     report: dict[str, Any] = {
@@ -200,7 +200,7 @@ def main() -> int:
         "command": " ".join(sys.argv), "unit": "ms: lower quartile, median, upper quartile of 30",
     }  # fmt: skip
     results: dict[int, np.ndarray] = {}
-    for precision in args.precision:
+    for precision in args.precision if args.bundle is not None else ():
         for rows in args.rows:
             results[rows] = ours(args, "torch", precision, rows, report)
         if args.errors:

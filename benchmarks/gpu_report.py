@@ -3,9 +3,11 @@
     machine    what the kernels need (check_gpu.py)
     compile    every program of the benchmark, in parallel processes, into Triton's cache
     kernels    every family: error bounds, repeats, times beside peers and prediction, constants that fit (bench_kernels.py)
-    network    SD1.5's and SDXL's shape: milliseconds by kind beside the prediction, on weights drawn there (bench_network.py)
-    tests      the GPU tests of the kernels
-    parity     those of the torch backend: against the CPU in fp32, replays, swaps, mixed batches, nothing that waits
+    network    SD1.5's and SDXL's shape, and SD1.5's with adapters and its decoder: recorded steps, and milliseconds by kind
+               beside the prediction, on weights drawn there (bench_network.py)
+    peers      diffusers' UNet of SD1.5's shape, eager and compiled (bench_step.py)
+    parity     the GPU tests of the kernels and of the torch backend: against the CPU in fp32, replays, swaps, mixed batches,
+               nothing that waits
     engines    those of TensorRT and of ONNX Runtime's GPU providers, where installed: plans built, deserialised and run
 
 Each part has a limit in seconds, and one that fails leaves the others. Medians and quartiles, the machine, the driver,
@@ -55,6 +57,7 @@ def parts(out: Path, *, tiny: bool) -> list[Part]:
     # not `python -m pytest`, which would put the rooms on the path as top-level names
     tests = (str(Path(python).with_name("pytest")), "-q", "-m", "gpu")
     graphs = tuple(str(graph) for graph in sorted((HERE / "shapes").glob("*.onnx.xz"))[: 1 if tiny else None])
+    peers = ("--peers", "eager", "compiled", "--rows", "2", "16")
     rows = ("--rows", "1") if tiny else ("--rows", "2", "8", "16")
     warm = tuple((python, script, *few, *on, "--part", str(i), str(compilers)) for i in range(compilers))
     return [
@@ -63,11 +66,17 @@ def parts(out: Path, *, tiny: bool) -> list[Part]:
         Part(
             "network",
             ((python, str(HERE / "bench_network.py"), "--model", *graphs, *rows, "--json", str(network)),),
-            80,
+            110,
             network,
         ),
-        Part("tests", ((*tests, "tests/kernels"),), 60),
-        Part("parity", ((*tests, "tests/runtime/backends/torch/test_cuda.py"),), 150),
+        Part(
+            "peers",
+            ((python, str(HERE / "bench_step.py"), *peers, "--json", str(out / "peers.json")),),
+            110,
+            out / "peers.json",
+        ),
+        # at once: neither is timed, and both export and compare on the CPU for most of their time
+        Part("parity", ((*tests, "tests/kernels"), (*tests, "tests/runtime/backends/torch/test_cuda.py")), 150),
         Part("engines", ((*tests, *ENGINES),), 180),
     ]
 

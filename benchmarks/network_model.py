@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of a denoiser's program, operator by operator, and the milliseconds that they take by a roofline.
+"""Bytes and FLOPs of a network's program, operator by operator, and the milliseconds that they take by a roofline.
 
 The program is the one that CUDA runs, passes and all, on PyTorch's meta device: shapes without values, so a network of 860
 million weights takes no memory. Its graph may lack its weights: a file of holes stands for them. Launches are counted by
@@ -23,7 +23,7 @@ import torch
 from stepforge.kernels.dispatch.cost import Gpu, roofline
 from stepforge.runtime.backends.torch import backend, launches
 from stepforge.runtime.backends.torch.program import Node, Program, read
-from stepforge.runtime.bundle import UNET, Component, Tensor
+from stepforge.runtime.bundle import UNET, VAE_DECODER, Component, Tensor
 
 SHAPES = Path(__file__).with_name("shapes")  # graphs without weights, by shapes.py
 VIEWS = "views"  # should cost nothing; on a GPU the measurement tells whether one copies
@@ -55,7 +55,7 @@ def stated(value: onnx.ValueInfoProto) -> Tensor:
 
 
 class OneGraph:
-    """What a backend asks of a bundle, for a denoiser's graph alone."""
+    """What a backend asks of a bundle, for the graph of a denoiser or a VAE's decoder alone."""
 
     def __init__(self, graph: Path) -> None:
         self.graph = graph
@@ -64,7 +64,8 @@ class OneGraph:
         own = onnx.load(str(graph), load_external_data=False).graph
         weights = {tensor.name for tensor in own.initializer}
         inputs = tuple(stated(value) for value in own.input if value.name not in weights)
-        self.components = {UNET: Component("", inputs, tuple(stated(value) for value in own.output))}
+        self.key = VAE_DECODER if any(tensor.name == "latents" for tensor in inputs) else UNET
+        self.components = {self.key: Component("", inputs, tuple(stated(value) for value in own.output))}
 
     def file(self, relative: str) -> Path:
         return self.graph
@@ -105,22 +106,25 @@ def shapes_only(path: Path) -> Program:
 
 
 def cuda_network(graph: Path, precision: str = "fp16") -> Any:
-    """The denoiser as the torch backend prepares it for CUDA, on the meta device; as calls with adapters run it, where it takes
+    """The network as the torch backend prepares it for CUDA, on the meta device; as calls with adapters run it, where it takes
     any."""
-    own = backend.Torch.__new__(backend.Torch)
-    own._bundle, own._device, own.precision = OneGraph(graph), torch.device("meta"), precision
+    own, bundle = backend.Torch.__new__(backend.Torch), OneGraph(graph)
+    own._bundle, own._device, own.precision = bundle, torch.device("meta"), precision
     own._weights, own._banks, own._wide, own._pool = {}, {}, {}, None
     shapes = read(graph).shapes
     banks = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if ".lora_" in name}
     backend.read, real = shapes_only, backend.read
     try:
-        return own._open(UNET, banks, with_lora=bool(banks))
+        return own._open(bundle.key, banks, with_lora=bool(banks))
     finally:
         backend.read = real
 
 
 def given(program: Program, rows: int, side: int = 0, device: Any = "meta") -> dict[str, Any]:
     """Inputs of a call: latents [rows, C, side, side]; side 0: the model's own. ADAPTERS adapters, where it takes any."""
+    if "latents" in program.inputs:
+        side = side or LATENT[768]
+        return {"latents": torch.zeros(rows, program.shapes["latents"][1], side, side, device=device)}
     width = program.shapes["encoder_hidden_states"][2]
     side = side or LATENT.get(width, 32)
     sizes: dict[str, tuple[int, ...]] = {"timestep": (rows,), "encoder_hidden_states": (rows, TOKENS, width)}
@@ -227,9 +231,9 @@ def table(found: list[Work], gpus: Mapping[str, Gpu], measured: Mapping[str, flo
 
 def drawn(network: Any, device: str) -> Any:
     """The network of shapes with random weights on a device: products of 1/√depth, vectors about 0, in place."""
-    constants = network.program.constants
-    given = {name: value for name, value in constants.items() if isinstance(value, torch.Tensor)}
-    constants |= numbers(given, device)
+    for program in (network.program, *([network._once.program] if network._once is not None else [])):
+        given = {name: value for name, value in program.constants.items() if isinstance(value, torch.Tensor)}
+        program.constants |= numbers(given, device)
     if network.wide is not None:
         network.wide._downs = numbers(network.wide._downs, device)
         for weight in network.wide._weights.values():
@@ -290,3 +294,20 @@ def measure(network: Any, inputs: Mapping[str, Any], *, times: int = 3) -> dict[
         event.key.removeprefix("kind "): (event.device_time_total if on_cuda else event.cpu_time_total) / times / 1e3
         for event in events
     }
+
+
+def replayed(network: Any, inputs: Mapping[str, Any]) -> list[float]:
+    """Milliseconds of a recorded call on the GPU, as the backend records it: quartiles."""
+    from bench_step import milliseconds
+
+    given = {**inputs, **network.once(dict(inputs))}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            network(dict(given))
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        network(dict(given))
+    return milliseconds(graph.replay)

@@ -1,8 +1,9 @@
-"""A denoiser's graph without its weights: `python benchmarks/shapes.py sdxl benchmarks/shapes/sdxl.onnx.xz`, some minutes.
+"""A network's graph without its weights: `python benchmarks/shapes.py sdxl benchmarks/shapes/sdxl.onnx.xz`, a minute.
 
-With `--banks all` it takes adapters: two slots of rank 16 in all layers, or in the transformers' alone. The UNet of that
-shape is traced with weights that take no memory (one number each, expanded); of the graph everything is kept but the values
-of its weights, which `network_model` replaces by shapes. What is traced is what `stepforge export` traces.
+A denoiser, or SD 1.5's VAE decoder (`sd15_decoder`). With `--banks all` it takes adapters: two slots of rank 16 in all
+layers, or in the transformers' alone. The network of that shape is traced with weights that take no memory (one number
+each, expanded); of the graph everything is kept but the values of its weights, which `network_model` replaces by shapes. What
+is traced is what `stepforge export` traces.
 """
 
 from __future__ import annotations
@@ -41,20 +42,26 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def weightless(options: dict[str, Any]) -> Any:
-    """A UNet whose weights are one number each, none like another: equal ones would be held once, and zeros left out."""
-    from diffusers import UNet2DConditionModel
+DECODER: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
+
+
+def weightless(kind: str, options: dict[str, Any]) -> Any:
+    """A network whose weights are one number each, none like another: equal ones would be held once, and zeros left out."""
+    import diffusers
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**options)
+        network = getattr(diffusers, kind)(**options)
     numbers = itertools.count(2)
-    for module in unet.modules():
+    for module in network.modules():
         for name, value in list(module.named_parameters(recurse=False)):
             number = torch.tensor(1.0 / next(numbers)).expand(value.shape)
             setattr(module, name, torch.nn.Parameter(number, requires_grad=False))
         for name, value in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, torch.tensor(1.0 / next(numbers)).expand(value.shape))
-    return unet
+    return network
 
 
 def drop_weights(model: ir.Model) -> None:
@@ -71,13 +78,15 @@ def drop_weights(model: ir.Model) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("shape", choices=[*sorted(SHAPES), "sd15_decoder"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--banks", choices=TARGETS)
     args = parser.parse_args()
-    unet = weightless(SHAPES[args.shape])
-    layers = modules_of(unet)
-    traced = modules.denoiser(unet)
+    if args.shape in SHAPES:
+        network = weightless("UNet2DConditionModel", SHAPES[args.shape])
+        layers, traced = modules_of(network), modules.denoiser(network)
+    else:
+        traced = modules.vae_decoder(weightless("AutoencoderKL", DECODER))
     model = trace.trace(traced)
     trace.name_weights(model)
     trace.clean(model)

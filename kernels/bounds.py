@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stepforge.kernels import reference
@@ -55,15 +56,12 @@ def accumulated(
 
 def lowrank_linear(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
-    table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none",
+    table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
     u: float = IEEE_SUM,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """For `reference.lowrank_linear`."""
     z, error = accumulated(x, w, a, b, scale, ranks, table, bias, residual, u)
-    if act == "none":
-        return z, rounded_to(x.dtype, z, error)
-    y = reference.activate(z, act)
-    return y, rounded_to(x.dtype, y, STEEPEST * error + DIRECT * u * (z.abs() + error))
+    return z, rounded_to(x.dtype, z, error)
 
 
 def bank_shrink(
@@ -88,7 +86,7 @@ def lowrank_geglu(
     """
     h, error = accumulated(x, w, a, b, scale, ranks, table, bias, None, u)
     (v, g), (off_v, off_g) = h.chunk(2, dim=-1), error.chunk(2, dim=-1)
-    c = reference.activate(g, "gelu")
+    c = F.gelu(g)
     off_c = STEEPEST * off_g + DIRECT * u * (g.abs() + off_g)
     off = c.abs() * off_v + v.abs() * off_c + off_v * off_c
     return v * c, rounded_to(x.dtype, v * c, off + u * ((v * c).abs() + off) + TINY[torch.float32])
@@ -155,7 +153,7 @@ def group_norm(
     kept = total, rounded_to(dtype, total, total_off)
     if not silu:
         return (z, rounded_to(dtype, z, error)), kept
-    y = reference.activate(z, "silu")
+    y = F.silu(z)
     return (y, rounded_to(dtype, y, STEEPEST * error + DIRECT * u * (z.abs() + error))), kept
 
 

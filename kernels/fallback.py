@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stepforge.kernels.reference import activate
-
 
 def adapter_of_row(table: Tensor, rows: int) -> Tensor:
     """int32 [rows]: the adapter of each row by a table of row blocks, −1 for rows in none; no synchronisation."""
@@ -21,7 +19,7 @@ def adapter_of_row(table: Tensor, rows: int) -> Tensor:
 
 def addmm(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
-    table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none",
+    table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Shapes as in `reference.lowrank_linear`. S and y are rounded to x's type between the products."""
     y = F.linear(x, w, bias)
@@ -38,5 +36,4 @@ def addmm(
             if owner is not None:
                 s = torch.where((owner == adapter)[:, None], s, 0)
             y[:, part * width : (part + 1) * width].addmm_(s.to(x.dtype), up.T)
-    y = activate(y, act)
     return y if residual is None else y + residual

@@ -24,7 +24,13 @@ from stepforge.kernels.launch import (
     require,
     upcast,
 )
-from stepforge.kernels.lowrank import activate, loaded, rounded, row_block, swizzled, write_tile
+from stepforge.kernels.lowrank import loaded, rounded, row_block, swizzled, write_tile
+
+
+@triton.jit
+def gelu(y):
+    """With the exact erf; fp32 in, fp32 out."""
+    return 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -37,9 +43,8 @@ def geglu_kernel(h, out, rows, width, stride, stride_out, BLOCK_M: tl.constexpr,
     near = h + first.to(tl.int64) * stride + lanes[:, None] * stride + cols[None, :]
     value = tl.load(near, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(near + width, mask=mask, other=0.0).to(tl.float32)
-    y = value * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
     there = out + first.to(tl.int64) * stride_out + lanes[:, None] * stride_out + cols[None, :]
-    tl.store(there, y.to(out.dtype.element_ty), mask=mask)
+    tl.store(there, (value * gelu(gate)).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "blocks"])
@@ -91,8 +96,8 @@ def expand_geglu_kernel(
         if HAS_BIAS:
             value += tl.load(bias + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
             gate += tl.load(bias + N + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
-        y = value * activate(gate, 2)
-        write_tile(y, out, bias, first, lanes, cols, row_ok, col_ok, stride_out, False, 0)
+        y = value * gelu(gate)
+        write_tile(y, out, bias, first, lanes, cols, row_ok, col_ok, stride_out, False)
 
 
 def geglu(h: Tensor, *, out: Tensor | None = None, block_m: int = 8, block_n: int = 256) -> Tensor:
@@ -150,6 +155,6 @@ def check_geglu(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, table: Tensor | None, bias: Tensor | None
 ) -> int:
     """Refuse what the kernel does not compute; returns R."""
-    rank = check_linear(x, w, a, b, scale, ranks, table, bias, None, "none")
+    rank = check_linear(x, w, a, b, scale, ranks, table, bias, None)
     check_halves(w, a)
     return rank

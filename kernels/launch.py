@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepforge.kernels.reference import ACTS
-
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -74,7 +72,7 @@ def check_rows(name: str, tensor: Tensor) -> None:
 
 def check_linear(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor,
-    table: Tensor | None, bias: Tensor | None, residual: Tensor | None, act: str,
+    table: Tensor | None, bias: Tensor | None, residual: Tensor | None,
 ) -> int:  # fmt: skip
     """Refuse what no path computes; returns R."""
     require(x.ndim == 2, f"x has shape {tuple(x.shape)}; flatten it to [M, K]")
@@ -89,8 +87,6 @@ def check_linear(
     check_shape("b", b, (adapters, width, rank))
     check_bank(scale, ranks, table, adapters, slices, rank)
     require(width % slices == 0, f"{width} columns do not divide into {slices} slices")
-    require(act in ACTS, f"act is {act!r}; choose one of {', '.join(ACTS)}")
-    require(residual is None or act == "none", "residual is added before the activation; use one of them")
     if bias is not None:
         check_shape("bias", bias, (width,))
     if residual is not None:

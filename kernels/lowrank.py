@@ -1,6 +1,6 @@
 """Low-rank linear layers: Triton bodies and their launchers, one or two launches; `ops` chooses between them.
 
-    y = act(x Wᵀ + (scale ⊙ x Aᵀ) Bᵀ + bias) + residual
+    y = x Wᵀ + (scale ⊙ x Aᵀ) Bᵀ + bias + residual
 
 `onepass` computes both products of its first tile of columns in one loop over K, keeps S = scale ⊙ x Aᵀ in registers and
 uses it for `nt` tiles. `shrink` writes x Aᵀ in fp32 and `expand` starts its accumulator from the low-rank term. Neither
@@ -31,17 +31,6 @@ from stepforge.kernels.launch import (
     require,
     upcast,
 )
-from stepforge.kernels.reference import ACTS
-
-
-@triton.jit
-def activate(y, ACT: tl.constexpr):
-    """0: none, 1: silu, 2: gelu with the exact erf. fp32 in, fp32 out."""
-    if ACT == 1:
-        y = y / (1.0 + tl.exp(-y))
-    if ACT == 2:
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    return y
 
 
 @triton.jit
@@ -121,13 +110,10 @@ def start_tile(
 
 
 @triton.jit
-def write_tile(
-    acc, out, bias, first, lanes, cols, row_ok, col_ok, stride_out, HAS_BIAS: tl.constexpr, ACT: tl.constexpr
-):  # fmt: skip
-    """act(acc + bias), rounded once."""
+def write_tile(acc, out, bias, first, lanes, cols, row_ok, col_ok, stride_out, HAS_BIAS: tl.constexpr):
+    """acc + bias, rounded once."""
     if HAS_BIAS:
         acc += tl.load(bias + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACT)
     there = out + first.to(tl.int64) * stride_out + (lanes[:, None] * stride_out + cols[None, :])
     tl.store(there, acc.to(out.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
 
@@ -138,7 +124,7 @@ def onepass_kernel(
     M, N, K, blocks, slices, nt, stride_x, stride_out, stride_residual,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     GROUPED: tl.constexpr, LOWRANK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ACT: tl.constexpr, UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The whole layer in one launch. LOWRANK 0: the same tiles without an adapter, the measure of the off switch."""
     width = N // slices
@@ -188,7 +174,7 @@ def onepass_kernel(
                 bs = loaded(b_rows + cols[None, :] * R, rank_ok[:, None] & col_ok[None, :], UPCAST)
                 acc = tl.dot(s, bs, acc, input_precision="ieee")
                 there = lanes + late
-                write_tile(acc, out, bias, first, there, cols, there < count, col_ok, stride_out, HAS_BIAS, ACT)
+                write_tile(acc, out, bias, first, there, cols, there < count, col_ok, stride_out, HAS_BIAS)
                 tile += 1
         skew = 0
         for n_tile in range(tile, end):
@@ -207,7 +193,7 @@ def onepass_kernel(
                 bs = loaded(b_rows + skew + cols[None, :] * R, rank_ok[:, None] & col_ok[None, :], UPCAST)
                 acc = tl.dot(s, bs, acc, input_precision="ieee")
             there = here + late
-            write_tile(acc, out, bias, first, there, cols, there < count, col_ok, stride_out, HAS_BIAS, ACT)
+            write_tile(acc, out, bias, first, there, cols, there < count, col_ok, stride_out, HAS_BIAS)
 
 
 @triton.jit(do_not_specialize=["M", "blocks", "slices"])
@@ -250,7 +236,7 @@ def expand_kernel(
     M, N, K, blocks, slices, stride_x, stride_out, stride_residual,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT: tl.constexpr, GROUPED: tl.constexpr, BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The layer from the output of `shrink`. BASE 0: only the low-rank term, to be added to `residual` (convolutions)."""
     width = N // slices
@@ -291,16 +277,16 @@ def expand_kernel(
             w_cols = w + cols[None, :] * K
             acc = base_product(acc, x_rows, w_cols, row_ok, col_ok, K, BLOCK_K, UPCAST)
         there = lanes + afresh(rank < 0, 0)
-        write_tile(acc, out, bias, first, there, cols, there < count, col_ok, stride_out, HAS_BIAS, ACT)
+        write_tile(acc, out, bias, first, there, cols, there < count, col_ok, stride_out, HAS_BIAS)
 
 
 def onepass(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
     tile: Tile, nt: int = 1, table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
-    act: str = "none", low_rank: bool = True,
+    low_rank: bool = True,
 ) -> Tensor:  # fmt: skip
     """The layer in one launch; a program computes S once for `nt` tiles of columns. low_rank=False: without adapters."""
-    rank = check_linear(x, w, a, b, scale, ranks, table, bias, residual, act)
+    rank = check_linear(x, w, a, b, scale, ranks, table, bias, residual)
     rows, width, slices = x.shape[0], w.shape[0], a.shape[1]
     out = empty_out(x, (rows, width))
     blocks = len(table) if table is not None else triton.cdiv(rows, tile.block_m)
@@ -313,7 +299,7 @@ def onepass(
             residual.stride(0) if residual is not None else 0,
             R=rank, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
             GROUPED=table is not None, LOWRANK=low_rank, HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None, ACT=ACTS.index(act), UPCAST=upcast(x.dtype), **options(tile),
+            HAS_RESIDUAL=residual is not None, UPCAST=upcast(x.dtype), **options(tile),
         )  # fmt: skip
     return out.to(x.dtype)
 
@@ -348,12 +334,11 @@ def shrink(
 def expand(
     x: Tensor, w: Tensor, s: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
     tile: Tile, table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
-    act: str = "none",
 ) -> Tensor:  # fmt: skip
     """The layer from `s`, the output of `shrink`: the accumulator starts from the low-rank term."""
-    check_linear(x, w, a, b, scale, ranks, table, bias, residual, act)
+    check_linear(x, w, a, b, scale, ranks, table, bias, residual)
     check_shape("s", s, (s.shape[0], x.shape[0], *a.shape[1:3]))
-    return _expand(x, w, s, b, scale, ranks, tile=tile, table=table, bias=bias, residual=residual, act=act)
+    return _expand(x, w, s, b, scale, ranks, tile=tile, table=table, bias=bias, residual=residual)
 
 
 def add_expanded(
@@ -363,22 +348,22 @@ def add_expanded(
     check_floats(y=y, b=b)
     check_rows("y", y)
     check_shape("s", s, (s.shape[0], y.shape[0], 1, b.shape[2]))
-    return _expand(y, b, s, b, scale, ranks, tile=tile, table=table, bias=None, residual=y, act="none", base=False)
+    return _expand(y, b, s, b, scale, ranks, tile=tile, table=table, bias=None, residual=y, base=False)
 
 
 def split(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
     tile: Tile, parts: int = 1, table: Tensor | None = None, bias: Tensor | None = None,
-    residual: Tensor | None = None, act: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The layer in two launches. parts: of K, in the first."""
     s = shrink(x, a, ranks, block_m=tile.block_m, table=table, split=parts)
-    return expand(x, w, s, a, b, scale, ranks, tile=tile, table=table, bias=bias, residual=residual, act=act)
+    return expand(x, w, s, a, b, scale, ranks, tile=tile, table=table, bias=bias, residual=residual)
 
 
 def _expand(
     x: Tensor, w: Tensor, s: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
-    tile: Tile, table: Tensor | None, bias: Tensor | None, residual: Tensor | None, act: str, base: bool = True,
+    tile: Tile, table: Tensor | None, bias: Tensor | None, residual: Tensor | None, base: bool = True,
 ) -> Tensor:  # fmt: skip
     parts, rows, slices, rank = s.shape
     width = b.shape[1]
@@ -394,6 +379,6 @@ def _expand(
             residual.stride(0) if residual is not None else 0,
             R=rank, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
             SPLIT=parts, GROUPED=table is not None, BASE=base, HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None, ACT=ACTS.index(act), UPCAST=upcast(x.dtype), **options(tile),
+            HAS_RESIDUAL=residual is not None, UPCAST=upcast(x.dtype), **options(tile),
         )  # fmt: skip
     return out.to(x.dtype)

@@ -37,23 +37,20 @@ def aligned(x: Tensor, w: Tensor) -> bool:
 
 def run_linear(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
-    arch: int, table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
-    act: str = "none", block_m: int = 0,
+    arch: int, table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None, block_m: int = 0,
 ) -> Tensor:  # fmt: skip
     """The layer on the path that `dispatch` names for `arch`; addmm for fp32, which the tensor cores would round to tf32."""
     from stepforge.kernels import fallback, lowrank
 
     x, residual = adjacent(x), adjacent(residual) if residual is not None else None
-    rank = check_linear(x, w, a, b, scale, ranks, table, bias, residual, act)
+    rank = check_linear(x, w, a, b, scale, ranks, table, bias, residual)
     require(table is None or block_m > 0, "a table of row blocks comes with its block_m")
-    extra: dict[str, Any] = {"table": table, "bias": bias, "residual": residual, "act": act}
+    extra: dict[str, Any] = {"table": table, "bias": bias, "residual": residual}
     layer = Layer("", x.shape[0], x.shape[1], w.shape[0], slices=a.shape[1])
     choice = dispatch(layer, rank, arch, grouped=table is not None, block_m=block_m or None)
-    # an erf or exp in both epilogues of the one pass spills: activations go to the path with one
-    path = "split" if choice.path == "onepass" and act != "none" else choice.path
-    if path == "addmm" or x.dtype == torch.float32 or not aligned(x, w):
+    if choice.path == "addmm" or x.dtype == torch.float32 or not aligned(x, w):
         return fallback.addmm(x, w, a, b, scale, ranks, **extra)
-    if path == "onepass":
+    if choice.path == "onepass":
         tile = onepass_tile(arch, rank, choice.block_m)
         return lowrank.onepass(x, w, a, b, scale, ranks, tile=tile, nt=choice.nt, **extra)
     tile = expand_tile(arch, choice.block_m)
@@ -63,34 +60,34 @@ def run_linear(
 @custom_op("stepforge::lowrank_linear", mutates_args=())
 def _lowrank_linear(
     x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, ranks: torch.Tensor,
-    table: torch.Tensor | None, bias: torch.Tensor | None, residual: torch.Tensor | None, act: str, block_m: int,
+    table: torch.Tensor | None, bias: torch.Tensor | None, residual: torch.Tensor | None, block_m: int,
 ) -> torch.Tensor:  # fmt: skip
     if x.device.type == "cpu":
-        return reference.lowrank_linear(x, w, a, b, scale, ranks, table, bias, residual, act)
+        return reference.lowrank_linear(x, w, a, b, scale, ranks, table, bias, residual)
     return run_linear(
-        x, w, a, b, scale, ranks, arch=arch_of(x.device), table=table, bias=bias, residual=residual, act=act,
+        x, w, a, b, scale, ranks, arch=arch_of(x.device), table=table, bias=bias, residual=residual,
         block_m=block_m,
     )  # fmt: skip
 
 
 @_lowrank_linear.register_fake
-def _(x, w, a, b, scale, ranks, table, bias, residual, act, block_m):  # type: ignore[no-untyped-def]
+def _(x, w, a, b, scale, ranks, table, bias, residual, block_m):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], w.shape[0])
 
 
 def lowrank_linear(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor, *,
-    table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none",
+    table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
     block_m: int = 0,
 ) -> Tensor:  # fmt: skip
-    """y = act(x Wᵀ + (scale ⊙ x Aᵀ) Bᵀ + bias) + residual.
+    """y = x Wᵀ + (scale ⊙ x Aᵀ) Bᵀ + bias + residual.
 
     x [..., K] and residual [..., N]; the others as in `reference.lowrank_linear` and as `pack` makes them. table: the
     row blocks of `packing.block_table` for block_m rows. Returns [..., N]. ValueError for shapes that do not fit.
     """
     flat = x.reshape(-1, x.shape[-1])
     over = residual.reshape(-1, residual.shape[-1]) if residual is not None else None
-    y = _lowrank_linear(flat, w, a, b, scale, ranks, table, bias, over, act, block_m)
+    y = _lowrank_linear(flat, w, a, b, scale, ranks, table, bias, over, block_m)
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 

@@ -10,16 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTS = ("none", "silu", "gelu")
-
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in the precision that references compute in."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def activate(y: Tensor, act: str) -> Tensor:
-    return {"none": lambda v: v, "silu": F.silu, "gelu": F.gelu}[act](y)
 
 
 def adapter_rows(table: Tensor | None, rows: int) -> list[tuple[slice, int]]:
@@ -66,17 +60,16 @@ def bank_shrink(x: Tensor, bank: Tensor, adapter: Tensor, strength: Tensor) -> T
 
 def lowrank_linear(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: Tensor, ranks: Tensor,
-    table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none",
+    table: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """y = act(x Wᵀ + (scale ⊙ x Aᵀ) Bᵀ + bias) + residual; Hu et al., arXiv:2106.09685, eq. 3.
+    """y = x Wᵀ + (scale ⊙ x Aᵀ) Bᵀ + bias + residual; Hu et al., arXiv:2106.09685, eq. 3.
 
-    x [M, K], w [N, K], a [L, P, R, K], b [L, N, R], bias [N], residual [M, N] (only with act "none"). P > 1: w is P
+    x [M, K], w [N, K], a [L, P, R, K], b [L, N, R], bias [N], residual [M, N]. P > 1: w is P
     layers of equal width stacked (q, k, v), each with its own A. Returns [M, N] in x's type.
     """
     y = wide(x) @ wide(w).T + expand(low_rank(x, a, scale, ranks, table), b, ranks, table)
     if bias is not None:
         y = y + wide(bias)
-    y = activate(y, act)
     if residual is not None:
         y = y + wide(residual)
     return y.to(x.dtype)

@@ -119,7 +119,7 @@ def programs() -> Iterator[Program]:
 
 
 def linear_programs(arch: int, dtype: str) -> Iterator[Program]:
-    most = {"GROUPED": True, "HAS_BIAS": True, "HAS_RESIDUAL": True, "ACT": 0, "UPCAST": False}
+    most = {"GROUPED": True, "HAS_BIAS": True, "HAS_RESIDUAL": True, "UPCAST": False}
     for block in block_rows(arch):
         for rank in ONEPASS_RANKS:
             tile = onepass_tile(arch, rank, block)

@@ -33,9 +33,7 @@ class Block(torch.nn.Module):
         bank = self.bank
         y = kernels.lowrank_conv(self.conv(y), y, bank.a, bank.b, bank.scale, bank.ranks)
         tokens = y.flatten(2).transpose(1, 2)
-        h = kernels.lowrank_linear(
-            tokens, self.linear.weight, **PARTS, bias=self.linear.bias, table=table, block_m=16, act="gelu"
-        )
+        h = kernels.lowrank_linear(tokens, self.linear.weight, **PARTS, bias=self.linear.bias, table=table, block_m=16)
         return kernels.geglu(h)
 
 
@@ -65,7 +63,7 @@ def test_exports():
 CALLS = {
     "lowrank_linear": lambda: (
         torch.randn(20, 32), torch.randn(64, 32), *PARTS.values(), block_table([1, 0], 10, 16), torch.randn(64), None,
-        "silu", 16,
+        16,
     ),
     "lowrank_conv": lambda: (
         torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 6), torch.randn(1, 16, 3, 3, 6), torch.randn(1, 8, 16),
@@ -126,13 +124,13 @@ def test_the_path_that_dispatch_names_is_taken(monkeypatch):
     for module, name in ((lowrank, "onepass"), (lowrank, "split"), (fallback, "addmm")):
         monkeypatch.setattr(module, name, lambda *args, name=name, **kw: taken.append((name, kw.get("nt"))))
 
-    def path(m, k, n, rank, *, dtype=torch.float16, act="none", slices=1, table=None):
+    def path(m, k, n, rank, *, dtype=torch.float16, slices=1, table=None):
         bank = (
             torch.empty(1, slices, rank, k, dtype=dtype), torch.empty(1, n, rank, dtype=dtype),
             torch.empty(1, slices, rank // 16), torch.zeros(1, dtype=torch.int32),
         )  # fmt: skip
         x, w = torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype)
-        ops.run_linear(x, w, *bank, arch=80, act=act, table=table, block_m=64 if table is not None else 0)
+        ops.run_linear(x, w, *bank, arch=80, table=table, block_m=64 if table is not None else 0)
         return taken.pop()
 
     for shape in ((8192, 640, 640, 16), (8192, 640, 5120, 16), (2048, 1280, 1280, 128)):

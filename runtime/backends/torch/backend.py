@@ -10,6 +10,7 @@ On the CPU the kernels are their references, which prove the logic and are not f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -100,10 +101,17 @@ class Torch:
             return TorchGraph(networks, self._device, exact=not self.fast, caller=OnCpu, component=component)
         from stepforge.runtime.backends.torch.cuda import Recorder
 
+        if component.role not in RECORDED:
+            # pictures are decoded in another thread: neither they nor the steps wait for each other's work
+            stream = torch.cuda.Stream(self._device)
+            stream.wait_stream(torch.cuda.current_stream(self._device))  # for the weights
+            caller = functools.partial(Recorder, device=self._device, pool=None)
+            return TorchGraph(
+                networks, self._device, exact=not self.fast, caller=caller, component=component, stream=stream
+            )
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        pool = self._pool if component.role in RECORDED else None
-        caller = functools.partial(Recorder, device=self._device, pool=pool)
+        caller = functools.partial(Recorder, device=self._device, pool=self._pool)
         return TorchGraph(networks, self._device, exact=not self.fast, caller=caller, component=component)
 
     def _open(self, component: ComponentId, banks: Arrays, *, with_lora: bool, wide: bool = True) -> Network:
@@ -255,14 +263,17 @@ class TorchGraph:
         exact: bool,
         caller: Callable[..., Any],
         component: ComponentId,
+        stream: Any = None,
     ) -> None:
+        self._stream = stream  # torch.cuda.Stream; None: the current one
         self.networks, self._device, self._exact, self._caller = networks, device, exact, caller
         self._component = component
         self._callers = [caller(network, once=(network.once, network.once_inputs)) for network in networks]
 
     @torch.inference_mode()
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        with running("torch", self._component):
+        own = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with running("torch", self._component), own:
             at, inputs = prepared(self.networks, inputs)
             found: dict[str, NDArray[np.float32]] = self._callers[at]({n: plain(a) for n, a in inputs.items()})
             return found

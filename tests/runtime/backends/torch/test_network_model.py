@@ -51,6 +51,26 @@ def test_flops_are_those_of_the_unet(model):
     assert kept + sum(work.flops for work in found) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
+def test_ratios(model):
+    import bench_network
+
+    found = bench_network.ratios(
+        {("sd15", 2): 5.0, ("sd15_all", 2): 6.0, ("sd15_all", 4): 9.0, ("sd15_decoder", 1): 4.0}
+    )
+    assert found == {"sd15_all, 2 rows, over the step without": 1.2, "20 steps of 2 rows and the decoder, ms": 104.0}
+
+
+def test_a_network_with_adapters_runs_on_numbers_drawn(model, tiny_sd1_banks):
+    """Columns, banks and strengths: what a GPU times is what the program says."""
+    with model.with_holes(tiny_sd1_banks / "denoiser/unet/model.onnx") as path, torch.inference_mode():
+        network = model.cuda_network(path, "bf16")
+        given = model.given(network.program, 2, 16)
+        kinds = {work.kind for work in model.works(network, given)}
+        measured = model.measure(model.drawn(network, "cpu"), model.numbers(given, "cpu"), times=1)
+    assert kinds <= measured.keys()
+    assert {"copy", "strengths"} <= kinds
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "side", "attentions", "most"),
