@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 
 import pytest
 import torch
@@ -64,7 +65,9 @@ class PretendedCuda:
     """Recording computes too, so what it changed is put back: on a real device nothing runs."""
 
     CUDAGraph = Replayed
-    recording = None
+
+    def __init__(self):
+        self.recording = contextvars.ContextVar("recording", default=None)  # pictures are decoded in another thread
 
     class Stream:
         def __init__(self, device=None):
@@ -90,14 +93,14 @@ def recorded(monkeypatch):
     class Taped(torch_cuda.Recorder):
         def __init__(self, function, **options):
             def taped(given):
-                if cuda.recording is None:
+                if (recording := cuda.recording.get()) is None:
                     return function(given)
                 before = [tensor.clone() for tensor in options.get("changes", ())]
                 results = function(given)
                 for tensor, value in zip(options.get("changes", ()), before, strict=True):
                     tensor.copy_(value)
                 results = {name: value.clone() for name, value in results.items()}
-                cuda.recording.calls.append((function, given, results))
+                recording.calls.append((function, given, results))
                 made.append(getattr(function, "__name__", "network"))
                 return results
 
@@ -116,9 +119,9 @@ def recorded(monkeypatch):
 
     @contextlib.contextmanager
     def graph(recording, *, pool, capture_error_mode):
-        cuda.recording = recording
+        before = cuda.recording.set(recording)
         yield
-        cuda.recording = None
+        cuda.recording.reset(before)
 
     cuda.graph, cuda.stream = graph, lambda stream: contextlib.nullcontext()
     cuda.is_available = lambda: False
