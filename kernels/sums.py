@@ -12,7 +12,7 @@ from stepforge.kernels.norms import pixel_rows
 
 @triton.jit(do_not_specialize=["pixels", "height", "width"])
 def image_sum_kernel(
-    x, residual, shift, out, pixels, height, width, C, stride_x,
+    x, residual, shift, out, pixels, height, width, C, stride_x, stride_residual,
     SCALE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, RESIDUAL: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """out [B, SCALE·height, SCALE·width, C] from images of height·width pixels; a program writes BLOCK_P pixels."""
@@ -25,7 +25,8 @@ def image_sum_kernel(
     ok = (at < pixels)[:, None] & (cs < C)[None, :]
     v = tl.load(x + near[:, None].to(tl.int64) * stride_x + cs[None, :], mask=ok, other=0.0).to(tl.float32)
     if RESIDUAL:
-        v += tl.load(residual + near[:, None].to(tl.int64) * C + cs[None, :], mask=ok, other=0.0).to(tl.float32)
+        far = residual + near[:, None].to(tl.int64) * stride_residual + cs[None, :]
+        v += tl.load(far, mask=ok, other=0.0).to(tl.float32)
     if SHIFT:
         v += tl.load(shift + cs, mask=cs < C, other=0.0).to(tl.float32)[None, :]
     tl.store(out + at[:, None].to(tl.int64) * C + cs[None, :], v.to(out.dtype.element_ty), mask=ok)
@@ -38,7 +39,6 @@ def image_sum(x: Tensor, residual: Tensor | None = None, shift: Tensor | None = 
     batch, channels, height, width = x.shape
     if residual is not None:
         check_shape("residual", residual, tuple(x.shape))
-        require(pixel_rows("residual", residual) == channels, "residual must be dense")
     if shift is not None:
         check_shape("shift", shift, (channels,))
     shape = (batch, channels, height * scale, width * scale)
@@ -48,7 +48,7 @@ def image_sum(x: Tensor, residual: Tensor | None = None, shift: Tensor | None = 
         block_c = min(64, triton.next_power_of_2(channels))
         image_sum_kernel[(triton.cdiv(pixels, 32), triton.cdiv(channels, block_c))](
             x, residual if residual is not None else x, shift if shift is not None else x, out, pixels, height, width,
-            channels, pixel_rows("x", x), SCALE=scale, BLOCK_P=32, BLOCK_C=block_c, RESIDUAL=residual is not None,
+            channels, pixel_rows("x", x), pixel_rows("residual", residual) if residual is not None else 0, SCALE=scale, BLOCK_P=32, BLOCK_C=block_c, RESIDUAL=residual is not None,
             SHIFT=shift is not None, enable_fp_fusion=True,
         )  # fmt: skip
     return out.to(x.dtype)

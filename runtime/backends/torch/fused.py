@@ -12,13 +12,18 @@ from stepforge.kernels import ops as kernels
 
 
 def rows_of(image: Tensor) -> Tensor:
-    """Pixels by channels [B, H, W, C]: a view of an image in channels last."""
-    return image.permute(0, 2, 3, 1).contiguous()
+    """Pixels by channels [B·H·W, C]: a view of an image in channels last, whose pixels may lie apart."""
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def image_of(rows: Tensor, like: Tensor) -> Tensor:
+    """[B, C, H, W] of pixels by channels, B, H and W as in another image."""
+    return rows.unflatten(0, (len(like), *like.shape[2:])).permute(0, 3, 1, 2)
 
 
 def pointwise(x: Tensor, w: Tensor, bias: Tensor = None) -> Tensor:
     """A 1×1 convolution, w [out, in]."""
-    return F.linear(rows_of(x), w, bias).permute(0, 3, 1, 2)
+    return image_of(F.linear(rows_of(x), w, bias), x)
 
 
 def accumulate(x: Tensor, w: Tensor, base: Tensor, bias: Tensor = None) -> Tensor:
@@ -55,7 +60,7 @@ def widen_norm(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor, shift: Te
     """[y | y Aᵀ] of `norm`'s y, an image [B, C + L, H, W] or tokens [B, H·W, C + L]; with keep also its sum."""
     sources: dict[str, Any] = {"other": other, "shift": shift, "residual": residual, "extra": extra}
     rows, total = kernels.widen_norm(x, a, weight, bias, groups, epsilon, silu=silu, **sources, keep=keep)
-    y = rows.unflatten(0, (len(x), -1)) if tokens else rows.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2)
+    y = rows.unflatten(0, (len(x), -1)) if tokens else image_of(rows, x)
     return (y, total) if keep else y
 
 
@@ -96,7 +101,7 @@ def widen(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, *, ep
     """[value | value Aᵀ] of x [rows, tokens, K] or [rows, K]."""
     norm = (weight, bias, epsilon) if weight is not None else None
     if x.ndim == 4:
-        return kernels.widen(rows_of(x), a, pre=pre).permute(0, 3, 1, 2)
+        return image_of(kernels.widen(rows_of(x), a, pre=pre), x)
     return kernels.widen(x, a, norm=norm, gate=gate, pre=pre)
 
 
@@ -114,8 +119,8 @@ def wide_conv(x: Tensor, w: Tensor, up: Tensor, other: Tensor = None, shift: Ten
     """
     if other is not None:
         matrix = w.flatten(1)
-        pixels = F.linear(rows_of(x), matrix[:, :first], shift)
-        pixels.view(-1, len(w)).addmm_(rows_of(other).flatten(0, 2), matrix[:, first:].T)
+        both = F.linear(rows_of(x), matrix[:, :first], shift).addmm_(rows_of(other), matrix[:, first:].T)
+        pixels = both.unflatten(0, (len(x), *x.shape[2:]))
     else:
         pixels = F.conv2d(x, w, None, stride, pad).permute(0, 2, 3, 1)
         if not pixels.is_contiguous():
