@@ -133,7 +133,7 @@ def ours(args: argparse.Namespace, name: str, precision: str, rows: int, report:
     values = given(rows, width, args.side or (64 if width == 768 else 128), args.adapters)
     result = graph(values)["prediction"]
     at = bool(args.adapters)
-    recording = next(iter(graph._callers[at]._recordings.values()))
+    recording = next(iter(graph._callers[id(graph.networks[at])]._recordings.values()))
     own = {
         "open_s": round(opened, 2), "replay_ms": milliseconds(recording.graph.replay),
         "call_ms": milliseconds(lambda: graph(values)),

@@ -27,7 +27,7 @@ def arch_of(device: Any) -> int:
 
 def on_cpu(tensor: Tensor) -> bool:
     """Where an operator is its reference; tests say otherwise and have the kernels interpreted."""
-    return tensor.device.type == "cpu"
+    return bool(tensor.device.type == "cpu")
 
 
 def adjacent(matrix: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ def image_sum(x: Tensor, residual: Tensor | None = None, shift: Tensor | None = 
         block_c = min(64, triton.next_power_of_2(channels))
         image_sum_kernel[(triton.cdiv(pixels, 32), triton.cdiv(channels, block_c))](
             x, residual if residual is not None else x, shift if shift is not None else x, out, pixels, height, width,
-            channels, pixel_rows("x", x), pixel_rows("residual", residual) if residual is not None else 0, SCALE=scale, BLOCK_P=32, BLOCK_C=block_c, RESIDUAL=residual is not None,
-            SHIFT=shift is not None, enable_fp_fusion=True,
+            channels, pixel_rows("x", x), pixel_rows("residual", residual) if residual is not None else 0,
+            SCALE=scale, BLOCK_P=32, BLOCK_C=block_c, RESIDUAL=residual is not None, SHIFT=shift is not None,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out.to(x.dtype)

@@ -51,6 +51,7 @@ RECORDED = (
     "control_hint",
     "control_residuals",
 )  # called in every step; the others are called once a request
+RESIDUAL = "residual_"  # inputs of denoisers that ControlNets fill
 SHARED_FROM = 1024  # elements: larger constants of one weights file are held once
 
 
@@ -81,24 +82,27 @@ class Torch:
         self._weights: dict[tuple[str, str, Any], Any] = {}
         self._banks: Shared = {}
         self._wide: dict[tuple[str, Any], dict[str, WideWeight]] = {}
+        self._buffers: dict[tuple[ComponentId, Any], WideBanks] = {}
         self._pool: Any = None  # memory pool of all recordings: the engine runs one of them at a time
 
     def bank_dtype(self, component: ComponentId) -> type[np.float32] | type[np.uint16]:
         return np.uint16 if self._dtype_of(component) == torch.bfloat16 else np.float32
 
     def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
-        """A component with banks is opened twice over the same weights: calls without an adapter run it without banks."""
+        """A component with banks is opened twice over the same weights: calls without an adapter run it without banks. So is a
+        denoiser that reads residuals, the second time when a ControlNet's first come."""
         with loading(self.name, self._bundle.components[component].graph):
             return self._graph(component, banks)
 
     def _graph(self, component: ComponentId, banks: Arrays | None) -> TorchGraph:
-        full = self._open(component, banks or {}, with_lora=True)
-        bare = self._open(component, banks, with_lora=False) if banks else full
-        networks: tuple[Network, ...] = (bare, full)
-        if full.wide is not None and full.wide.exceeded:
-            networks = (bare, full, self._open(component, banks or {}, with_lora=True, wide=False))
+        networks = functools.partial(self._networks, component, banks)
+        inputs = self._bundle.components[component].inputs
+        settings: dict[str, Any] = {
+            "exact": not self.fast, "component": component,
+            "reads_residuals": any(tensor.name.startswith(RESIDUAL) for tensor in inputs),
+        }  # fmt: skip
         if self._device.type == "cpu":
-            return TorchGraph(networks, self._device, exact=not self.fast, caller=OnCpu, component=component)
+            return TorchGraph(networks, self._device, caller=OnCpu, **settings)
         from stepforge.runtime.backends.torch.cuda import Recorder
 
         if component.role not in RECORDED:
@@ -106,20 +110,31 @@ class Torch:
             stream = torch.cuda.Stream(self._device)
             stream.wait_stream(torch.cuda.current_stream(self._device))  # for the weights
             caller = functools.partial(Recorder, device=self._device, pool=None)
-            return TorchGraph(
-                networks, self._device, exact=not self.fast, caller=caller, component=component, stream=stream
-            )
+            return TorchGraph(networks, self._device, caller=caller, stream=stream, **settings)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         caller = functools.partial(Recorder, device=self._device, pool=self._pool)
-        return TorchGraph(networks, self._device, exact=not self.fast, caller=caller, component=component)
+        return TorchGraph(networks, self._device, caller=caller, **settings)
 
-    def _open(self, component: ComponentId, banks: Arrays, *, with_lora: bool, wide: bool = True) -> Network:
+    def _networks(self, component: ComponentId, banks: Arrays | None, *, residuals: bool) -> tuple[Network, ...]:
+        """Without banks, with wide layers, and with the grouped products where a batch can exceed these."""
+        full = self._open(component, banks or {}, with_lora=True, residuals=residuals)
+        bare = self._open(component, banks, with_lora=False, residuals=residuals) if banks else full
+        if full.wide is None or not full.wide.exceeded:
+            return bare, full
+        return bare, full, self._open(component, banks or {}, with_lora=True, wide=False, residuals=residuals)
+
+    def _open(
+        self, component: ComponentId, banks: Arrays, *, with_lora: bool, wide: bool = True, residuals: bool = True
+    ) -> Network:
+        """residuals: of ControlNets; without, what is added of them is left out."""
         dtype = self._dtype_of(component)
         path = checked_graph(self._bundle, component, self._bundle.components[component].graph).path
         program = read(path)
         if not with_lora:
             drop_lora(program, banks)
+        if not residuals:
+            passes.drop_added(program, [name for name in program.inputs if name.startswith(RESIDUAL)])
         run_passes(program, EXACT)
         if self._device.type == "cpu":
             run_passes(program, (passes.copy_images,))
@@ -146,7 +161,10 @@ class Torch:
         buffers = None
         if layers:
             shared = self._wide.setdefault((str(component.whole), dtype), {})
-            buffers = WideBanks(layers, program.constants, placed.tensors, shared)
+            buffers = self._buffers.get((component, dtype))
+            if buffers is None or buffers.layers != layers:
+                buffers = WideBanks(layers, program.constants, placed.tensors, shared)
+                self._buffers[component, dtype] = buffers
             for layer in layers:  # the same network without banks reads W there
                 self._weights[str(component.whole), layer.weight, dtype] = buffers.weight(layer)
                 program.constants.pop(layer.weight, None)
@@ -250,33 +268,49 @@ class OnCpu:
 
 class TorchGraph:
     """networks: without banks, for calls in which no row has an adapter, with wide layers, and with the grouped products for
-    more adapters than these hold (the exact tier has one with banks, and PEFT's operators in it)."""
+    more adapters than these hold (the exact tier has one with banks, and PEFT's operators in it). opened: makes them, without
+    or with what is added of a ControlNet's residuals; the former at once."""
 
     rings = RINGS
     runs_plans = True
 
     def __init__(
         self,
-        networks: tuple[Network, ...],
+        opened: Callable[..., tuple[Network, ...]],
         device: Any,
         *,
         exact: bool,
         caller: Callable[..., Any],
         component: ComponentId,
+        reads_residuals: bool,
         stream: Any = None,
     ) -> None:
         self._stream = stream  # torch.cuda.Stream; None: the current one
-        self.networks, self._device, self._exact, self._caller = networks, device, exact, caller
-        self._component = component
-        self._callers = [caller(network, once=(network.once, network.once_inputs)) for network in networks]
+        self._device, self._exact, self._caller = device, exact, caller
+        self._component, self._opened, self._reads_residuals = component, opened, reads_residuals
+        self._with_residuals: tuple[Network, ...] | None = None
+        self._callers: dict[int, Any] = {}  # by the network's id
+        self.networks = opened(residuals=False)
+
+    def chosen(self, *, residuals: bool) -> tuple[Network, ...]:
+        """residuals: whether a call has any."""
+        if not residuals or not self._reads_residuals:
+            return self.networks
+        if self._with_residuals is None:
+            self._with_residuals = self._opened(residuals=True)
+        return self._with_residuals
 
     @torch.inference_mode()
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         own = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         with running("torch", self._component), own:
-            at, inputs = prepared(self.networks, inputs)
-            found: dict[str, NDArray[np.float32]] = self._callers[at]({n: plain(a) for n, a in inputs.items()})
+            networks = self.chosen(residuals=any(name.startswith(RESIDUAL) and a.any() for name, a in inputs.items()))
+            at, inputs = prepared(networks, inputs)
+            network = networks[at]
+            if id(network) not in self._callers:
+                self._callers[id(network)] = self._caller(network, once=(network.once, network.once_inputs))
+            found: dict[str, NDArray[np.float32]] = self._callers[id(network)]({n: plain(a) for n, a in inputs.items()})
             return found
 
     def loop(self, shape: tuple[int, int, int]) -> TorchLoop:
-        return TorchLoop(self.networks, shape, device=self._device, exact=self._exact, caller=self._caller)
+        return TorchLoop(self, shape, device=self._device, exact=self._exact, caller=self._caller)

@@ -35,10 +35,10 @@ def count(program: Program, pixels: dict[str, int] | None = None) -> Counter[str
             found["layer norm" if node.inputs[2] else "GEGLU" if node.attributes.get("gate") else "copy"] += 1
             found["shrink"] += 1
             continue
-        found[KINDS.get(node.op, node.op)] += 1
-        if node.op == "WideConv":
-            found["adapter of a convolution"] += 1
-            found["product"] += bool(node.inputs[3])
+        if node.op == "WideConv" and node.inputs[3]:
+            found["product"] += 1  # one for each of the two sources
+        found["product" if node.op == "WideConv" and node.inputs[3] else KINDS.get(node.op, node.op)] += 1
+        found["adapter of a convolution"] += node.op == "WideConv"
         bias = {"Conv": 2, "Accumulate": 3, "WideConv": 5}.get(node.op)
         if bias is not None and len(node.inputs) > bias and node.inputs[bias]:
             found["bias"] += 1

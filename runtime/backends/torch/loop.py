@@ -48,6 +48,12 @@ class Network(Protocol):
     def lay(self, slots: tuple[int, ...]) -> None: ...
 
 
+class Networks(Protocol):
+    """A denoiser's networks; see `backend.TorchGraph`."""
+
+    def chosen(self, *, residuals: bool) -> tuple[Network, ...]: ...
+
+
 class Starter(Protocol):
     """start pads inputs, by name, to a length and with a value."""
 
@@ -58,19 +64,19 @@ class Starter(Protocol):
 
 
 class TorchLoop:
-    """networks: the denoiser as calls without an adapter run it, and as those with one do. caller: what calls a function on
+    """graph: the denoiser, in its forms for calls with and without adapters and ControlNets. caller: what calls a function on
     the device, `cuda.Recorder` or its like for the CPU. exact: guidance rounds where diffusers' pipelines round."""
 
     def __init__(
         self,
-        networks: tuple[Network, ...],
+        graph: Networks,
         shape: tuple[int, int, int],
         *,
         device: Any,
         exact: bool,
         caller: Callable[..., Starter],
     ) -> None:
-        self._networks, self._shape, self._device, self._exact = networks, shape, device, exact
+        self._graph, self._shape, self._device, self._exact = graph, shape, device, exact
         self._caller = caller
         self._places, self._steps = PLACES, STEPS
         self._tensors: dict[str, Tensor] = {}
@@ -149,7 +155,8 @@ class TorchLoop:
         if "adapter" in inputs:
             strength = np.array([self._strengths[int(owner)][0] for owner in owners], np.float32).reshape(-1, 1, 1)
             inputs = {**inputs, "adapter_strength": self._same("adapter_strength", strength)}
-        networks = self._networks if call is None else cast(Any, call.graph).networks
+        graph = self._graph if call is None else cast(Any, call.graph)
+        networks = graph.chosen(residuals=bool(sides))
         which, inputs = prepared(networks, inputs)
         for place, values in noise.items():
             z = torch.from_numpy(values)

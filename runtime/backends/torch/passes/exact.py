@@ -10,6 +10,7 @@ fast    the operators of `stepforge.kernels` besides: they compute in fp32 and r
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -139,6 +140,24 @@ def fuse_silu(program: Program) -> bool:
         return Node("Silu", (node.inputs[0],), node.outputs)
 
     return program.rewrite(match)
+
+
+def drop_added(program: Program, inputs: Iterable[str]) -> bool:
+    """Leave out inputs that are added to something: each Add of a value and of one of them."""
+    zeros = set(inputs)
+    same: dict[str, str] = {}  # an Add's result -> its other operand
+    nodes = []
+    for node in program.nodes:
+        operands = tuple(same.get(name, name) for name in node.inputs)
+        if node.op == "Cast" and operands[0] in zeros:
+            zeros.update(node.outputs)
+        elif node.op == "Add" and len(zeros.intersection(operands)) == 1:
+            same[node.outputs[0]] = next(name for name in operands if name not in zeros)
+            continue
+        nodes.append(Node(node.op, operands, node.outputs, node.attributes))
+    program.nodes = nodes + [Node("Identity", (same[name],), (name,)) for name in program.outputs if name in same]
+    program.sweep()
+    return bool(same)
 
 
 def copy_images(program: Program) -> bool:

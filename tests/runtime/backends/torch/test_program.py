@@ -293,6 +293,20 @@ def test_layers_that_share_a_bank_become_the_kernels_operator():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_added_can_be_left_out():
+    """Inputs on either side, through a cast, and where the sum is an output; what reads one otherwise still does."""
+    nodes = [
+        ("Cast", ["r1"], ["r1 low"], {"to": 1}), ("Add", ["x", "r0"], ["a"], {}), ("Add", ["r1 low", "a"], ["b"], {}),
+        ("Mul", ["b", "r0"], ["y"], {}), ("Add", ["b", "r1 low"], ["z"], {}),
+    ]  # fmt: skip
+    program = program_of(nodes, ["y", "z"], inputs=["x", "r0", "r1"])
+    assert passes.drop_added(program, ["r0", "r1"])
+    assert ops_of(program) == {"Mul": 1, "Identity": 1}
+    found = Runner(program)({"x": torch.tensor([3.0]), "r0": torch.tensor([2.0])})
+    assert {name: value.item() for name, value in found.items()} == {"y": 6.0, "z": 3.0}
+    assert not passes.drop_added(program, ["r0"])
+
+
 def test_lora_terms_can_be_left_out():
     program, banks = lora()
     torch.manual_seed(2)
