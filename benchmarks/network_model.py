@@ -107,7 +107,7 @@ def shapes_only(path: Path) -> Program:
 
 def cuda_network(graph: Path, precision: str = "fp16", *, residuals: bool = False) -> Any:
     """The network as the torch backend prepares it for CUDA, on the meta device; as calls with adapters run it, where it takes
-    any. residuals: as those with a ControlNet do."""
+    any, that keep nothing for later steps. residuals: as those with a ControlNet do."""
     own, bundle = backend.Torch.__new__(backend.Torch), OneGraph(graph)
     own._bundle, own._device, own.precision = bundle, torch.device("meta"), precision
     own._weights, own._banks, own._wide, own._buffers, own._pool = {}, {}, {}, {}, None
@@ -115,7 +115,8 @@ def cuda_network(graph: Path, precision: str = "fp16", *, residuals: bool = Fals
     banks = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if ".lora_" in name}
     backend.read, real = shapes_only, backend.read
     try:
-        return own._open(bundle.key, banks, with_lora=bool(banks), residuals=residuals)
+        outputs = ("prediction",) if bundle.key == UNET else None
+        return own._open(bundle.key, banks, with_lora=bool(banks), residuals=residuals, outputs=outputs)
     finally:
         backend.read = real
 

@@ -7,7 +7,7 @@ of another scale, or a text encoder of another width is an error before anything
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from stepforge.runtime.bundle import Bundle, ComponentId
@@ -20,9 +20,10 @@ Size = int | tuple[str, int, int]  # a number, or the name of an input's size, t
 
 
 class Signature:
-    """Compares names, shapes and types, no values. Components without statements are not checked."""
+    """Compares names, shapes and types, no values. Components without statements are not checked. outputs: those that are asked
+    for; None: all."""
 
-    def __init__(self, bundle: Bundle, component: ComponentId) -> None:
+    def __init__(self, bundle: Bundle, component: ComponentId, outputs: Collection[str] | None = None) -> None:
         entry = bundle.components[component]
         self._component = component
         self._inputs = {
@@ -34,6 +35,8 @@ class Signature:
         pooled = component.role == "control_residuals" and bundle.controls[component.name].global_pool
         self._outputs: dict[str, list[Size]] = {}
         for tensor in entry.outputs:
+            if outputs is not None and tensor.name not in outputs:
+                continue
             sizes = [_size(size) for size in tensor.shape]
             self._outputs[tensor.name] = [*sizes[:2], 1, 1] if pooled else sizes
 

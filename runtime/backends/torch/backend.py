@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from stepforge.runtime.backends.torch.precision import computed_in, lower, no_tf
 from stepforge.runtime.backends.torch.program import Program, read, run_passes
 from stepforge.runtime.backends.torch.run import Runner
 from stepforge.runtime.backends.torch.wide import WideBanks, WideWeight, prepared
-from stepforge.runtime.bundle import Bundle, ComponentId
+from stepforge.runtime.bundle import Bundle, Component, ComponentId
 from stepforge.runtime.errors import BackendError
 
 EXACT = (
@@ -89,17 +89,15 @@ class Torch:
         return np.uint16 if self._dtype_of(component) == torch.bfloat16 else np.float32
 
     def open(self, component: ComponentId, banks: Arrays | None = None) -> Graph:
-        """A component with banks is opened twice over the same weights: calls without an adapter run it without banks. So is a
-        denoiser that reads residuals, the second time when a ControlNet's first come."""
+        """A component with banks is opened twice over the same weights: calls without an adapter run it without banks. A
+        denoiser is opened again when a ControlNet's residuals first come, and when other activations are first kept."""
         with loading(self.name, self._bundle.components[component].graph):
             return self._graph(component, banks)
 
     def _graph(self, component: ComponentId, banks: Arrays | None) -> TorchGraph:
         networks = functools.partial(self._networks, component, banks)
-        inputs = self._bundle.components[component].inputs
         settings: dict[str, Any] = {
-            "exact": not self.fast, "component": component,
-            "reads_residuals": any(tensor.name.startswith(RESIDUAL) for tensor in inputs),
+            "exact": not self.fast, "component": component, "entry": self._bundle.components[component],
         }  # fmt: skip
         if self._device.type == "cpu":
             return TorchGraph(networks, self._device, caller=OnCpu, **settings)
@@ -116,21 +114,31 @@ class Torch:
         caller = functools.partial(Recorder, device=self._device, pool=self._pool)
         return TorchGraph(networks, self._device, caller=caller, **settings)
 
-    def _networks(self, component: ComponentId, banks: Arrays | None, *, residuals: bool) -> tuple[Network, ...]:
-        """Without banks, with wide layers, and with the grouped products where a batch can exceed these."""
-        full = self._open(component, banks or {}, with_lora=True, residuals=residuals)
-        bare = self._open(component, banks, with_lora=False, residuals=residuals) if banks else full
+    def _networks(self, component: ComponentId, banks: Arrays | None, **form: Any) -> tuple[Network, ...]:
+        """Without banks, with wide layers, and with the grouped products where a batch can exceed these; form: see `_open`."""
+        full = self._open(component, banks or {}, with_lora=True, **form)
+        bare = self._open(component, banks, with_lora=False, **form) if banks else full
         if full.wide is None or not full.wide.exceeded:
             return bare, full
-        return bare, full, self._open(component, banks or {}, with_lora=True, wide=False, residuals=residuals)
+        return bare, full, self._open(component, banks or {}, with_lora=True, wide=False, **form)
 
     def _open(
-        self, component: ComponentId, banks: Arrays, *, with_lora: bool, wide: bool = True, residuals: bool = True
+        self,
+        component: ComponentId,
+        banks: Arrays,
+        *,
+        with_lora: bool,
+        wide: bool = True,
+        residuals: bool = True,
+        outputs: tuple[str, ...] | None = None,
     ) -> Network:
-        """residuals: of ControlNets; without, what is added of them is left out."""
+        """residuals: of ControlNets; without, what is added of them is left out. outputs: those that are wanted; None: all."""
         dtype = self._dtype_of(component)
         path = checked_graph(self._bundle, component, self._bundle.components[component].graph).path
         program = read(path)
+        if outputs is not None:
+            program.outputs = outputs
+            program.sweep()
         if not with_lora:
             drop_lora(program, banks)
         if not residuals:
@@ -171,7 +179,7 @@ class Torch:
         once = None
         if self.fast and component.role == "denoiser":
             once = split_once(program, buffers.names if buffers is not None else ())
-        signature = Signature(self._bundle, component)
+        signature = Signature(self._bundle, component, outputs)
         return Network(
             Runner(program), placed, signature, once=Runner(once) if once is not None else None, wide=buffers
         )
@@ -267,9 +275,8 @@ class OnCpu:
 
 
 class TorchGraph:
-    """networks: without banks, for calls in which no row has an adapter, with wide layers, and with the grouped products for
-    more adapters than these hold (the exact tier has one with banks, and PEFT's operators in it). opened: makes them, without
-    or with what is added of a ControlNet's residuals; the former at once."""
+    """opened: makes the networks of a form: without banks, for calls in which no row has an adapter, with wide layers, and with
+    the grouped products for more adapters than these hold (the exact tier has one with banks, and PEFT's operators in it)."""
 
     rings = RINGS
     runs_plans = True
@@ -282,23 +289,25 @@ class TorchGraph:
         exact: bool,
         caller: Callable[..., Any],
         component: ComponentId,
-        reads_residuals: bool,
+        entry: Component,
         stream: Any = None,
     ) -> None:
         self._stream = stream  # torch.cuda.Stream; None: the current one
         self._device, self._exact, self._caller = device, exact, caller
-        self._component, self._opened, self._reads_residuals = component, opened, reads_residuals
-        self._with_residuals: tuple[Network, ...] | None = None
+        self._component, self._opened = component, opened
+        self._outputs = tuple(tensor.name for tensor in entry.outputs)
+        self._reads_residuals = any(tensor.name.startswith(RESIDUAL) for tensor in entry.inputs)
+        self._forms: dict[tuple[bool, tuple[str, ...]], tuple[Network, ...]] = {}
         self._callers: dict[int, Any] = {}  # by the network's id
-        self.networks = opened(residuals=False)
+        self.networks = self.chosen(residuals=False, outputs=("prediction",) if component.role == "denoiser" else None)
 
-    def chosen(self, *, residuals: bool) -> tuple[Network, ...]:
-        """residuals: whether a call has any."""
-        if not residuals or not self._reads_residuals:
-            return self.networks
-        if self._with_residuals is None:
-            self._with_residuals = self._opened(residuals=True)
-        return self._with_residuals
+    def chosen(self, *, residuals: bool, outputs: Collection[str] | None = None) -> tuple[Network, ...]:
+        """residuals: whether a call has any; outputs: those that it wants, None for all."""
+        wanted = tuple(name for name in self._outputs if outputs is None or name in outputs)
+        form = residuals and self._reads_residuals, wanted
+        if form not in self._forms:
+            self._forms[form] = self._opened(residuals=form[0], outputs=wanted if self._outputs else None)
+        return self._forms[form]
 
     @torch.inference_mode()
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:

@@ -10,7 +10,7 @@ hints, adapter slots and strengths when they change, and with them what the netw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -51,7 +51,7 @@ class Network(Protocol):
 class Networks(Protocol):
     """A denoiser's networks; see `backend.TorchGraph`."""
 
-    def chosen(self, *, residuals: bool) -> tuple[Network, ...]: ...
+    def chosen(self, *, residuals: bool, outputs: Collection[str] | None = None) -> tuple[Network, ...]: ...
 
 
 class Starter(Protocol):
@@ -156,7 +156,8 @@ class TorchLoop:
             strength = np.array([self._strengths[int(owner)][0] for owner in owners], np.float32).reshape(-1, 1, 1)
             inputs = {**inputs, "adapter_strength": self._same("adapter_strength", strength)}
         graph = self._graph if call is None else cast(Any, call.graph)
-        networks = graph.chosen(residuals=bool(sides))
+        kept_names = [name for kept in call.keep for name in kept.names] if call is not None else []
+        networks = graph.chosen(residuals=bool(sides), outputs=("prediction", *kept_names))
         which, inputs = prepared(networks, inputs)
         for place, values in noise.items():
             z = torch.from_numpy(values)
