@@ -162,6 +162,28 @@ def test_whole_steps_are_those_of_the_host(tiny_sd1_banks, name, precision, monk
 
 
 @gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_guiders_and_reuse_in_a_recorded_step_are_those_of_the_host(tiny_sd1_control_bundle, precision, monkeypatch):
+    """In one batch, with what is kept on the device; the mean of two rows where guidance ends."""
+    ask = {"prompt": "a cat", "width": 32, "height": 32, "sampler": "ddim"}
+    requests = [
+        Request(**ask, steps=8, guidance=3.0, reuse="deepcache(3)"),
+        Request(**ask, steps=8, guidance="5@0-0.5,1@0.5-1", reuse="tgate(0.4)", seed=1),
+        Request(
+            **ask, steps=5, guidance=6.0, guider="apg(momentum=-0.5, norm=3)+rescale(0.5)+dynamic(p=0.8, max=2)", seed=2
+        ),
+        Request(**ask, steps=5, guidance=6.0, guider="zero_star(zero=2)", reuse="deepcache(2)", seed=3),
+    ]
+    found = []
+    for _ in range(2):
+        with load(tiny_sd1_control_bundle, backend="torch", precision=precision) as engine:
+            found.append([result.latents for result in engine.generate(requests)])
+        monkeypatch.setattr("stepforge.runtime.engine.denoise.can_run_on_device", lambda plan, rings, all_plans: False)
+    for a, b in zip(*found, strict=True):
+        assert np.linalg.norm(a - b) <= LIMITS[precision] * np.linalg.norm(b)
+
+
+@gpu
 @TIERS
 def test_a_whole_step_waits_for_nothing(tiny_sd1_banks, name):
     bundle = read(tiny_sd1_banks)
