@@ -10,6 +10,7 @@ hints, adapter slots and strengths when they change, and with them what the netw
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -28,6 +29,7 @@ Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 Once = tuple[Function, Sequence[str]]  # what may be kept while these inputs do not change
 RINGS = (3, 5)  # the longest windows of all samplers; shorter ones leave coefficients at 0
 PLACES, STEPS = 8, 64  # initial capacity, doubled on demand
+MOST_KINDS = 16  # kinds of steps whose recordings are kept, LRU: networks, ControlNets, what is kept, parts of guiders
 EMPTY, SPARE, FIRST = 0, 1, 2  # rows of kept activations: zeros, what nobody reads, those of the first place
 KEEP, READ, OTHER = "keep", "read", "mean of this and"
 
@@ -106,8 +108,8 @@ class TorchLoop:
             "z": (places + 1, size),
             "sample": (places + 1, size),
         }
-        if self._tensors and self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()  # recordings that go may still be running
+        if self._tensors:
+            self._wait()
         old = self._tensors
         kinds = {"step": torch.int32, "denoised": torch.float64}
         self._tensors = {
@@ -119,7 +121,7 @@ class TorchLoop:
         self._tensors["step"][places] = steps
         self._tensors["sample"][places] = 0.0
         self._tensors["taken"][..., 0] = 1.0
-        self._starters: dict[tuple[Any, ...], Starter] = {}
+        self._starters: OrderedDict[tuple[Any, ...], Starter] = OrderedDict()
 
     @torch.inference_mode()
     def put(self, place: int, state: NDArray[np.float32], steps: StepTable) -> None:
@@ -209,12 +211,11 @@ class TorchLoop:
             return
         self._kept_places = max(place + 1, 2 * self._kept_places)
         if self._kept:
-            if self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()  # recordings that go may still be running
+            self._wait()
             for name, old in self._kept.items():
                 self._kept[name] = old.new_zeros(FIRST + 2 * self._kept_places, *old.shape[1:])
                 self._kept[name][: len(old)] = old
-            self._starters = {}
+            self._starters.clear()
 
     def _starter(
         self,
@@ -226,11 +227,20 @@ class TorchLoop:
     ) -> Starter:
         key = id(network), *(side.component for side in sides), kept, asked
         if key not in self._starters:
+            if len(self._starters) == MOST_KINDS:
+                self._wait()
+                self._starters.popitem(last=False)
             nets = [cast(Any, side.graph).networks[0] for side in sides]
             function = self._function(network, nets, call, asked)
             changes = [self._tensors[name] for name in ("step", "state", "sample", "change")]
             self._starters[key] = self._caller(function, changes=changes, once=(network.once, network.once_inputs))
+        self._starters.move_to_end(key)
         return self._starters[key]
+
+    def _wait(self) -> None:
+        """Recordings that go may still be running."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     @torch.inference_mode()
     def get(self, place: int) -> NDArray[np.float32]:
