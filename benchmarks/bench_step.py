@@ -133,11 +133,12 @@ def ours(args: argparse.Namespace, name: str, precision: str, rows: int, report:
     values = given(rows, width, args.side or (64 if width == 768 else 128), args.adapters)
     result = graph(values)["prediction"]
     at = bool(args.adapters)
-    recording = next(iter(graph._callers[id(graph.networks[at])]._recordings.values()))
+    network = graph.chosen(residuals=False)[at]
+    recording = next(iter(graph._callers[id(network)]._recordings.values()))
     own = {
         "open_s": round(opened, 2), "replay_ms": milliseconds(recording.graph.replay),
         "call_ms": milliseconds(lambda: graph(values)),
-        "kinds": dict(count(graph.networks[at].program)),
+        "kinds": dict(count(network.program)),
     }  # fmt: skip
     if recording.once is not None:
         own["once_ms"] = milliseconds(recording.once.replay)

@@ -6,13 +6,17 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepforge.kernels import ops
+from stepforge.runtime.backends import Banks, Kept, NetworkCall, StepTable, open_backend
 from stepforge.runtime.backends.torch import backend
 from stepforge.runtime.backends.torch.launches import count
+from stepforge.runtime.bundle import UNET, ComponentId, read
+from stepforge.runtime.plan.guiders import Guider
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import network_model
@@ -114,3 +118,46 @@ def test_a_denoiser_on_the_kernels_is_that_on_the_references(fixture, residuals,
         found = network(dict(given))
     for name, value in expected.items():
         assert (found[name] - value).float().norm() <= LIMIT * value.float().norm(), name
+
+
+def three_steps(bundle):
+    """States of two images, one with a guider and an adapter: a step that is kept, one that reuses, one that does neither."""
+    random, backend = np.random.RandomState(0), open_backend("torch", bundle, precision="fp32")
+    graphs = {}
+    for component in (UNET, ComponentId("denoiser", "unet", "deepcache")):
+        banks = Banks({}, np.zeros(3, np.int64))
+        shapes = {tensor.name: tensor.shape for tensor in bundle.components[component].inputs}
+        for name in (name for name in shapes if ".lora_" in name):
+            banks[name] = (0.1 * np.random.RandomState(len(name)).standard_normal(shapes[name])).astype(np.float32)
+            banks[name][0] = 0
+        graphs[component] = backend.open(component, banks)
+    whole, variant = graphs
+    loop = graphs[whole].loop((4, 8, 8))
+    for place, guider in enumerate(("apg(momentum=-0.5, norm=3)+rescale(0.5)+dynamic(p=0.8, max=2)", "cfg")):
+        steps = StepTable(
+            np.linspace(900, 1, 3, dtype=np.float32), np.ones(4, np.float32), np.tile(np.float32([3, -2]), (3, 1)),
+            np.full((3, 9), 0.1, np.float32), np.ones(3, np.float32), Guider.parse(guider), np.full((3, 2), 0.5),
+        )  # fmt: skip
+        loop.put(place, random.standard_normal((8, 256)).astype(np.float32), steps)
+    inputs = {"encoder_hidden_states": random.standard_normal((4, 77, 32)).astype(np.float32)}
+    inputs |= {"adapter": np.array([2, 2, 0, 0])}
+    told, roles = (np.int32([0, 1]), np.int32([[0, 1], [2, 3]]), np.int32([0, 0, 1, 1])), np.int32([0, 1, 0, 1])
+    every = np.ones(4, np.bool_)
+    for call in (
+        NetworkCall(whole, graphs[whole], roles, [Kept(("deep",), every)]),
+        NetworkCall(variant, graphs[variant], roles, [], [Kept(("deep",), ~every)]),
+        NetworkCall(whole, graphs[whole], roles),
+    ):
+        loop.step(*told, inputs, {}, (), call)
+    return [loop.get(place) for place in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.long  # a minute: half a thousand kernels a step, each interpreted
+def test_a_loop_on_the_kernels_is_that_on_the_references(tiny_sd1_control_bundle, monkeypatch):
+    """Guidance and update too, in fp32, where the order of sums alone differs."""
+    bundle = read(tiny_sd1_control_bundle)
+    expected = three_steps(bundle)
+    monkeypatch.setattr(ops, "on_cpu", lambda tensor: False)
+    for found, wanted in zip(three_steps(bundle), expected, strict=True):
+        assert np.linalg.norm(found - wanted) <= 1e-5 * np.linalg.norm(wanted)
