@@ -25,6 +25,8 @@ import kernel_cases
 import kernel_fit
 from harness import Timing
 
+pytestmark = pytest.mark.slow
+
 GPU = cost.GPUS["A100"]
 AMPERE = SimpleNamespace(name="pretended", major=8, minor=0)
 LAYERS = replace(kernel_cases.TINY, layers=kernel_cases.TINY.layers[:1], ranks=(16,))

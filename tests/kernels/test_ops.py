@@ -159,6 +159,7 @@ def test_importing_the_package_needs_neither_torch_nor_triton(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_operators_run_on_a_cpu_without_triton(tmp_path):
     code = (
         "import sys; sys.modules['triton'] = None\n"

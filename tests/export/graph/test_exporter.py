@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from stepforge.export.graph import exporter, trace
 
+pytestmark = pytest.mark.slow
+
 
 class Casts(nn.Module):
     """To another type, to the same one in the middle and at the end, and back at the border; a padding as VAE encoders have; a

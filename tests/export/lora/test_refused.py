@@ -157,6 +157,7 @@ def test_what_fits_nowhere_is_not_read(refuse, file: Path, monkeypatch: pytest.M
     refuse("adapters have at most 8192")
 
 
+@pytest.mark.slow
 def test_many_keys(sd1, file: Path) -> None:
     found = {f"lora_unet_{i}.lora_down.weight": [1] for i in range(100_000)}
     sparse(file, found | {key: list(tensor.shape) for key, tensor in pair().items()})

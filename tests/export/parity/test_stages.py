@@ -17,6 +17,8 @@ from stepforge.export.parity.measures import psnr, relative_error
 from stepforge.export.parity.stages import load_stage
 from stepforge.export.parity.verify import LIMITS, verify
 
+pytestmark = pytest.mark.slow
+
 ENGINES = ("onnxruntime", *(pytest.param(name, marks=pytest.mark.long) for name in ("openvino", "torch")))
 PICTURE = np.random.default_rng(4).integers(0, 255, (16, 24, 3), dtype=np.uint8)
 BASE: dict[str, Any] = {"steps": 3, "guidance": 4.0, "sampler": "euler_a", "width": 32, "height": 48}

@@ -10,7 +10,7 @@ from stepforge.runtime.backends import open_backend
 from stepforge.runtime.backends.mapped import release
 from stepforge.runtime.bundle import UNET, read
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]
 SIZE = 8 << 20
 
 

@@ -18,6 +18,8 @@ from stepforge.runtime.bundle import read
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.imaging.png import read_metadata
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 60  # dB in fp32: the same arithmetic in another order of summation
 SCHEDULERS = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),

@@ -15,6 +15,8 @@ from stepforge.runtime.backends import open_backend
 from stepforge.runtime.backends.tensorrt import plans
 from stepforge.runtime.bundle import UNET, read
 
+pytestmark = pytest.mark.slow
+
 ASK = {"prompt": "cat", "steps": 3, "sampler": "euler_a", "guidance": 3.0, "width": 32, "height": 32}
 
 

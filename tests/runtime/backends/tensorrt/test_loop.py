@@ -13,6 +13,8 @@ from stepforge import Control, Request, load
 from stepforge.runtime.backends.tensorrt import loop
 from stepforge.runtime.bundle import read
 
+pytestmark = pytest.mark.slow
+
 ASK = {"prompt": "cat", "steps": 3, "sampler": "ddim", "guidance": 3.0, "width": 32, "height": 32}
 
 

@@ -19,6 +19,8 @@ import openai
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 # The command over a fake model that takes its time, so that requests last as long on every machine
 SLOW = """
 import sys, time
