@@ -165,7 +165,7 @@ def ratios(steps: dict[tuple[str, int], float]) -> dict[str, float]:
     found = {
         f"{name}, {rows} rows, over the step without": time / steps[name.partition("_")[0], rows]
         for (name, rows), time in steps.items()
-        if "_" in name and (name.partition("_")[0], rows) in steps
+        if name.endswith(("_all", "_transformer")) and (name.partition("_")[0], rows) in steps
     }
     if ("sd15", 2) in steps and ("sd15_decoder", 1) in steps:
         found["20 steps of 2 rows and the decoder, ms"] = 20 * steps["sd15", 2] + steps["sd15_decoder", 1]
@@ -222,6 +222,7 @@ def model(graphs: list[Path], rows: list[int], out: Path | None) -> int:
                 },
             }  # fmt: skip
     report["ratios"] = ratios(steps)
+    print("\nmeasured:" if on_gpu else "\npredicted, H100:")
     print("\n".join(f"{name}: {value:.3f}" for name, value in report["ratios"].items()))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

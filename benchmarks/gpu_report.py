@@ -60,6 +60,12 @@ def parts(out: Path, *, tiny: bool) -> list[Part]:
     peers = ("--peers", "eager", "compiled", "--rows", "2", "16")
     rows = ("--rows", "1") if tiny else ("--rows", "2", "8", "16")
     warm = tuple((python, script, *few, *on, "--part", str(i), str(compilers)) for i in range(compilers))
+    beside = Part(
+        "peers",
+        ((python, str(HERE / "bench_step.py"), *peers, "--json", str(out / "peers.json")),),
+        110,
+        out / "peers.json",
+    )
     return [
         Part("compile", warm, 90),
         Part("kernels", ((python, script, *few, *on, "--fit", "--json", str(kernels)),), 90, kernels),
@@ -69,12 +75,7 @@ def parts(out: Path, *, tiny: bool) -> list[Part]:
             110,
             network,
         ),
-        Part(
-            "peers",
-            ((python, str(HERE / "bench_step.py"), *peers, "--json", str(out / "peers.json")),),
-            110,
-            out / "peers.json",
-        ),
+        *([] if tiny else [beside]),  # the peers need a GPU
         # at once: neither is timed, and both export and compare on the CPU for most of their time
         Part("parity", ((*tests, "tests/kernels"), (*tests, "tests/runtime/backends/torch/test_cuda.py")), 150),
         Part("engines", ((*tests, *ENGINES),), 180),

@@ -84,9 +84,7 @@ class StepTable:
     table: NDArray[np.float32]  # [K, latents + predictions + 1]: keep, gain and noise
     adapter_strength: NDArray[np.float32]  # [K]
     guider: Guider
-    denoised: NDArray[
-        np.float64
-    ]  # [K, 2]: `Step.denoised`, for guiders that look at the clean image; 0 where it has none
+    denoised: NDArray[np.float64]  # [K, 2]: `Step.denoised`, for guiders that look at the clean image; 0: it has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +101,7 @@ class SideCall:
 class Kept:
     """Activations of a network that later steps of an image read, and the rows that are meant."""
 
-    names: tuple[str, ...]  # of its outputs, and of the inputs of who reads them
+    names: tuple[str, ...]  # outputs of that network, inputs of the one that reads them
     rows: NDArray[np.bool_]  # [R]
 
 

@@ -25,7 +25,7 @@ import kernel_cases
 import kernel_fit
 from harness import Timing
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # the quick lane has three minutes
 
 GPU = cost.GPUS["A100"]
 AMPERE = SimpleNamespace(name="pretended", major=8, minor=0)

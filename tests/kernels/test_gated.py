@@ -11,7 +11,7 @@ from stepforge.kernels import bounds, gated, lowrank, reference
 from stepforge.kernels.dispatch.tiles import Tile, expand_tile, padded_rank
 from stepforge.kernels.packing import block_table
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # the quick lane has three minutes
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 TILE = Tile(16, 32, 32, warps=4, stages=2, group_m=2)  # 16 columns of the output

@@ -105,10 +105,8 @@ class Torch:
 
         if component.role not in RECORDED:
             # pictures are decoded in another thread: neither they nor the steps wait for each other's work
-            stream = torch.cuda.Stream(self._device)
-            stream.wait_stream(torch.cuda.current_stream(self._device))  # for the weights
             caller = functools.partial(Recorder, device=self._device, pool=None)
-            return TorchGraph(networks, self._device, caller=caller, stream=stream, **settings)
+            return TorchGraph(networks, self._device, caller=caller, stream=torch.cuda.Stream(self._device), **settings)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         caller = functools.partial(Recorder, device=self._device, pool=self._pool)
@@ -306,13 +304,16 @@ class TorchGraph:
         wanted = tuple(name for name in self._outputs if outputs is None or name in outputs)
         form = residuals and self._reads_residuals, wanted
         if form not in self._forms:
-            self._forms[form] = self._opened(residuals=form[0], outputs=wanted if self._outputs else None)
+            with self._on_stream():  # weights are there before a call reads them
+                self._forms[form] = self._opened(residuals=form[0], outputs=wanted if self._outputs else None)
         return self._forms[form]
+
+    def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     @torch.inference_mode()
     def __call__(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        own = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        with running("torch", self._component), own:
+        with running("torch", self._component), self._on_stream():
             networks = self.chosen(residuals=any(name.startswith(RESIDUAL) and a.any() for name, a in inputs.items()))
             at, inputs = prepared(networks, inputs)
             network = networks[at]

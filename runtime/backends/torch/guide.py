@@ -14,7 +14,7 @@ from torch import Tensor
 from stepforge.runtime.plan.guiders import Guider, Projected, ZeroStar
 
 ZERO_STAR, APG, RESCALE, DYNAMIC = "zero_star", "apg", "rescale", "dynamic"
-NUMBERS = (ZERO_STAR, APG, "momentum", "norm", "eta", RESCALE, DYNAMIC, "cap")  # of an image; 0 where a part is off
+NUMBERS = (ZERO_STAR, APG, "momentum", "norm", "eta", RESCALE, DYNAMIC, "cap")  # columns of an image's row; 0: off
 
 
 def numbers(guider: Guider) -> list[float]:

@@ -36,8 +36,9 @@ def count(program: Program, pixels: dict[str, int] | None = None) -> Counter[str
             found["shrink"] += 1
             continue
         if node.op == "WideConv" and node.inputs[3]:
-            found["product"] += 1  # one for each of the two sources
-        found["product" if node.op == "WideConv" and node.inputs[3] else KINDS.get(node.op, node.op)] += 1
+            found["product"] += 2  # one for each source
+        else:
+            found[KINDS.get(node.op, node.op)] += 1
         found["adapter of a convolution"] += node.op == "WideConv"
         bias = {"Conv": 2, "Accumulate": 3, "WideConv": 5}.get(node.op)
         if bias is not None and len(node.inputs) > bias and node.inputs[bias]:

@@ -82,8 +82,8 @@ class TorchLoop:
         self._caller = caller
         self._places, self._steps = PLACES, STEPS
         self._tensors: dict[str, Tensor] = {}
-        self._strengths: dict[int, NDArray[np.float32]] = {}  # by place, of the steps to come
-        self._parts: dict[int, frozenset[str]] = {}  # of guiders, by place
+        self._strengths: dict[int, NDArray[np.float32]] = {}  # those of the steps to come, by place
+        self._parts: dict[int, frozenset[str]] = {}  # guiders' parts, by place
         self._steady: dict[str, NDArray[Any]] = {}  # inputs of the last call by name: equal ones need not cross again
         self._kept: dict[str, Tensor] = {}  # activations by name, [FIRST + 2·places, ...]: two rows an image
         self._kept_places = 0

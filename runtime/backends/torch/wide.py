@@ -81,7 +81,7 @@ class WideBanks:
         self.layers, self._banks = list(layers), banks
         self._weights: dict[str, WideWeight] = {}
         self._laid: Any = None  # whose A stand in `_downs`
-        self._columns: NDArray[np.float32] | None = None  # of the last call, if nothing has been laid since
+        self._columns: NDArray[np.float32] | None = None  # mask of the last call, if nothing has been laid since
         most = bucket(self.rank * self._slots) or BUCKETS[-1]
         for layer in self.layers:
             if layer.weight not in shared:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stepforge.export.graph import exporter, trace
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # the quick lane has three minutes
 
 
 class Casts(nn.Module):

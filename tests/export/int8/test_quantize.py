@@ -28,7 +28,7 @@ from stepforge.runtime.bundle import UNET, Bundle, ComponentId, read
 from stepforge.runtime.cli.main import main
 from stepforge.runtime.errors import BackendError, CheckpointError, RequestError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # the quick lane has three minutes
 
 SIZE = {"width": 64, "height": 64}  # twice the model's own: more places for few integers
 CALIBRATION = Calibration(("a cat",), steps=2, **SIZE)

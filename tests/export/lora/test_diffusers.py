@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from stepforge.runtime.bundle import TEXT_ENCODERS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # the quick lane has three minutes
 
 UNET = dict(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 TEXT = dict(r=2, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1"])

@@ -42,7 +42,7 @@ from stepforge.runtime.cli.main import main
 from stepforge.runtime.engine.denoise import Denoisers
 from stepforge.runtime.errors import CheckpointError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # the quick lane has three minutes
 
 SETTINGS = Settings(("a cat and a dog",), 4, 7.5, 0)
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"

@@ -17,7 +17,7 @@ from stepforge.export.parity.measures import psnr, relative_error
 from stepforge.export.parity.stages import load_stage
 from stepforge.export.parity.verify import LIMITS, verify
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # the quick lane has three minutes
 
 ENGINES = ("onnxruntime", *(pytest.param(name, marks=pytest.mark.long) for name in ("openvino", "torch")))
 PICTURE = np.random.default_rng(4).integers(0, 255, (16, 24, 3), dtype=np.uint8)

@@ -18,7 +18,7 @@ from stepforge.runtime.bundle import read
 from stepforge.runtime.engine import Engine
 from stepforge.runtime.imaging.png import read_metadata
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # the quick lane has three minutes
 
 LIMIT = 60  # dB in fp32: the same arithmetic in another order of summation
 SCHEDULERS = {

@@ -78,7 +78,7 @@ class Biases:
             return at == 0 or (at == 2 and self._takes_all(node.outputs[0]))
         if node.op == "Norm":
             return at in (0, 3, 5) and self._shift_is_ours(node)
-        if node.op == "WideConv":  # of one pixel
+        if node.op == "WideConv":  # two sources: one pixel, so that a vector stays one
             return at in (0, 3) and bool(node.inputs[3])
         if node.op == "Sum":
             return at in (0, 1)

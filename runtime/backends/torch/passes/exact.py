@@ -151,7 +151,7 @@ def drop_added(program: Program, inputs: Iterable[str]) -> bool:
         operands = tuple(same.get(name, name) for name in node.inputs)
         if node.op == "Cast" and operands[0] in zeros:
             zeros.update(node.outputs)
-        elif node.op == "Add" and len(zeros.intersection(operands)) == 1:
+        elif node.op == "Add" and sum(name in zeros for name in operands) == 1:
             same[node.outputs[0]] = next(name for name in operands if name not in zeros)
             continue
         nodes.append(Node(node.op, operands, node.outputs, node.attributes))

@@ -40,7 +40,6 @@ def split_once(program: Program, buffers: Iterable[str] = ()) -> Program | None:
     once = Program(
         before, tuple(name for name in program.inputs if name in given & needed), crossing,
         {name: value for name, value in program.constants.items() if name in needed}, program.floats, program.shapes,
-        program.wide,
     )  # fmt: skip
     program.nodes = [node for node in program.nodes if node not in products]
     program.inputs = (*program.inputs, *crossing)

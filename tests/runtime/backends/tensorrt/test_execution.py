@@ -15,7 +15,7 @@ from stepforge.runtime.backends import open_backend
 from stepforge.runtime.backends.tensorrt import plans
 from stepforge.runtime.bundle import UNET, read
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # the quick lane has three minutes
 
 ASK = {"prompt": "cat", "steps": 3, "sampler": "euler_a", "guidance": 3.0, "width": 32, "height": 32}
 

@@ -13,7 +13,7 @@ from stepforge import Control, Request, load
 from stepforge.runtime.backends.tensorrt import loop
 from stepforge.runtime.bundle import read
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # the quick lane has three minutes
 
 ASK = {"prompt": "cat", "steps": 3, "sampler": "ddim", "guidance": 3.0, "width": 32, "height": 32}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ from stepforge.runtime.backends import StepTable, open_backend
 from stepforge.runtime.backends.torch import backend
 from stepforge.runtime.backends.torch import cuda as torch_cuda
 from stepforge.runtime.backends.torch.cuda import Recorder
-from stepforge.runtime.bundle import UNET, read
+from stepforge.runtime.bundle import UNET, VAE_DECODER, read
 from stepforge.runtime.plan.guiders import Guider
 
 on_gpu = [
@@ -290,6 +291,34 @@ def pretended(monkeypatch):
 
 def recorder(network, pool="pool"):
     return Recorder(network, device=torch.device("cpu"), pool=pool, changes=[network.calls])
+
+
+def test_a_graph_with_a_stream_opens_and_runs_on_it(monkeypatch):
+    """Weights that go to the device on another stream might not be there when this one reads them."""
+    on, seen = [], []
+
+    @contextlib.contextmanager
+    def stream(own):
+        on.append(own)
+        yield
+        on.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(backend, "prepared", lambda networks, inputs: (0, inputs))
+
+    def opened(**form):
+        seen.append(("opened", *on))
+        return (SimpleNamespace(once=None, once_inputs=()),)
+
+    def caller(network, once):
+        return lambda inputs: seen.append(("run", *on))
+
+    entry = SimpleNamespace(inputs=(), outputs=())
+    graph = backend.TorchGraph(
+        opened, torch.device("cpu"), exact=False, caller=caller, component=VAE_DECODER, entry=entry, stream="own"
+    )
+    graph({"latents": np.zeros(1, np.float32)})
+    assert seen == [("opened", "own"), ("run", "own")]
 
 
 def test_one_recording_for_each_shape(pretended):

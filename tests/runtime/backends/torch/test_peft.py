@@ -14,7 +14,7 @@ from stepforge.runtime.backends.torch.precision import DTYPES
 from stepforge.runtime.bundle import UNET, read
 from stepforge.runtime.engine.adapters import Adapters
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # the quick lane has three minutes
 
 LAYERS = r".*(to_[qkv]|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out|conv\d?|conv_(in|out|shortcut)|time_emb_proj|linear_\d)"
 

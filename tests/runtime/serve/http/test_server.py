@@ -19,7 +19,7 @@ import openai
 import pytest
 from PIL import Image
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # the quick lane has three minutes
 
 # The command over a fake model that takes its time, so that requests last as long on every machine
 SLOW = """
